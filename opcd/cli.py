@@ -1,0 +1,84 @@
+"""The command line: `opcd train` and `opcd eval`."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from opcd.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    command = arguments.subcommand
+    values = arguments[command].as_dict()
+    values.pop("config", None)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("opcd").setLevel(logging.INFO)
+    try:
+        _run(command, values)
+    except InputError as error:
+        print(f"opcd {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nopcd {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: str, values: dict) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from opcd.config import TrainConfig
+    from opcd.run import evaluate_run, train
+
+    transformers_logging.disable_progress_bar()
+    if command == "train":
+        resume = values.pop("resume")
+        train(TrainConfig(**values), resume)
+    else:
+        distilled, save_to = values.pop("distilled"), values.pop("save_to")
+        evaluate_run(TrainConfig(**values), distilled, save_to)
+
+
+def _parser():  # the type is jsonargparse's, imported here to keep `import opcd.cli` light
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    from opcd.config import TrainConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="opcd", description="On-policy context distillation: a prompt into the weights."
+    )
+    commands = parser.add_subcommands(metavar="COMMAND", title="commands")
+    for name, summary in (
+        ("train", "Distil a context into a model, then score it on test data."),
+        ("eval", "Score a distilled model against the base model, with and without the context."),
+    ):
+        sub = ArgumentParser(description=summary)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML file with these fields.")
+        sub.add_class_arguments(TrainConfig)
+        if name == "train":
+            sub.add_argument(
+                "--resume", action="store_true", help="Continue the run in output_dir."
+            )
+        else:
+            sub.add_argument(
+                "--distilled",
+                type=str,
+                default=None,
+                help="Model to score; default output_dir/final; none: only base and prompted.",
+            )
+            sub.add_argument(
+                "--save_to", type=str, default=None, help="Folder for the scorecard and report."
+            )
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The configuration: one flat dataclass, read from YAML and the command line."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from opcd.errors import InputError
+
+
+@dataclass
+class TrainConfig:
+    """On-policy context distillation of one context into one model."""
+
+    output_dir: str
+    """Folder of the run; must not hold one yet."""
+    context: str
+    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages)."""
+    prompts: str
+    """Training prompts: JSONL with "prompt" or "messages" a line; no answers needed."""
+    validation_data: str | None = None
+    """JSONL with "answer"s, to choose the checkpoint; without it the last step is taken."""
+    eval_data: str | None = None
+    """JSONL with "answer"s, for the scorecard (test data); without it there is no scorecard."""
+    scorer: str = "exact"
+    """When an answer is right: exact, contains, regex:PATTERN or python:module:function."""
+
+    model: str = "smollm2-135m-instruct"
+    """The student: a Hugging Face name, a local folder, or the built-in smollm2-135m-instruct."""
+    teacher: str | None = None
+    """The teacher's model, if another than the student's initial weights; same tokenizer."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. {"enable_thinking": false}."""
+    device: str = "auto"
+    """auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of both models; auto is bfloat16 where the hardware has it. The trained weights
+    and the optimizer are kept in float32 either way."""
+
+    steps: int = 50
+    """Optimizer steps."""
+    prompts_per_step: int = 16
+    """Prompts in a step."""
+    completions_per_prompt: int = 1
+    """Completions sampled for each prompt of a step."""
+    max_completion_tokens: int = 256
+    """Limit of a completion, in tokens, in training and in evaluation."""
+    temperature: float = 1.0
+    """Sampling temperature; both models' logits are divided by it in the loss as well."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """What is minimised at every completion token."""
+    beta: float = 0.5
+    """Teacher's share of the mixture; jsd only."""
+    average_over: Literal["tokens", "sequences"] = "tokens"
+    """Every completion token of a step weighs the same, or every sequence does."""
+
+    learning_rate: float = 5e-6
+    """Peak rate of AdamW."""
+    warmup_steps: int = 5
+    """Steps over which the rate rises linearly from 0; constant afterwards."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    lora_rank: int = 0
+    """Rank of LoRA on all linear layers; 0 trains every weight."""
+    lora_alpha: float = 32.0
+    """LoRA's scale is lora_alpha / lora_rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    sequences_per_pass: int = 16
+    """Sequences in one forward pass of teacher and student; memory only, never the result."""
+    rollout_batch_size: int = 32
+    """Sequences that are sampled at once."""
+
+    validate_every: int = 10
+    """Steps between validations; each is saved as a checkpoint."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best one."""
+    divergence_prompts: int = 64
+    """Held-out prompts on which the divergence to the teacher is measured."""
+    seed: int = 0
+    """Seed of sampling, data order and LoRA's initial weights."""
+
+    def check(self) -> "TrainConfig":
+        """Raise InputError for values out of range; returns self."""
+        least = dict.fromkeys(
+            (
+                "steps",
+                "prompts_per_step",
+                "completions_per_prompt",
+                "max_completion_tokens",
+                "sequences_per_pass",
+                "rollout_batch_size",
+                "validate_every",
+                "save_every",
+                "keep_checkpoints",
+                "divergence_prompts",
+            ),
+            1,
+        ) | dict.fromkeys(("warmup_steps", "lora_rank", "weight_decay", "seed"), 0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 < self.beta < 1:
+            raise InputError(f"beta must lie strictly between 0 and 1, got {self.beta}")
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write as YAML, every field resolved."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Read what `save` wrote."""
+        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+
+    def differing_fields(self, other: "TrainConfig") -> list[str]:
+        """Names of the fields in which two configurations differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]

@@ -1,0 +1,164 @@
+"""The scorecard: what the prompt gave, what the weights kept of it, and how sure that is."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from opcd.chat import Chat
+from opcd.config import TrainConfig
+from opcd.lm import completion_hidden, head_of
+from opcd.rollout import Rollout, SamplingParams, TransformersEngine
+from opcd.task import Prompt, Task, spread
+from opcd.teacher import SharedPrefixTeacher
+from opcd_kernels import linear_divergence
+
+COLUMNS = ("base", "prompted", "distilled", "distilled_prompted")
+
+
+def answer(
+    model: torch.nn.Module, prompt_ids: Sequence[Sequence[int]], config: TrainConfig
+) -> list[Rollout]:
+    """Greedy answers to prompts given as token ids."""
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    return engine.generate(
+        prompt_ids, SamplingParams(config.max_completion_tokens, temperature=0.0)
+    )
+
+
+def measure(
+    rollouts: Sequence[Rollout], prompts: Sequence[Prompt], task: Task, chat: Chat
+) -> tuple[dict[str, Any], list[bool]]:
+    """One column of the scorecard, and which answers were right."""
+    right = [
+        task.scorer(chat.decode(r.completion_token_ids), p.example.answers)
+        for r, p in zip(rollouts, prompts, strict=True)
+    ]
+    column = {
+        "accuracy": sum(right) / len(right),
+        "accuracy_interval_95": wilson_interval(sum(right), len(right)),
+        "n": len(right),
+        "mean_completion_tokens": fmean(len(r.completion_token_ids) for r in rollouts),
+        "truncated_share": fmean(r.finish_reason == "length" for r in rollouts),
+    }
+    return column, right
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> list[float]:
+    """95 % score interval of a proportion (Wilson, 1927); honest at 0 and 1 too."""
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread_ = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + s) / (1 + z * z / n) for s in (-spread_, spread_))
+    return [max(0.0, low), min(1.0, high)]
+
+
+def internalised(base: float, prompted: float, distilled: float) -> float | None:
+    """Share of the prompt's gain that the weights hold; None where the prompt gained nothing."""
+    return (distilled - base) / (prompted - base) if prompted > base else None
+
+
+@torch.no_grad()
+def held_out_divergence(
+    student: torch.nn.Module,
+    teacher: SharedPrefixTeacher,
+    prompts: Sequence[Prompt],
+    config: TrainConfig,
+) -> float:
+    """Mean reverse KL to the teacher, nats per token, on completions that the student samples.
+
+    Draws from a generator of its own, so that the state of the run stays as it was.
+    """
+    device = next(student.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        rollouts = TransformersEngine(student, config.rollout_batch_size).generate(
+            [p.student_ids for p in prompts],
+            SamplingParams(config.max_completion_tokens, config.temperature),
+        )
+    completions = [r.completion_token_ids for r in rollouts]
+    hidden = teacher.score([p.teacher_ids for p in prompts], completions)
+    total, tokens, size = 0.0, 0, config.sequences_per_pass
+    head, other = head_of(student), teacher.head
+    for start in range(0, len(prompts), size):
+        batch = slice(start, start + size)
+        ours = completion_hidden(
+            student, [p.student_ids for p in prompts[batch]], completions[batch]
+        )
+        out = linear_divergence(
+            ours * head.scale,
+            head.weight,
+            hidden.hidden[tokens : tokens + len(ours)],
+            other.weight,
+            temperature=config.temperature,
+            student_bias=head.bias,
+            teacher_bias=other.bias,
+            student_softcap=head.softcap,
+            teacher_softcap=other.softcap,
+            vocab_size=min(len(head.weight), len(other.weight)),
+        )
+        total += out.per_token.sum().item()
+        tokens += len(ours)
+    return total / tokens
+
+
+def evaluate(
+    base: torch.nn.Module,
+    distilled: torch.nn.Module | None,
+    teacher: SharedPrefixTeacher,
+    task: Task,
+    chat: Chat,
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scorecard on the test prompts, and every answer it was made from.
+
+    Without a distilled model its columns are null. `say` is told what is being measured.
+    """
+    card: dict[str, Any] = dict.fromkeys(COLUMNS)
+    answers: list[dict[str, Any]] = [
+        {"prompt": list(p.example.messages), "accepted": list(p.example.answers)} for p in task.test
+    ]
+    held_out = spread(task.test, config.divergence_prompts)
+    divergence: dict[str, float | None] = {"before": None, "after": None}
+    for name, when, model in (("base", "before", base), ("distilled", "after", distilled)):
+        if model is None:
+            continue
+        with_context = "prompted" if name == "base" else "distilled_prompted"
+        for column, prompt_ids in (
+            (name, [p.student_ids for p in task.test]),
+            (with_context, [task.prefix_ids + p.teacher_ids for p in task.test]),
+        ):
+            say(column)
+            rollouts = answer(model, prompt_ids, config)
+            card[column], right = measure(rollouts, task.test, task, chat)
+            for row, rollout, ok in zip(answers, rollouts, right, strict=True):
+                row[column] = chat.decode(rollout.completion_token_ids)
+                row[f"{column}_right"] = ok
+        say(f"divergence {when}")
+        divergence[when] = held_out_divergence(model, teacher, held_out, config)
+    card["internalised"] = (
+        internalised(*(card[c]["accuracy"] for c in ("base", "prompted", "distilled")))
+        if distilled is not None
+        else None
+    )
+    card["divergence"] = divergence | {
+        "unit": "nats per completion token, student || teacher",
+        "prompts": len(held_out),
+    }
+    card["prompt_tokens_saved"] = task.prompt_tokens_saved
+    card["scorer"] = config.scorer
+    card["decoding"] = {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens}
+    card["data"] = {"part": "test", "file": config.eval_data}
+    return card, answers
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people and programs, atomically."""
+    aside = path.with_name(f".writing-{path.name}")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,185 @@
+"""The training loop: sample, score, step.
+
+prompts ── student, without context ──► completions
+completions ── frozen teacher, behind the shared context ──► its hidden states
+both hidden states, both heads ── exact reverse KL over the vocabulary ──► gradient ──► step
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.lm import batches_by_length, completion_hidden, head_of
+from opcd.rollout import Rollout, RolloutEngine, SamplingParams
+from opcd.task import Prompt
+from opcd.teacher import SharedPrefixTeacher
+from opcd_kernels import linear_divergence
+
+
+class Distiller:
+    """On-policy context distillation of `teacher` into `student`, one step at a time."""
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: SharedPrefixTeacher,
+        engine: RolloutEngine,
+        config: TrainConfig,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.engine = engine
+        self.config = config
+        self.steps_done = 0
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        )
+        self._device = self.parameters[0].device
+        self._compute_dtype = compute_dtype
+        self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
+
+    def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """One step on `prompts`; returns its metrics."""
+        begin = self._now()
+        rollouts = self.rollout(prompts)
+        rolled = self._now()
+        teacher_hidden = self.score(prompts, rollouts)
+        scored = self._now()
+        metrics = self.update(rollouts, teacher_hidden)
+        end = self._now()
+        lengths = [len(r.completion_token_ids) for r in rollouts]
+        return {
+            "step": self.steps_done,
+            **metrics,
+            "completion_tokens_mean": sum(lengths) / len(lengths),
+            "truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+            "rollout_time_s": rolled - begin,
+            "teacher_time_s": scored - rolled,
+            "update_time_s": end - scored,
+            "step_time_s": end - begin,
+            "completion_tokens_per_s": sum(lengths) / (end - begin),
+        }
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The student completes the prompts without the context."""
+        self.engine.sync(self.student, self.steps_done)
+        with self.autocast():
+            return self.engine.generate(
+                [p.student_ids for p in prompts], self._sampling, self.config.completions_per_prompt
+            )
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """The teacher's hidden states for the same tokens behind the context, one (L, D) each."""
+        n = self.config.completions_per_prompt
+        scored = self.teacher.score(
+            [p.teacher_ids for p in prompts for _ in range(n)],
+            [r.completion_token_ids for r in rollouts],
+        )
+        return list(scored.hidden.split(scored.cu_seqlens.diff().tolist()))
+
+    def update(
+        self, rollouts: Sequence[Rollout], teacher_hidden: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """One optimizer step on the divergence; the same whatever `sequences_per_pass` is."""
+        config, teacher = self.config, self.teacher.head
+        weights = token_weights([len(r.completion_token_ids) for r in rollouts], config)
+        totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
+        self.student.train()
+        for batch in batches_by_length(
+            [len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rollouts],
+            config.sequences_per_pass,
+        ):
+            with self.autocast():
+                hidden = completion_hidden(
+                    self.student,
+                    [rollouts[i].prompt_token_ids for i in batch],
+                    [rollouts[i].completion_token_ids for i in batch],
+                )
+                student = head_of(self.student)
+                out = linear_divergence(
+                    hidden if student.scale == 1 else hidden * student.scale,
+                    student.weight,
+                    torch.cat([teacher_hidden[i] for i in batch]),
+                    teacher.weight,
+                    torch.cat([weights[i] for i in batch]).to(self._device),
+                    divergence=config.divergence,
+                    beta=config.beta,
+                    temperature=config.temperature,
+                    student_bias=student.bias,
+                    teacher_bias=teacher.bias,
+                    student_softcap=student.softcap,
+                    teacher_softcap=teacher.softcap,
+                    vocab_size=min(len(student.weight), len(teacher.weight)),
+                )
+            out.loss.backward()
+            totals += torch.stack(
+                [out.loss.detach(), out.per_token.sum(), out.student_entropy.sum()]
+            )
+        self.student.eval()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        loss, divergence, entropy, grad_norm = [*totals.tolist(), norm.item()]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad()
+            raise InputError(
+                f"the loss must be finite, got loss {loss} and gradient norm {grad_norm} in step "
+                f"{self.steps_done + 1}; the weights before that step are kept: lower "
+                f"learning_rate, or pass --dtype float32"
+            )
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.steps_done += 1
+        n = sum(len(r.completion_token_ids) for r in rollouts)
+        return {
+            "loss": loss,
+            "divergence": divergence / n,
+            "student_entropy": entropy / n,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+        }
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of every pass of the student."""
+        low = self._compute_dtype != torch.float32
+        return torch.autocast(self._device.type, self._compute_dtype, enabled=low)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def token_weights(lengths: Sequence[int], config: TrainConfig) -> list[Tensor]:
+    """Each token's share of the loss: one denominator for the whole step, whatever the passes."""
+    if config.average_over == "tokens":
+        return [torch.full((n,), 1 / sum(lengths)) for n in lengths]
+    return [torch.full((n,), 1 / (n * len(lengths))) for n in lengths]
+
+
+def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:
+    """The prompts of step number `step` (from 0): epochs of seeded shuffles, one after another."""
+    chosen = []
+    order: list[int] = []
+    first = step * config.prompts_per_step
+    for position in range(first, first + config.prompts_per_step):
+        epoch, offset = divmod(position, len(prompts))
+        if not order or offset == 0:
+            generator = torch.Generator().manual_seed(config.seed + 7919 * epoch)
+            order = torch.randperm(len(prompts), generator=generator).tolist()
+        chosen.append(prompts[order[offset]])
+    return chosen

@@ -1,0 +1,89 @@
+"""Keys and values of a token prefix that many sequences share, computed once."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from opcd.errors import InputError
+from opcd.lm import causal_lm
+
+
+class SharedPrefix:
+    """The cache of one pass over `token_ids`; `expand` hands out copies that a pass may extend.
+
+    The recorded states are never written to. They hold as long as the model's weights do.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: torch.nn.Module, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InputError(
+                "a shared prefix must hold at least one token, got none; the rendered prompts have "
+                "no common start"
+            )
+        lm = causal_lm(model)
+        self.token_ids = list(token_ids)
+        ids = torch.tensor([self.token_ids], device=lm.device)
+        cache = lm.base_model(input_ids=ids, use_cache=True).past_key_values
+        if not isinstance(cache, Cache):
+            raise InputError(
+                f"{type(lm).__name__} must return a transformers Cache, got "
+                f"{type(cache).__name__}; this architecture cannot share a prefix"
+            )
+        self._cache: Any = cache
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def allows_pads(self, total_length: int) -> bool:
+        """Whether masked pads between prefix and prompt leave a pass of that length exact.
+
+        They would enter a recurrent state, and they would push the prefix out of a sliding window,
+        which counts cache slots.
+        """
+        return all(
+            type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= total_length)
+            for layer in self._cache.layers
+        )
+
+    def expand(self, batch_size: int) -> Cache:
+        """A cache of `batch_size` rows that starts with the prefix.
+
+        Attention layers are views of the recorded row: the one copy is made when new keys are
+        appended. Recurrent states are updated in place by the models, so they are copied.
+        """
+        cache = copy.copy(self._cache)
+        cache.layers = [_expand(layer, batch_size) for layer in self._cache.layers]
+        return cache
+
+
+def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common token prefix that leaves each sequence at least one token."""
+    if not sequences:
+        return 0
+    low, high = min(sequences), max(sequences)
+    limit = min(map(len, sequences)) - 1
+    length = 0
+    while length < limit and low[length] == high[length]:
+        length += 1
+    return length
+
+
+def _is_attention(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _expand(layer: Any, batch_size: int) -> Any:
+    if not _is_attention(layer):
+        layer = copy.deepcopy(layer)
+        layer.reorder_cache(torch.zeros(batch_size, dtype=torch.long))
+        return layer
+    layer = copy.copy(layer)
+    if layer.is_initialized:
+        layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+        layer.values = layer.values.expand(batch_size, -1, -1, -1)
+    return layer

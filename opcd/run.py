@@ -1,0 +1,360 @@
+"""A run from its configuration to its scorecard: the folder, the models, the steps, the proof."""
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from opcd.chat import Chat, check_same_tokenizer
+from opcd.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+    write_atomically,
+)
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.evaluate import answer, evaluate, held_out_divergence, measure, write_json
+from opcd.lm import check_head, max_positions
+from opcd.loop import Distiller, step_prompts
+from opcd.models import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from opcd.report import (
+    before_after,
+    read_metrics,
+    scorecard_facts,
+    scorecard_table,
+    write_report,
+)
+from opcd.rollout import TransformersEngine
+from opcd.task import Task, read_task_files, render_task, spread
+from opcd.teacher import SharedPrefixTeacher
+
+log = logging.getLogger(__name__)
+
+# Fields that may change when a run is continued: none of them alters a step that was done.
+MAY_CHANGE = {"steps", "save_every", "keep_checkpoints", "eval_data", "rollout_batch_size"}
+
+
+class Setup(NamedTuple):
+    """What training and evaluation both need; nothing in it has cost long work."""
+
+    task: Task
+    chat: Chat
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+
+
+def train(config: TrainConfig, resume: bool = False) -> None:
+    """Distil, choose a checkpoint on validation data, export it, and score it on test data."""
+    setup = prepare(config)
+    folder = _open_folder(config, resume)
+    finished = _fit(config, setup, folder, resume)
+    if not finished:
+        return
+    base = load_model(config.model, setup.dtype, setup.device)
+    if config.eval_data:
+        final = load_model(str(folder / "final"), setup.dtype, setup.device)
+        _score(config, setup, base, final, folder, json.loads(_read(folder / "selection.json")))
+    print(f"\n{_next_steps(config, folder)}")
+
+
+def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None) -> None:
+    """Score `distilled` (default: the run's final model; "none": only base and prompted)."""
+    if not config.eval_data:
+        raise InputError("eval_data must name labelled test data, got none; pass --eval_data FILE")
+    folder = Path(config.output_dir)
+    own = distilled is None
+    path = str(folder / "final") if own else distilled
+    if own and not Path(path).is_dir():
+        raise InputError(
+            f"there must be a distilled model, got no folder {path!r}; run `opcd train` first, "
+            f"name one with --distilled, or pass --distilled none to measure base and prompted only"
+        )
+    setup = prepare(config)
+    base = load_model(config.model, setup.dtype, setup.device)
+    final = None if path == "none" else load_model(path, setup.dtype, setup.device)
+    selection = {"how": "none distilled" if final is None else f"{path}, as named"}
+    if own and (folder / "selection.json").is_file():
+        selection = json.loads(_read(folder / "selection.json"))
+    target = Path(save_to) if save_to else folder if own else folder / f"eval-{Path(path).name}"
+    target.mkdir(parents=True, exist_ok=True)
+    _score(config, setup, base, final, target, selection)
+    print(f"\nwritten: {target / 'scorecard.json'}, {target / 'report.md'}")
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Read and check everything that can be wrong before weights are loaded."""
+    config.check()
+    files = read_task_files(config)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    tokenizer = load_tokenizer(config.model)
+    limits = [max_positions(load_config(config.model))]
+    if config.teacher:
+        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
+        limits.append(max_positions(load_config(config.teacher)))
+    chat = Chat(tokenizer, files.context, config.chat_template_args)
+    limit = min((x for x in limits if x is not None), default=None)
+    task = render_task(files, chat, limit, config.max_completion_tokens)
+    return Setup(task, chat, tokenizer, device, dtype)
+
+
+def _open_folder(config: TrainConfig, resume: bool) -> Path:
+    folder = Path(config.output_dir)
+    saved = folder / "config.yaml"
+    if resume:
+        if not saved.is_file():
+            raise InputError(
+                f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
+            )
+        changed = set(TrainConfig.load(saved).differing_fields(config)) - MAY_CHANGE
+        if changed:
+            raise InputError(
+                f"a resumed run must keep its settings, got other values for "
+                f"{', '.join(sorted(changed))}; pass --config {saved}, or start another output_dir"
+            )
+    elif saved.exists() or (folder / "checkpoints").exists():
+        raise InputError(
+            f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume to "
+            f"continue it, or choose another output_dir"
+        )
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        config.save(saved)
+    except OSError as error:
+        raise InputError(
+            f"output_dir must be a folder that can be written, got {str(folder)!r}: "
+            f"{error.strerror}; choose another"
+        ) from error
+    return folder
+
+
+def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
+    """Train to the last step and write final/; False if a signal ended it before."""
+    task, checkpoints = setup.task, folder / "checkpoints"
+    distiller = build_distiller(config, setup)
+    best: dict[str, Any] = {"step": None}
+    if resume and (done := list_checkpoints(checkpoints)):
+        best = load_checkpoint(done[-1], distiller)["best"]
+    _print_plan(config, setup, distiller)
+    metrics_file = folder / "metrics.jsonl"
+    kept = read_metrics(metrics_file, distiller.steps_done)
+    metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    with (
+        stop_signals() as stop,
+        metrics_file.open("a", encoding="utf-8") as metrics_log,
+        tqdm(total=config.steps, initial=distiller.steps_done, unit="step", desc="distil") as bar,
+    ):
+        while distiller.steps_done < config.steps and not stop:
+            try:
+                metrics = distiller.step(step_prompts(task.train, distiller.steps_done, config))
+            except InputError:
+                save_checkpoint(checkpoints, distiller, {"best": best})
+                raise
+            step, last = distiller.steps_done, distiller.steps_done == config.steps
+            validated = task.validation and (step % config.validate_every == 0 or last)
+            if validated:
+                metrics["validation"] = found = _validate(distiller, setup, config)
+                if best["step"] is None or _rank(found) > _rank(best):
+                    best = {"step": step, **found}
+            print(json.dumps(metrics), file=metrics_log, flush=True)
+            if validated or last or stop or step % config.save_every == 0:
+                save_checkpoint(checkpoints, distiller, {"best": best})
+                rotate(checkpoints, config.keep_checkpoints, best["step"])
+            bar.set_postfix_str(_postfix(metrics, best), refresh=False)
+            bar.update()
+    if distiller.steps_done < config.steps:
+        print(
+            f"stopped by {stop[0]} after step {distiller.steps_done}; checkpoint saved. Continue:\n"
+            f"  opcd train --config {folder / 'config.yaml'} --resume"
+        )
+        return False
+    _export(config, setup, folder, best)
+    return True
+
+
+def build_distiller(config: TrainConfig, setup: Setup) -> Distiller:
+    """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
+    torch.manual_seed(config.seed)
+    prefix_ids = setup.task.prefix_ids
+    frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    if config.lora_rank:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        student = get_peft_model(load_model(config.model, setup.dtype, setup.device), lora)
+    else:
+        student = load_model(config.model, torch.float32, setup.device).requires_grad_(True)
+    check_head(student, prefix_ids[:16])
+    if isinstance(student, PeftModel) and not config.teacher:
+        scorer, frozen = student, student.disable_adapter
+    else:
+        scorer = load_model(config.teacher or config.model, setup.dtype, setup.device)
+        check_head(scorer, prefix_ids[:16])
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = SharedPrefixTeacher(scorer, prefix_ids, config.sequences_per_pass, frozen)
+    engine = TransformersEngine(student, config.rollout_batch_size)
+    return Distiller(student.eval(), teacher, engine, config, setup.dtype)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM as names, so that a step is finished; a second one kills."""
+    stop: list[str] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        stop.append(signal.Signals(number).name)
+        print("\nfinishing this step, then saving (once more to stop at once)", flush=True)
+        signal.signal(number, previous[number])
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _validate(distiller: Distiller, setup: Setup, config: TrainConfig) -> dict[str, float]:
+    """Accuracy without the context, and divergence to the teacher, on the validation prompts."""
+    prompts = setup.task.validation
+    begin = time.perf_counter()
+    with distiller.autocast():
+        rollouts = answer(distiller.student, [p.student_ids for p in prompts], config)
+        column, _ = measure(rollouts, prompts, setup.task, setup.chat)
+        divergence = held_out_divergence(
+            distiller.student,
+            distiller.teacher,
+            spread(prompts, config.divergence_prompts),
+            config,
+        )
+    return {
+        "accuracy": column["accuracy"],
+        "divergence": divergence,
+        "time_s": time.perf_counter() - begin,
+    }
+
+
+def _rank(found: dict[str, Any]) -> tuple[float, float]:
+    return found["accuracy"], -found["divergence"]
+
+
+def _export(config: TrainConfig, setup: Setup, folder: Path, best: dict[str, Any]) -> None:
+    """Write the chosen checkpoint as final/, in the precision the model was stored in."""
+    step = best["step"] or config.steps
+    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+    stored = getattr(load_config(config.model), "dtype", None) or torch.float32
+    adapter = None
+    if config.lora_rank > 0:
+        base = load_model(config.model, stored)
+        adapter = PeftModel.from_pretrained(base, str(checkpoint))
+        model: PreTrainedModel = adapter.merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=stored)
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        setup.tokenizer.save_pretrained(aside)
+
+    write_atomically(folder / "final", write)
+    if best["step"] is None:
+        how = f"step {step}, the last (no validation data)"
+    else:
+        how = (
+            f"step {step} of {config.steps}, chosen on validation data by accuracy "
+            f"({best['accuracy']:.1%}), then divergence"
+        )
+    selection = {"how": how, "step": step, "data": config.validation_data, "validation": best}
+    write_json(folder / "selection.json", selection)
+
+
+def _score(
+    config: TrainConfig,
+    setup: Setup,
+    base: PreTrainedModel,
+    distilled: PreTrainedModel | None,
+    folder: Path,
+    selection: dict[str, Any],
+) -> None:
+    """Measure, print and write scorecard.json, answers.jsonl and report.md."""
+    frozen = load_model(config.teacher, setup.dtype, setup.device) if config.teacher else base
+    teacher = SharedPrefixTeacher(frozen, setup.task.prefix_ids, config.sequences_per_pass)
+    with tqdm(total=6 if distilled is not None else 3, desc="evaluate", leave=False) as bar:
+
+        def say(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        card, answers = evaluate(base, distilled, teacher, setup.task, setup.chat, config, say)
+    card["selection"] = selection
+    write_json(folder / "scorecard.json", card)
+    (folder / "answers.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8"
+    )
+    write_report(folder, card, answers, config, read_metrics(folder / "metrics.jsonl"))
+    print(f"\n{scorecard_table(card)}\n")
+    print("\n".join(f"  {fact}" for fact in scorecard_facts(card)))
+    print(f"\nFive test prompts, before and after\n\n{before_after(answers)}")
+
+
+def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None:
+    task = setup.task
+    trained = sum(p.numel() for p in distiller.parameters)
+    kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "every weight"
+    dtype = str(setup.dtype).removeprefix("torch.")
+    print(
+        f"context   {len(task.prefix_ids)} tokens, computed once ({distiller.teacher.plan.mode}: "
+        f"{distiller.teacher.plan.reason})\n"
+        f"student   {config.model} on {setup.device}, {dtype}, training {kind} "
+        f"({trained / 1e6:.1f} M)\n"
+        f"data      {len(task.train)} training, {len(task.validation)} validation, "
+        f"{len(task.test)} test prompts"
+    )
+
+
+def _postfix(metrics: dict[str, Any], best: dict[str, Any]) -> str:
+    text = (
+        f"divergence {metrics['divergence']:.3f}, {metrics['completion_tokens_mean']:.1f} tokens "
+        f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
+    )
+    return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")
+
+
+def _next_steps(config: TrainConfig, folder: Path) -> str:
+    report = f"  report       {folder / 'report.md'}\n" if config.eval_data else ""
+    return (
+        f"Done. The model that no longer needs the context is {folder / 'final'}\n"
+        f"{report}"
+        f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
+        f"  score again  opcd eval --config {folder / 'config.yaml'}\n"
+        f"  your prompt  opcd train --help, and a config like {folder / 'config.yaml'}"
+    )
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,132 @@
+"""The teacher: a frozen model that scores completions behind one shared prefix."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opcd.lm import batches_by_length, completion_hidden, head_of
+from opcd.prefix import SharedPrefix
+from opcd_kernels import linear_divergence
+
+log = logging.getLogger(__name__)
+
+
+class Plan(NamedTuple):
+    """How the teacher scores, and why."""
+
+    mode: str  # "cached": the prefix is computed once; "recompute": with every sequence
+    backend: str
+    reason: str
+
+
+class Scored(NamedTuple):
+    """The teacher's side of a batch."""
+
+    hidden: Tensor  # (N, D): the hidden state that predicts each completion token
+    cu_seqlens: Tensor  # (B + 1,) int64: where each sequence's rows start
+
+
+class SharedPrefixTeacher:
+    """Scores completions with `prefix_ids` in front of every prompt, computing the prefix once.
+
+    On construction two short sequences are scored with and without the cache. Where they differ by
+    more than the dtype's noise, every sequence is computed in full and `plan` says so.
+
+    `frozen` is entered around every pass; with it teacher and student can be one module, e.g.
+    ``frozen=peft_model.disable_adapter``. The weights must not change while the teacher is in use.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prefix_ids: Sequence[int],
+        sequences_per_pass: int = 16,
+        frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.model = model
+        self.head = head_of(model)
+        self._prefix_ids = list(prefix_ids)
+        self._sequences_per_pass = sequences_per_pass
+        self._frozen = frozen
+        with torch.no_grad(), frozen():
+            self._prefix: SharedPrefix | None = SharedPrefix(model, prefix_ids)
+            self.plan = self._self_check()
+        log.info("teacher: %s with %s, %s", *self.plan)
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+    ) -> Scored:
+        """Hidden states behind the prefix; `prompt_ids` are the teacher's, without the prefix.
+
+        Raises ValueError for an empty prompt or completion: each prompt keeps at least one token
+        behind the prefix, which predicts the first completion token.
+        """
+        for name, sequences in (("prompt", prompt_ids), ("completion", completion_ids)):
+            if not all(sequences):
+                raise ValueError(
+                    f"every {name} must hold at least one token, got an empty one; leave its last "
+                    f"token out of the prefix, or drop the sequence"
+                )
+        lengths = [len(c) for c in completion_ids]
+        totals = [len(p) + n for p, n in zip(prompt_ids, lengths, strict=True)]
+        parts: list[Tensor | None] = [None] * len(lengths)
+        with self._frozen():
+            for batch in batches_by_length(totals, self._sequences_per_pass):
+                hidden = self._hidden(
+                    [prompt_ids[i] for i in batch], [completion_ids[i] for i in batch]
+                )
+                for i, part in zip(batch, hidden.split([lengths[i] for i in batch]), strict=True):
+                    parts[i] = part
+        weight = self.head.weight
+        packed = torch.cat(parts) if parts else weight.new_zeros(0, weight.shape[1])
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(weight.device)
+        return Scored(packed if self.head.scale == 1 else packed * self.head.scale, cu_seqlens)
+
+    def _hidden(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        if self._prefix is not None:
+            return completion_hidden(self.model, prompt_ids, completion_ids, self._prefix)
+        whole = [[*self._prefix_ids, *p] for p in prompt_ids]
+        return completion_hidden(self.model, whole, completion_ids)
+
+    def _self_check(self) -> Plan:
+        """Score two short sequences both ways; keep the cache if they agree."""
+        ids = self._prefix_ids
+        probes = [ids[-1:], (ids[-5:-2] or ids[:1])], [ids[:3], ids[:7]]
+        cached = self._hidden(*probes)
+        prefix, self._prefix = self._prefix, None
+        full = self._hidden(*probes)
+        weight = self.head.weight
+        divergence = linear_divergence(
+            cached.to(weight.dtype) * self.head.scale,
+            weight,
+            full.to(weight.dtype) * self.head.scale,
+            weight,
+            student_bias=self.head.bias,
+            teacher_bias=self.head.bias,
+            student_softcap=self.head.softcap,
+            teacher_softcap=self.head.softcap,
+        ).per_token.max()
+        bound = 1e-4 if cached.dtype == torch.float32 else 0.05
+        if not divergence.item() <= bound:
+            reason = (
+                f"cached and full passes differ by {divergence.item():.2g} nats a token, "
+                f"more than {bound:g}"
+            )
+            log.warning("the shared prefix is recomputed with every sequence: %s", reason)
+            return Plan("recompute", "padded rows", reason)
+        self._prefix = prefix
+        return Plan(
+            "cached",
+            "padded rows, expanded DynamicCache",
+            f"agrees with a full pass to {divergence.item():.1g} nats a token",
+        )

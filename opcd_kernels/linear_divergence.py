@@ -1,0 +1,340 @@
+"""Exact divergence between student and teacher, from hidden states and lm_head weights.
+
+The chunked PyTorch backend. For each chunk of tokens both models' logits are formed in fp32, the
+per-token divergence and its gradient with respect to the student's logits follow in closed form,
+and the gradient is multiplied back into the hidden states and the head at once. Nothing of shape
+(N, V) is ever kept: the scratch is three (chunk, V) buffers, whatever N is.
+
+    gradient with respect to the student's logits z_s, for D_i at token i
+      reverse KL   p_s (log p_s − log p_t − D_i)
+      forward KL   p_s − p_t
+      JSD(β)       (1−β) p_s [(log p_s − log m) − KL(p_s ‖ m)],   m = (1−β) p_s + β p_t
+
+Numerics: student and teacher are nearly equal during distillation, so log p_s − log p_t cancels.
+Logits are therefore accumulated and kept in fp32 also when the inputs are bf16, and each KL is
+summed from terms that are never negative: q − p + p r with r = log p − log q, taken as
+p (expm1(−r) + r) where |r| < 1.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+BACKENDS = ("auto", "torch")
+
+_CPU_SCRATCH_BYTES = 192 * 2**20
+_CUDA_SCRATCH_SHARE = 0.05
+
+
+class LinearDivergence(NamedTuple):
+    """What `linear_divergence` returns."""
+
+    loss: Tensor  # () fp32, differentiable in student_hidden, student_weight, student_bias
+    per_token: Tensor  # (N,) fp32 nats, detached
+    student_entropy: Tensor  # (N,) fp32 nats, detached
+
+
+class _Spec(NamedTuple):
+    divergence: str
+    beta: float
+    temperature: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    vocab_size: int
+    chunk_tokens: int
+    compute_dtype: torch.dtype  # of the operands of the products; logits are fp32 (fp64 for fp64)
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # (N, D_s) or (B, T, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor,  # (N, D_t) or (B, T, D_t); no gradient
+    teacher_weight: Tensor,  # (V_t, D_t); no gradient
+    token_weights: Tensor | None = None,  # (N,) or (B, T); 0 drops a token; default 1/N each
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,  # (V_s,)
+    teacher_bias: Tensor | None = None,  # (V_t,)
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> LinearDivergence:
+    """Σ_i token_weights_i · D_i between two language-model heads, summed over the whole vocabulary.
+
+    Equals ``reference.divergence`` of ``reference.logits`` of both models, weighted and summed.
+    ``token_weights`` is the only reduction: a mask, a per-sequence mean, a global token count are
+    all one vector. ``vocab_size`` uses the first rows of both heads and is required where their
+    numbers of rows differ.
+
+    Numerics: operands in the inputs' dtype (or autocast's), products accumulated and kept in fp32,
+    gradients of the head accumulated in fp32. Gradients are formed during the forward pass, so a
+    second derivative is not available. fp64 inputs compute in fp64 throughout.
+
+    Raises ValueError for shapes, dtypes or options that do not fit together.
+    Source of the objective: arXiv 2602.12275.
+    """
+    shape = student_hidden.shape[:-1]
+    h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
+    h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    n = h_s.shape[0]
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"teacher_hidden must hold the same tokens as student_hidden {tuple(shape)}, got "
+            f"{tuple(teacher_hidden.shape[:-1])}; pass the hidden states of the same positions"
+        )
+    for name, hidden, weight, bias in (
+        ("student", h_s, student_weight, student_bias),
+        ("teacher", h_t, teacher_weight, teacher_bias),
+    ):
+        if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+            raise ValueError(
+                f"{name}_weight must be (V, D={hidden.shape[1]}) like {name}_hidden, got "
+                f"{tuple(weight.shape)}; pass the lm_head weight untransposed"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name}_bias must be (V={weight.shape[0]},), got {tuple(bias.shape)}; "
+                f"pass the bias of the same lm_head"
+            )
+        if not hidden.is_floating_point() or not weight.is_floating_point():
+            raise ValueError(
+                f"{name}_hidden and {name}_weight must be floating point, got "
+                f"{hidden.dtype} and {weight.dtype}; dequantize the head first"
+            )
+        if hidden.device != weight.device:
+            raise ValueError(
+                f"{name}_hidden and {name}_weight must be on one device, got "
+                f"{hidden.device} and {weight.device}; move one of them"
+            )
+    rows = (student_weight.shape[0], teacher_weight.shape[0])
+    if vocab_size is None:
+        if rows[0] != rows[1]:
+            raise ValueError(
+                f"teacher_weight must have V={rows[0]} rows like student_weight, got {rows[1]}; "
+                f"pass vocab_size={min(rows)} to use the shared rows"
+            )
+        vocab_size = rows[0]
+    if not 1 <= vocab_size <= min(rows):
+        raise ValueError(
+            f"vocab_size must be between 1 and {min(rows)}, the smaller head, got {vocab_size}; "
+            f"pass the size of the tokenizer"
+        )
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use a KL instead")
+    for name, value in (
+        ("temperature", temperature),
+        ("student_softcap", student_softcap),
+        ("teacher_softcap", teacher_softcap),
+    ):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    high = torch.float64 if h_s.dtype == torch.float64 else torch.float32
+    if token_weights is None:
+        w = torch.full((n,), 1 / max(n, 1), dtype=high, device=h_s.device)
+    else:
+        if token_weights.numel() != n:
+            raise ValueError(
+                f"token_weights must hold one weight for each of the {n} tokens, got "
+                f"{tuple(token_weights.shape)}; flatten it the way student_hidden is"
+            )
+        w = token_weights.detach().reshape(-1).to(high)
+
+    device_type = h_s.device.type
+    if h_s.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    else:
+        compute_dtype = torch.promote_types(h_s.dtype, student_weight.dtype)
+    spec = _Spec(
+        divergence,
+        beta,
+        temperature,
+        student_softcap,
+        teacher_softcap,
+        vocab_size,
+        chunk_tokens or _default_chunk_tokens(h_s.device, vocab_size),
+        compute_dtype,
+    )
+    with torch.autocast(device_type, enabled=False):
+        loss, per_token, entropy = _LinearDivergence.apply(
+            h_s, student_weight, student_bias, h_t, teacher_weight, teacher_bias, w, spec
+        )
+    return LinearDivergence(loss, per_token, entropy)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """Gradients are formed in forward, where the logits are; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_s: Tensor,
+        w_s: Tensor,
+        b_s: Tensor | None,
+        h_t: Tensor,
+        w_t: Tensor,
+        b_t: Tensor | None,
+        token_weights: Tensor,
+        spec: _Spec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        n, v, high = h_s.shape[0], spec.vocab_size, token_weights.dtype
+        w_s_low = w_s[:v].to(spec.compute_dtype)
+        w_t_low = w_t[:v].to(_operand_dtype(w_t, spec))
+        per_token = torch.empty(n, dtype=high, device=h_s.device)
+        entropy = torch.empty_like(per_token)
+        grad_h = torch.empty_like(h_s) if need_h else None
+        grad_w = torch.zeros(w_s.shape, dtype=high, device=w_s.device) if need_w else None
+        grad_b = torch.zeros(w_s.shape[0], dtype=high, device=w_s.device) if need_b else None
+
+        for start in range(0, n, spec.chunk_tokens):
+            rows = slice(start, start + spec.chunk_tokens)
+            h_low = h_s[rows].to(spec.compute_dtype)
+            z_s, slope = _logits(h_low, w_s_low, b_s, spec.student_softcap, spec, high)
+            z_t, _ = _logits(
+                h_t[rows].to(w_t_low.dtype), w_t_low, b_t, spec.teacher_softcap, spec, high
+            )
+            per_token[rows], entropy[rows], dz = _divergence(
+                z_s, z_t, spec, any((need_h, need_w, need_b))
+            )
+            if dz is None:
+                continue
+            dz.mul_(token_weights[rows, None] / spec.temperature)
+            if slope is not None:
+                dz.mul_(slope)
+            # A token of weight 0 contributes nothing even where its divergence is infinite.
+            dz.masked_fill_(token_weights[rows, None] == 0, 0)
+            if grad_b is not None:
+                grad_b[:v] += dz.sum(0)
+            dz_low = dz.to(spec.compute_dtype)
+            if grad_h is not None:
+                grad_h[rows] = _matmul(dz_low, w_s_low, high).to(h_s.dtype)
+            if grad_w is not None:
+                grad_w[:v] += _matmul(dz_low.T, h_low, high)
+
+        ctx.save_for_backward(grad_h, grad_w, grad_b)
+        ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
+        ctx.mark_non_differentiable(per_token, entropy)
+        weighted = torch.where(token_weights == 0, 0, token_weights * per_token)
+        return weighted.sum(), per_token, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_divergence has no second derivative: its gradient is formed in the forward "
+                "pass; call backward or autograd.grad without create_graph"
+            )
+        grad_loss = grad_outputs[0]
+        grads = [
+            None if g is None else (g * grad_loss).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None, None)
+
+
+def _divergence(
+    z_s: Tensor, z_t: Tensor, spec: _Spec, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per-token divergence, student entropy and gradient in z_s. Consumes both (C, V) buffers."""
+    log_s = z_s.sub_(z_s.logsumexp(-1, keepdim=True))
+    log_t = z_t.sub_(z_t.logsumexp(-1, keepdim=True))
+    p_s = log_s.exp()
+    entropy = torch.xlogy(p_s, p_s).sum(-1).neg_()
+    if spec.divergence == "reverse_kl":
+        value, ratio = _kl(p_s, log_s, log_t)
+        return value, entropy, p_s.mul_(ratio.sub_(value[:, None])) if need_grad else None
+    p_t = log_t.exp()
+    if spec.divergence == "forward_kl":
+        value, _ = _kl(p_t, log_t, log_s)
+        return value, entropy, p_s.sub_(p_t) if need_grad else None
+    beta = spec.beta
+    log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
+    kl_s, ratio = _kl(p_s, log_s, log_m)
+    kl_t, _ = _kl(p_t, log_t, log_m)
+    dz = p_s.mul_(ratio.sub_(kl_s[:, None])).mul_(1 - beta) if need_grad else None
+    return beta * kl_t + (1 - beta) * kl_s, entropy, dz
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) and log p − log q (0 where p is 0), summed from non-negative terms."""
+    ratio = torch.where(p > 0, log_p - log_q, 0)
+    near = p * (torch.expm1(-ratio) + ratio)
+    far = log_q.exp() - p + p * ratio
+    return torch.where(ratio.abs() < 1, torch.where(p > 0, near, far), far).sum(-1), ratio
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    spec: _Spec,
+    high: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits in `high`, and the softcap's derivative where there is one."""
+    z = _matmul(hidden, weight.T, high)
+    if bias is not None:
+        z += bias[: spec.vocab_size]
+    slope = None
+    if softcap is not None:
+        z = torch.tanh(z.div_(softcap))
+        slope = 1 - z * z
+        z = z * softcap
+    return (z if spec.temperature == 1 else z.div_(spec.temperature)), slope
+
+
+def _matmul(a: Tensor, b: Tensor, high: torch.dtype) -> Tensor:
+    """a @ b with low-precision operands, accumulated and returned in `high` (fp32, or fp64)."""
+    if a.dtype == high:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=high)
+    with _bf16_products(a.dtype):
+        return a.to(high) @ b.to(high)
+
+
+@contextlib.contextmanager
+def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let oneDNN multiply fp32 copies of bf16 values in bf16: same fp32 sums, twice the speed."""
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _operand_dtype(weight: Tensor, spec: _Spec) -> torch.dtype:
+    """The teacher's products run in the student's precision, never below its own weights'."""
+    if spec.compute_dtype in (torch.float32, torch.float64):
+        return torch.promote_types(weight.dtype, spec.compute_dtype)
+    return spec.compute_dtype
+
+
+def _default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    if device.type == "cuda":
+        budget = _CUDA_SCRATCH_SHARE * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = _CPU_SCRATCH_BYTES
+    tokens = int(budget / (3 * 4 * vocab_size))
+    return max(128, tokens // 128 * 128) if tokens >= 128 else max(1, tokens)

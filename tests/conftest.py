@@ -1,0 +1,95 @@
+"""A tiny random model with a real tokenizer and chat template, and a task for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and ChatML's special tokens; <|im_end|> is EOS and pad, as in SmolLM2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A random Llama whose distributions depend strongly on what stands in front."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that from_pretrained loads: tiny Llama and tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_dir: Path) -> dict:
+    """A complete configuration of a short run on the tiny model; files in tmp_path."""
+    (tmp_path / "context.md").write_text("Answer with one letter.", encoding="utf-8")
+    for name, words in (
+        ("prompts", "red blue pink teal gold grey lime navy plum rust sand snow"),
+        ("validation", "apple pear fig"),
+        ("test", "cat dog owl ant"),
+    ):
+        rows = [{"prompt": word, "answer": word[0]} for word in words.split()]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "context": str(tmp_path / "context.md"),
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "validation_data": str(tmp_path / "validation.jsonl"),
+        "eval_data": str(tmp_path / "test.jsonl"),
+        "model": str(model_dir),
+        "dtype": "float32",
+        "device": "cpu",
+        "steps": 6,
+        "prompts_per_step": 4,
+        "max_completion_tokens": 8,
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "validate_every": 3,
+        "save_every": 2,
+    }
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

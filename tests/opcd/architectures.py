@@ -1,0 +1,67 @@
+"""Tiny random models of many kinds, for what must hold on every architecture."""
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+COMMON = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+# name: (config class, model class, settings)
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "mistral-sliding": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 9}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "gemma2-softcap": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {"sliding_window": 9, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3-interleaved": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "granite-scaled": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    ),
+    "cohere-scaled": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25}),
+    "qwen3-next-hybrid": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """A random model of that architecture, fp32, in evaluation mode."""
+    config, model, settings = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**COMMON | settings)).eval()

@@ -1,0 +1,176 @@
+"""What the command line refuses, before any long work and with a way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opcd.cli import main
+from tests.conftest import CHATML, tiny_llama, tiny_tokenizer, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every refusal here must come before a model's weights are loaded."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were loaded before the input was checked")
+
+    monkeypatch.setattr("opcd.run.load_model", refuse)
+
+
+def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train") -> str:
+    """Run the command, expect status 2, return the message."""
+    config = Path(settings["output_dir"]).parent / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert main([command, "--config", str(config)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"opcd {command}: ")
+    assert "Traceback" not in message
+    assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": "none.md"}, "none.md"),
+        ({"prompts": "none.jsonl"}, "is not there"),
+        ({"scorer": "fuzzy"}, "exact, contains"),
+        ({"scorer": "python:nowhere:f"}, "importable"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"beta": 1.0, "divergence": "jsd"}, "beta must lie"),
+        ({"device": "cuda:93"}, "device must be"),
+        ({"device": "tpu-ish"}, "device must be"),
+        ({"model": "./no/such/folder"}, "is not there"),
+        ({"max_completion_tokens": 500}, "512 positions, got"),
+    ],
+)
+def test_settings(
+    settings: dict, capsys: pytest.CaptureFixture, change: dict, message: str
+) -> None:
+    assert message in refused(settings | change, capsys)
+
+
+def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    Path(settings["prompts"]).write_text("")
+    assert "must not be empty" in refused(settings, capsys)
+    Path(settings["prompts"]).write_text('{"prompt": "a"}\n{"prompt": \n')
+    assert "prompts.jsonl:2" in refused(settings, capsys)
+    Path(settings["prompts"]).write_text('{"messages": [{"role": "bot", "content": "a"}]}\n')
+    assert "'bot'" in refused(settings, capsys)
+
+
+def test_test_prompts_that_were_trained_on(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    write_jsonl(Path(settings["eval_data"]), [{"prompt": "RED ", "answer": "r"}])
+    assert "must be disjoint" in refused(settings, capsys)
+
+
+def test_a_prompt_that_does_not_fit(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    with Path(settings["prompts"]).open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 600}) + "\n")
+    message = refused(settings, capsys)
+    assert "prompts.jsonl:13" in message
+    assert "512 positions" in message
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "must have a chat template"),
+        ("{{ raise_exception('System role not supported') }}" + CHATML, "rejects its roles"),
+    ],
+)
+def test_templates(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path, template: str, message: str
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(template).save_pretrained(tmp_path / "model")
+    assert message in refused(settings | {"model": str(tmp_path / "model")}, capsys)
+
+
+def test_a_teacher_with_another_tokenizer(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    other = tiny_tokenizer()
+    other.add_tokens(["<extra>"])
+    other.save_pretrained(tmp_path / "teacher")
+    tiny_llama().save_pretrained(tmp_path / "teacher")
+    message = refused(settings | {"teacher": str(tmp_path / "teacher")}, capsys)
+    assert "share one tokenizer" in message
+
+
+def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    run = Path(settings["output_dir"])
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    assert "pass --resume" in refused(settings, capsys)
+
+
+def test_resume_without_a_run_and_with_other_settings(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    from opcd.config import TrainConfig
+
+    config = Path(settings["output_dir"]).parent / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(config), "--resume"]) == 2
+    assert "needs a run to continue" in capsys.readouterr().err
+    Path(settings["output_dir"]).mkdir()
+    TrainConfig(**settings).save(Path(settings["output_dir"]) / "config.yaml")
+    changed = ["train", "--config", str(config), "--resume", "--seed=3", "--learning_rate=1"]
+    assert main(changed) == 2
+    assert "other values for learning_rate, seed" in capsys.readouterr().err
+
+
+def test_evaluation_without_a_distilled_model_or_test_data(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    assert "run `opcd train` first" in refused(settings, capsys, "eval")
+    assert "eval_data must name" in refused(settings | {"eval_data": None}, capsys, "eval")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--no_such_field", "1"], "no_such_field"),
+        (["train", "--steps", "many"], "steps"),
+        (["train", "--divergence", "kl"], "divergence"),
+        (["train"], "context"),
+        ([], "subcommand"),
+    ],
+)
+def test_arguments_that_do_not_parse(
+    capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_the_file(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    config = Path(settings["output_dir"]).parent / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | {"learning_rat": 1}))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(config)])
+    assert stop.value.code == 2
+    assert "learning_rat" in capsys.readouterr().err
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
+    from dataclasses import fields
+
+    from opcd.config import TrainConfig
+
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(TrainConfig):
+        assert f"--{field.name} " in text
+    assert "Limit of a completion, in tokens" in text
+    assert "--resume" in text

@@ -1,0 +1,107 @@
+"""Reading contexts and prompts: what is accepted, and what each mistake is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opcd.data import Example, check_disjoint, read_context, read_examples
+from opcd.errors import InputError
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_text_file_is_one_system_message(tmp_path: Path) -> None:
+    assert read_context(write(tmp_path / "c.md", " Be brief.\n")) == [
+        {"role": "system", "content": "Be brief."}
+    ]
+
+
+def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert read_context(write(tmp_path / "c.json", json.dumps(messages))) == messages
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.txt", " \n", "must not be empty"),
+        ("c.pdf", "x", r"\.txt, \.md"),
+        ("c.json", "[{", "c.json:1: context must be valid JSON"),
+        ("c.json", "{}", "non-empty list"),
+        ("c.json", "[]", "non-empty list"),
+        ("c.json", '[{"role": "robot", "content": "x"}]', "'robot'"),
+        ("c.json", '[{"role": "user"}]', "message 0 must be"),
+        ("c.json", '[{"role": "system", "content": " "}]', "non-empty string"),
+        ("c.json", '[{"role": "user", "content": "x"}]', "must end with"),
+        (
+            "c.json",
+            '[{"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]',
+            "must come first",
+        ),
+    ],
+)
+def test_contexts_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_context(write(tmp_path / name, text))
+
+
+def test_missing_and_undecodable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        read_context(str(tmp_path / "none.txt"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_context(str(tmp_path / "latin.txt"))
+
+
+def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl",
+        '{"prompt": "a", "answer": "x"}\n\n'
+        '{"messages": [{"role": "user", "content": "b"}], "answer": ["y", "z"]}\n',
+    )
+    first, second = read_examples(path, answers_required=True)
+    assert (first.text, first.answers, first.source) == ("a", ("x",), f"{path}:1")
+    assert (second.text, second.answers, second.source) == ("b", ("y", "z"), f"{path}:3")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: each line must be one JSON object"),
+        ("[1]", ":2: must be an object"),
+        ('{"text": "a"}', 'either "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
+        ('{"prompt": ""}', "non-empty string"),
+        ('{"prompt": 3}', "non-empty string"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "last message must be the user"),
+        (
+            '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "must not carry a system message",
+        ),
+        ('{"prompt": "a", "answer": 3}', "string or a list"),
+        ('{"prompt": "a"}', 'needs "answer"'),
+    ],
+)
+def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "ok", "answer": "x"}\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        read_examples(path, answers_required=True)
+
+
+def example(text: str, source: str) -> Example:
+    return Example(({"role": "user", "content": text},), (), source)
+
+
+def test_prompts_in_two_parts_or_in_the_context_are_refused() -> None:
+    context = [{"role": "user", "content": "Demo"}, {"role": "assistant", "content": "x"}]
+    train, test = example("Hello  there", "t:1"), example("hello there", "e:1")
+    check_disjoint({"train": [train, train], "test": []}, context)
+    with pytest.raises(InputError, match=r"e:1.*also at t:1"):
+        check_disjoint({"train": [train], "test": [test]}, context)
+    with pytest.raises(InputError, match="demonstration of the context"):
+        check_disjoint({"train": [example("demo", "t:2")]}, context)

@@ -1,0 +1,157 @@
+"""One step and many: gradients that do not depend on the passes, and a divergence that falls."""
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.evaluate import held_out_divergence
+from opcd.loop import Distiller, step_prompts, token_weights
+from opcd.run import build_distiller, prepare
+from opcd_kernels import reference
+
+
+def distiller(settings: dict, **overrides: object) -> tuple[Distiller, TrainConfig, object]:
+    config = TrainConfig(**settings | overrides)
+    setup = prepare(config)
+    return build_distiller(config, setup), config, setup.task
+
+
+def gradients(d: Distiller, rollouts: list, teacher_hidden: list) -> tuple[list, dict]:
+    """The gradients of one update, caught where the optimizer would take them."""
+    grads = []
+    d.optimizer.register_step_pre_hook(
+        lambda *_: grads.extend(p.grad.clone() for p in d.parameters)
+    )
+    metrics = d.update(rollouts, teacher_hidden)
+    return grads, metrics
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"lora_rank": 8, "learning_rate": 5e-3},
+        {"divergence": "forward_kl"},
+        {"divergence": "jsd", "beta": 0.3},
+        {"average_over": "sequences", "completions_per_prompt": 2},
+    ],
+)
+def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dict) -> None:
+    d, config, task = distiller(settings, steps=25, **overrides)
+    before = held_out_divergence(d.student, d.teacher, task.test, config)
+    for step in range(25):
+        d.step(step_prompts(task.train, step, config))
+    after = held_out_divergence(d.student, d.teacher, task.test, config)
+    assert after < 0.7 * before, (before, after)
+
+
+@pytest.mark.parametrize("average_over", ["tokens", "sequences"])
+def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str) -> None:
+    grads = []
+    for size in (1, 3, 16):
+        d, config, task = distiller(settings, sequences_per_pass=size, average_over=average_over)
+        prompts = step_prompts(task.train, 0, config)
+        torch.manual_seed(3)
+        rollouts = d.rollout(prompts)
+        grads.append(gradients(d, rollouts, d.score(prompts, rollouts))[0])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
+    """Each sequence alone, full logits, ordinary autograd: the mean reverse KL over all tokens."""
+    d, config, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
+    prompts = step_prompts(task.train, 0, config)
+    torch.manual_seed(3)
+    rollouts = d.rollout(prompts)
+    teacher_hidden = d.score(prompts, rollouts)
+
+    total, tokens = torch.zeros(()), sum(len(r.completion_token_ids) for r in rollouts)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        completion = rollout.completion_token_ids
+        logits = []
+        for model, start in (
+            (d.student, prompt.student_ids),
+            (d.teacher.model, task.prefix_ids + prompt.teacher_ids),
+        ):
+            out = model(input_ids=torch.tensor([[*start, *completion]]), use_cache=False)
+            logits.append(out.logits[0, len(start) - 1 : -1] / config.temperature)
+        total = total + reference.divergence(logits[0], logits[1].detach()).sum() / tokens
+    total.backward()
+    expected = [p.grad.clone() for p in d.parameters]
+    d.optimizer.zero_grad()
+
+    grads, metrics = gradients(d, rollouts, teacher_hidden)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_eos_is_a_target(settings: dict) -> None:
+    d, config, task = distiller(settings)
+    with torch.no_grad():
+        d.student.lm_head.weight.zero_()
+        d.student.lm_head.weight[1] = 0.01
+    torch.manual_seed(0)
+    rollouts = [r for i in range(30) for r in d.rollout(step_prompts(task.train, i, config))]
+    assert any(r.finish_reason == "stop" for r in rollouts)
+    prompts = step_prompts(task.train, 0, config)
+    hidden = d.score(prompts, rollouts[: len(prompts)])
+    for part, rollout in zip(hidden, rollouts, strict=False):
+        assert len(part) == len(rollout.completion_token_ids)
+
+
+def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
+    tokens = token_weights([2, 6], TrainConfig(**settings))
+    assert torch.cat(tokens).tolist() == pytest.approx([1 / 8] * 8)
+    sequences = token_weights([2, 6], TrainConfig(**settings | {"average_over": "sequences"}))
+    assert sequences[0].tolist() == pytest.approx([1 / 4] * 2)
+    assert sequences[1].tolist() == pytest.approx([1 / 12] * 6)
+
+
+def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:
+    _, config, task = distiller(settings)  # 12 prompts, 4 a step
+    steps = [step_prompts(task.train, i, config) for i in range(6)]
+    texts = [[p.example.text for p in s] for s in steps]
+    first, second = [*chain(*texts[:3])], [*chain(*texts[3:])]
+    assert sorted(first) == sorted(second) == sorted(p.example.text for p in task.train)
+    assert first != second
+    wide = TrainConfig(**settings | {"prompts_per_step": 24})
+    assert [p.example.text for p in step_prompts(task.train, 0, wide)] == first + second
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dict) -> None:
+    d, config, task = distiller(settings)
+    before = [p.clone() for p in d.parameters]
+    with torch.no_grad():
+        d.teacher.head.weight[3] = torch.nan
+    with pytest.raises(InputError, match=r"loss must be finite.*step 1"):
+        d.step(step_prompts(task.train, 0, config))
+    assert all(torch.equal(a, b) for a, b in zip(before, d.parameters, strict=True))
+    assert d.steps_done == 0
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(settings: dict) -> None:
+    losses = []
+    for on in (False, True):
+        d, config, task = distiller(settings, gradient_checkpointing=on)
+        torch.manual_seed(0)
+        losses.append([d.step(step_prompts(task.train, i, config))["loss"] for i in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_another_teacher(settings: dict, tmp_path: Path) -> None:
+    from tests.conftest import tiny_llama, tiny_tokenizer
+
+    tiny_llama(seed=5, hidden_size=48, vocab_size=270).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    d, config, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)
+    before = held_out_divergence(d.student, d.teacher, task.test, config)
+    for step in range(20):
+        d.step(step_prompts(task.train, step, config))
+    assert held_out_divergence(d.student, d.teacher, task.test, config) < 0.7 * before

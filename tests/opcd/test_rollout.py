@@ -1,0 +1,91 @@
+"""Sampling: the right distribution, the EOS kept, padding and prefix without effect."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from opcd.rollout import SamplingParams, TransformersEngine
+from tests.conftest import tiny_llama
+from tests.opcd.architectures import ARCHITECTURES, build
+
+GREEDY = SamplingParams(max_completion_tokens=6, temperature=0.0)
+
+
+@torch.no_grad()
+def greedy_alone(model: torch.nn.Module, prompt: list[int], limit: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(limit):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        ids.append(logits[0, -1].argmax().item())
+        if ids[-1] == 1:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> None:
+    model = build(name)
+    shared = list(range(60, 90))
+    prompts = [[*shared, 5], [*shared, 6, 7, 8], [*shared, 9, 10], [*shared, 11, 12]]
+    rollouts = TransformersEngine(model, batch_size=3).generate(prompts, GREEDY)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        assert rollout.prompt_token_ids == prompt
+        assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
+
+
+def test_prompts_without_a_common_start() -> None:
+    model = tiny_llama()
+    prompts = [[5], [6, 7, 8], [9]]
+    rollouts = TransformersEngine(model).generate(prompts, GREEDY)
+    expected = [greedy_alone(model, p, 6) for p in prompts]
+    assert [r.completion_token_ids for r in rollouts] == expected
+
+
+def test_samples_follow_the_models_own_distribution() -> None:
+    """Chi-square over the first token, with generation defaults that would bend it."""
+    model = tiny_llama(vocab_size=12, initializer_range=0.5)
+    model.generation_config = GenerationConfig(
+        top_k=2, top_p=0.5, repetition_penalty=3.0, eos_token_id=1, pad_token_id=1
+    )
+    torch.manual_seed(0)
+    n, temperature, prompt = 4000, 1.3, [3, 4, 5]
+    params = SamplingParams(max_completion_tokens=1, temperature=temperature)
+    engine = TransformersEngine(model, batch_size=n)
+    drawn = [r.completion_token_ids[0] for r in engine.generate([prompt], params, n=n)]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    expected = n * (logits / temperature).softmax(-1)
+    counts = torch.bincount(torch.tensor(drawn), minlength=12)
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < 31.3  # 0.999 quantile, 11 degrees of freedom
+    assert model.generation_config.top_k == 2, "the model's own defaults must survive"
+
+
+def test_eos_is_kept_and_what_follows_is_not() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rollouts = []
+    torch.manual_seed(0)
+    engine = TransformersEngine(model)
+    rollouts = engine.generate([[5], [6, 7]], SamplingParams(200, 1.0), n=20)
+    assert len(rollouts) == 40
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    cut = [r for r in rollouts if r.finish_reason == "length"]
+    assert stopped
+    assert cut
+    for r in stopped:
+        assert r.completion_token_ids.index(1) == len(r.completion_token_ids) - 1
+    for r in cut:
+        assert 1 not in r.completion_token_ids
+        assert len(r.completion_token_ids) == 200
+    assert [r.prompt_token_ids for r in rollouts] == [[5]] * 20 + [[6, 7]] * 20
+
+
+def test_the_version_of_the_weights_is_recorded() -> None:
+    model = tiny_llama()
+    engine = TransformersEngine(model)
+    engine.sync(model, 7)
+    assert engine.generate([[5]], GREEDY)[0].weights_version == 7
+    with pytest.raises(AssertionError, match="samples from the module"):
+        engine.sync(tiny_llama(), 8)
