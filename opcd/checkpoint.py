@@ -95,7 +95,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _save_student(student: torch.nn.Module, folder: Path) -> None:
+def _save_student(student: Any, folder: Path) -> None:
     if isinstance(student, PeftModel):
         student.peft_config["default"].save_pretrained(folder)
         save_file(get_peft_model_state_dict(student), folder / "adapter_model.safetensors")

@@ -4,14 +4,21 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from opcd.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except ModuleNotFoundError as error:
+        print(
+            f"opcd: the command line needs {error.name}; pip install 'opcd-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
     command = arguments.subcommand
     values = arguments[command].as_dict()
     values.pop("config", None)
@@ -30,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: str, values: dict) -> None:
+def _run(command: str, values: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from opcd.config import TrainConfig
@@ -45,7 +52,7 @@ def _run(command: str, values: dict) -> None:
         evaluate_run(TrainConfig(**values), distilled, save_to)
 
 
-def _parser():  # the type is jsonargparse's, imported here to keep `import opcd.cli` light
+def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import opcd.cli` light
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     from opcd.config import TrainConfig

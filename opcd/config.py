@@ -58,7 +58,9 @@ class TrainConfig:
     learning_rate: float = 5e-6
     """Peak rate of AdamW."""
     warmup_steps: int = 5
-    """Steps over which the rate rises linearly from 0; constant afterwards."""
+    """Steps over which the rate rises linearly to its peak."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0

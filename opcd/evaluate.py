@@ -12,10 +12,10 @@ import torch
 from opcd.chat import Chat
 from opcd.config import TrainConfig
 from opcd.lm import completion_hidden, head_of
+from opcd.objective import head_divergence
 from opcd.rollout import Rollout, SamplingParams, TransformersEngine
 from opcd.task import Prompt, Task, spread
 from opcd.teacher import SharedPrefixTeacher
-from opcd_kernels import linear_divergence
 
 COLUMNS = ("base", "prompted", "distilled", "distilled_prompted")
 
@@ -81,25 +81,16 @@ def held_out_divergence(
             SamplingParams(config.max_completion_tokens, config.temperature),
         )
     completions = [r.completion_token_ids for r in rollouts]
-    hidden = teacher.score([p.teacher_ids for p in prompts], completions)
+    scored = teacher.score([p.teacher_ids for p in prompts], completions)
     total, tokens, size = 0.0, 0, config.sequences_per_pass
-    head, other = head_of(student), teacher.head
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
         ours = completion_hidden(
             student, [p.student_ids for p in prompts[batch]], completions[batch]
         )
-        out = linear_divergence(
-            ours * head.scale,
-            head.weight,
-            hidden.hidden[tokens : tokens + len(ours)],
-            other.weight,
-            temperature=config.temperature,
-            student_bias=head.bias,
-            teacher_bias=other.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=other.softcap,
-            vocab_size=min(len(head.weight), len(other.weight)),
+        theirs = scored.hidden[tokens : tokens + len(ours)]
+        out = head_divergence(
+            ours, head_of(student), theirs, teacher.head, temperature=config.temperature
         )
         total += out.per_token.sum().item()
         tokens += len(ours)

@@ -8,14 +8,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opcd.errors import InputError
-from opcd_kernels import reference
 
 if TYPE_CHECKING:
     from opcd.prefix import SharedPrefix
 
 
 class Head(NamedTuple):
-    """The map from hidden states to logits: ``softcap(scale · hidden @ weight.T + bias)``."""
+    """The map from hidden states to logits: ``softcap(scale · hidden @ weight.T + bias)``.
+
+    `completion_hidden` has applied the scale already.
+    """
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -44,25 +46,6 @@ def head_of(model: torch.nn.Module) -> Head:
     )
 
 
-@torch.no_grad()
-def check_head(model: torch.nn.Module, token_ids: Sequence[int]) -> None:
-    """Raise InputError if `head_of` does not reproduce the model's own logits on `token_ids`."""
-    lm = causal_lm(model)
-    ids = torch.tensor([list(token_ids)], device=lm.device)
-    head = head_of(model)
-    expected = lm(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    hidden = hidden.to(head.weight.dtype)
-    ours = reference.logits(hidden * head.scale, head.weight, head.bias, head.softcap).float()
-    error, size = (ours - expected).abs().max().item(), expected.abs().max().item()
-    if not error <= 0.02 * max(size, 1.0):
-        raise InputError(
-            f"the logits of {type(lm).__name__} must be softcap(scale · lm_head(hidden)), but they "
-            f"differ from that by {error:.3g} (largest logit {size:.3g}); this architecture is not "
-            f"supported"
-        )
-
-
 def max_positions(config: PretrainedConfig) -> int | None:
     """Number of positions the model was made for, or None where its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -89,6 +72,7 @@ def completion_hidden(
 ) -> Tensor:  # (N, D), N = sum of completion lengths
     """The hidden states that predict each completion token, packed in the order given.
 
+    They are ready for the head's weight: a scale that the model puts on its logits is applied.
     One padded pass. Rows are padded on the right, so under causal attention no real position sees
     a pad and no mask is needed. The last completion token predicts nothing and is left out.
     """
@@ -97,7 +81,8 @@ def completion_hidden(
     input_ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
     for row, sequence in zip(input_ids, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence)
-    rows, columns = [], []
+    rows: list[int] = []
+    columns: list[int] = []
     for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         rows += [b] * len(c)
         columns += range(len(p) - 1, len(p) - 1 + len(c))
@@ -111,9 +96,11 @@ def completion_hidden(
         past_key_values=cache,
         use_cache=cache is not None,
     )
-    return output.last_hidden_state[
+    hidden = output.last_hidden_state[
         torch.tensor(rows, device=lm.device), torch.tensor(columns, device=lm.device)
     ]
+    scale = head_of(model).scale
+    return hidden if scale == 1 else hidden * scale
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

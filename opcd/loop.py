@@ -16,10 +16,10 @@ from torch import Tensor
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.lm import batches_by_length, completion_hidden, head_of
+from opcd.objective import head_divergence
 from opcd.rollout import Rollout, RolloutEngine, SamplingParams
 from opcd.task import Prompt
 from opcd.teacher import SharedPrefixTeacher
-from opcd_kernels import linear_divergence
 
 
 class Distiller:
@@ -46,7 +46,7 @@ class Distiller:
             fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / max(config.warmup_steps, 1))
+            self.optimizer, lambda step: rate_factor(step, config)
         )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
@@ -95,7 +95,7 @@ class Distiller:
         self, rollouts: Sequence[Rollout], teacher_hidden: Sequence[Tensor]
     ) -> dict[str, float]:
         """One optimizer step on the divergence; the same whatever `sequences_per_pass` is."""
-        config, teacher = self.config, self.teacher.head
+        config = self.config
         weights = token_weights([len(r.completion_token_ids) for r in rollouts], config)
         totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
         self.student.train()
@@ -109,21 +109,15 @@ class Distiller:
                     [rollouts[i].prompt_token_ids for i in batch],
                     [rollouts[i].completion_token_ids for i in batch],
                 )
-                student = head_of(self.student)
-                out = linear_divergence(
-                    hidden if student.scale == 1 else hidden * student.scale,
-                    student.weight,
+                out = head_divergence(
+                    hidden,
+                    head_of(self.student),
                     torch.cat([teacher_hidden[i] for i in batch]),
-                    teacher.weight,
+                    self.teacher.head,
                     torch.cat([weights[i] for i in batch]).to(self._device),
-                    divergence=config.divergence,
-                    beta=config.beta,
-                    temperature=config.temperature,
-                    student_bias=student.bias,
-                    teacher_bias=teacher.bias,
-                    student_softcap=student.softcap,
-                    teacher_softcap=teacher.softcap,
-                    vocab_size=min(len(student.weight), len(teacher.weight)),
+                    config.divergence,
+                    config.beta,
+                    config.temperature,
                 )
             out.loss.backward()
             totals += torch.stack(
@@ -162,6 +156,15 @@ class Distiller:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def rate_factor(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate in step number `step`, from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    return max(config.steps - step, 0) / max(config.steps - config.warmup_steps, 1)
 
 
 def token_weights(lengths: Sequence[int], config: TrainConfig) -> list[Tensor]:

@@ -65,7 +65,8 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common token prefix that leaves each sequence at least one token."""
     if not sequences:
         return 0
-    low, high = min(sequences), max(sequences)
+    ordered = sorted(map(list, sequences))
+    low, high = ordered[0], ordered[-1]
     limit = min(map(len, sequences)) - 1
     length = 0
     while length < limit and low[length] == high[length]:

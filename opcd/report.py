@@ -18,7 +18,7 @@ MEANING = {
 
 def scorecard_table(card: dict[str, Any]) -> str:
     """The four columns as text, one a line."""
-    rows = [("", "", "accuracy", "95 % interval", "n", "tokens", "cut")]
+    rows: list[tuple[str, ...]] = [("", "", "accuracy", "95 % interval", "n", "tokens", "cut")]
     for name in COLUMNS:
         column = card[name]
         if column is None:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -124,8 +124,9 @@ class TransformersEngine:
             pad_token_id=pad,
             use_cache=True,
         )
+        generate: Any = self._model.generate
         with _plain_generation_config(lm):
-            output = self._model.generate(
+            output = generate(
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 generation_config=config,

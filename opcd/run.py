@@ -26,7 +26,7 @@ from opcd.checkpoint import (
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluate import answer, evaluate, held_out_divergence, measure, write_json
-from opcd.lm import check_head, max_positions
+from opcd.lm import head_of, max_positions
 from opcd.loop import Distiller, step_prompts
 from opcd.models import (
     load_config,
@@ -35,6 +35,7 @@ from opcd.models import (
     resolve_device,
     resolve_dtype,
 )
+from opcd.objective import check_head
 from opcd.report import (
     before_after,
     read_metrics,
@@ -48,8 +49,8 @@ from opcd.teacher import SharedPrefixTeacher
 
 log = logging.getLogger(__name__)
 
-# Fields that may change when a run is continued: none of them alters a step that was done.
-MAY_CHANGE = {"steps", "save_every", "keep_checkpoints", "eval_data", "rollout_batch_size"}
+# Fields that may change when a run is continued: none of them alters a step, done or to come.
+MAY_CHANGE = {"save_every", "keep_checkpoints", "eval_data", "rollout_batch_size"}
 
 
 class Setup(NamedTuple):
@@ -72,7 +73,8 @@ def train(config: TrainConfig, resume: bool = False) -> None:
     base = load_model(config.model, setup.dtype, setup.device)
     if config.eval_data:
         final = load_model(str(folder / "final"), setup.dtype, setup.device)
-        _score(config, setup, base, final, folder, json.loads(_read(folder / "selection.json")))
+        selection = json.loads(_read(folder / "final" / "selection.json"))
+        _score(config, setup, base, final, folder, selection)
     print(f"\n{_next_steps(config, folder)}")
 
 
@@ -80,10 +82,9 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
     """Score `distilled` (default: the run's final model; "none": only base and prompted)."""
     if not config.eval_data:
         raise InputError("eval_data must name labelled test data, got none; pass --eval_data FILE")
-    folder = Path(config.output_dir)
-    own = distilled is None
-    path = str(folder / "final") if own else distilled
-    if own and not Path(path).is_dir():
+    run = Path(config.output_dir)
+    path = str(run / "final") if distilled is None else distilled
+    if distilled is None and not Path(path).is_dir():
         raise InputError(
             f"there must be a distilled model, got no folder {path!r}; run `opcd train` first, "
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
@@ -91,10 +92,17 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
     setup = prepare(config)
     base = load_model(config.model, setup.dtype, setup.device)
     final = None if path == "none" else load_model(path, setup.dtype, setup.device)
-    selection = {"how": "none distilled" if final is None else f"{path}, as named"}
-    if own and (folder / "selection.json").is_file():
-        selection = json.loads(_read(folder / "selection.json"))
-    target = Path(save_to) if save_to else folder if own else folder / f"eval-{Path(path).name}"
+    if final is not None and head_of(final).weight.shape[0] != head_of(base).weight.shape[0]:
+        raise InputError(
+            f"the distilled model must have the vocabulary of {config.model!r}, got "
+            f"{head_of(final).weight.shape[0]} rows in {path!r} against "
+            f"{head_of(base).weight.shape[0]}; name a model distilled from it"
+        )
+    if distilled is None:
+        target, selection = run, json.loads(_read(run / "final" / "selection.json"))
+    else:
+        target, selection = run / f"eval-{Path(path).name}", {"how": f"{path}, as named"}
+    target = Path(save_to) if save_to else target
     target.mkdir(parents=True, exist_ok=True)
     _score(config, setup, base, final, target, selection)
     print(f"\nwritten: {target / 'scorecard.json'}, {target / 'report.md'}")
@@ -126,6 +134,8 @@ def _open_folder(config: TrainConfig, resume: bool) -> Path:
                 f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
             )
         changed = set(TrainConfig.load(saved).differing_fields(config)) - MAY_CHANGE
+        if config.schedule == "constant":
+            changed.discard("steps")
         if changed:
             raise InputError(
                 f"a resumed run must keep its settings, got other values for "
@@ -228,16 +238,16 @@ def stop_signals() -> Iterator[list[str]]:
     def handle(number: int, _frame: Any) -> None:
         stop.append(signal.Signals(number).name)
         print("\nfinishing this step, then saving (once more to stop at once)", flush=True)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
+    previous: dict[signal.Signals, Any] = {}
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        previous[caught] = signal.signal(caught, handle)
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 def _validate(distiller: Distiller, setup: Setup, config: TrainConfig) -> dict[str, float]:
@@ -277,11 +287,6 @@ def _export(config: TrainConfig, setup: Setup, folder: Path, best: dict[str, Any
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=stored)
 
-    def write(aside: Path) -> None:
-        model.save_pretrained(aside)
-        setup.tokenizer.save_pretrained(aside)
-
-    write_atomically(folder / "final", write)
     if best["step"] is None:
         how = f"step {step}, the last (no validation data)"
     else:
@@ -290,7 +295,13 @@ def _export(config: TrainConfig, setup: Setup, folder: Path, best: dict[str, Any
             f"({best['accuracy']:.1%}), then divergence"
         )
     selection = {"how": how, "step": step, "data": config.validation_data, "validation": best}
-    write_json(folder / "selection.json", selection)
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        setup.tokenizer.save_pretrained(aside)
+        write_json(aside / "selection.json", selection)
+
+    write_atomically(folder / "final", write)
 
 
 def _score(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opcd.lm import batches_by_length, completion_hidden, head_of
+from opcd.objective import head_divergence
 from opcd.prefix import SharedPrefix
-from opcd_kernels import linear_divergence
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class SharedPrefixTeacher:
 
     `frozen` is entered around every pass; with it teacher and student can be one module, e.g.
     ``frozen=peft_model.disable_adapter``. The weights must not change while the teacher is in use.
+    ``shared=False`` computes every sequence in full: slow, and the yardstick.
     """
 
     def __init__(
@@ -47,16 +48,20 @@ class SharedPrefixTeacher:
         prefix_ids: Sequence[int],
         sequences_per_pass: int = 16,
         frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        shared: bool = True,
     ) -> None:
         self.model = model
         self.head = head_of(model)
         self._prefix_ids = list(prefix_ids)
         self._sequences_per_pass = sequences_per_pass
         self._frozen = frozen
-        with torch.no_grad(), frozen():
-            self._prefix: SharedPrefix | None = SharedPrefix(model, prefix_ids)
-            self.plan = self._self_check()
-        log.info("teacher: %s with %s, %s", *self.plan)
+        self._prefix: SharedPrefix | None = None
+        self.plan = Plan("recompute", "padded rows", "asked for")
+        if shared:
+            with torch.no_grad(), frozen():
+                self._prefix = SharedPrefix(model, prefix_ids)
+                self.plan = self._self_check()
+        log.debug("teacher: %s with %s, %s", *self.plan)
 
     @torch.no_grad()
     def score(
@@ -77,18 +82,18 @@ class SharedPrefixTeacher:
                 )
         lengths = [len(c) for c in completion_ids]
         totals = [len(p) + n for p, n in zip(prompt_ids, lengths, strict=True)]
-        parts: list[Tensor | None] = [None] * len(lengths)
+        parts: dict[int, Tensor] = {}
         with self._frozen():
             for batch in batches_by_length(totals, self._sequences_per_pass):
                 hidden = self._hidden(
                     [prompt_ids[i] for i in batch], [completion_ids[i] for i in batch]
                 )
-                for i, part in zip(batch, hidden.split([lengths[i] for i in batch]), strict=True):
-                    parts[i] = part
+                parts.update(zip(batch, hidden.split([lengths[i] for i in batch]), strict=True))
         weight = self.head.weight
-        packed = torch.cat(parts) if parts else weight.new_zeros(0, weight.shape[1])
+        ordered = [parts[i] for i in range(len(lengths))]
+        packed = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(weight.device)
-        return Scored(packed if self.head.scale == 1 else packed * self.head.scale, cu_seqlens)
+        return Scored(packed, cu_seqlens)
 
     def _hidden(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
@@ -105,17 +110,7 @@ class SharedPrefixTeacher:
         cached = self._hidden(*probes)
         prefix, self._prefix = self._prefix, None
         full = self._hidden(*probes)
-        weight = self.head.weight
-        divergence = linear_divergence(
-            cached.to(weight.dtype) * self.head.scale,
-            weight,
-            full.to(weight.dtype) * self.head.scale,
-            weight,
-            student_bias=self.head.bias,
-            teacher_bias=self.head.bias,
-            student_softcap=self.head.softcap,
-            teacher_softcap=self.head.softcap,
-        ).per_token.max()
+        divergence = head_divergence(cached, self.head, full, self.head).per_token.max()
         bound = 1e-4 if cached.dtype == torch.float32 else 0.05
         if not divergence.item() <= bound:
             reason = (

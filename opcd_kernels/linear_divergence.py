@@ -234,7 +234,7 @@ class _LinearDivergence(torch.autograd.Function):
         return weighted.sum(), per_token, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_divergence has no second derivative: its gradient is formed in the forward "

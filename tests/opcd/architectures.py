@@ -51,10 +51,7 @@ ARCHITECTURES = {
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [0, 1],
         },
     ),
 }

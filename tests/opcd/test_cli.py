@@ -139,7 +139,7 @@ def test_evaluation_without_a_distilled_model_or_test_data(
         (["train", "--no_such_field", "1"], "no_such_field"),
         (["train", "--steps", "many"], "steps"),
         (["train", "--divergence", "kl"], "divergence"),
-        (["train"], "context"),
+        (["train"], "is required"),
         ([], "subcommand"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluate import held_out_divergence
-from opcd.loop import Distiller, step_prompts, token_weights
+from opcd.loop import Distiller, rate_factor, step_prompts, token_weights
 from opcd.run import build_distiller, prepare
 from opcd_kernels import reference
 
@@ -104,6 +104,15 @@ def test_eos_is_a_target(settings: dict) -> None:
     hidden = d.score(prompts, rollouts[: len(prompts)])
     for part, rollout in zip(hidden, rollouts, strict=False):
         assert len(part) == len(rollout.completion_token_ids)
+
+
+def test_learning_rate(settings: dict) -> None:
+    config = TrainConfig(**settings | {"steps": 8, "warmup_steps": 4})
+    assert [rate_factor(i, config) for i in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    config.schedule = "linear"
+    assert [rate_factor(i, config) for i in range(8)] == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
+    config.warmup_steps = 0
+    assert rate_factor(0, config) == 1
 
 
 def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:

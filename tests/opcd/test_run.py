@@ -148,7 +148,7 @@ def test_old_checkpoints_go_and_the_best_stays(settings: dict) -> None:
     config = write_config(settings, steps=12, validate_every=3, save_every=1, keep_checkpoints=2)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
-    best = json.loads((run / "selection.json").read_text())["step"]
+    best = json.loads((run / "final" / "selection.json").read_text())["step"]
     kept = {int(p.name.removeprefix("step-")) for p in list_checkpoints(run / "checkpoints")}
     assert kept == {11, 12, best}
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{best:06d}")

@@ -1,0 +1,47 @@
+# make demo    the main job on the built-in model: environment, weights, training, scorecard
+# make test    all tests that need no GPU
+# make check   lint, format and types; never writes
+# make fix     lint and format, written
+# make bench   what the benchmarks can measure on this machine
+# make test-gpu   the tests that need a GPU; fails where there is none
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test check fix bench test-gpu clean
+
+demo: $(VENV)/train.ok
+	$(BIN)/opcd train --config examples/voice_assistant/config.yaml --output_dir $(RUN)
+
+test: $(VENV)/dev.ok
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/dev.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(VENV)/dev.ok
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.ok
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only $(BENCH)
+
+test-gpu: $(VENV)/dev.ok
+	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"
+	$(BIN)/python -m pytest -m gpu
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else \
+	'Python 3.10 to 3.13 is needed, got %d.%d; pass PYTHON=python3.12' % v[:2])"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.ok: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
