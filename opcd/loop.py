@@ -17,6 +17,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.lm import batches_by_length, completion_hidden, head_of
 from opcd.objective import head_divergence
+from opcd.prefix import common_prefix
 from opcd.rollout import Rollout, RolloutEngine, SamplingParams
 from opcd.task import Prompt
 from opcd.teacher import SharedPrefixTeacher
@@ -103,11 +104,15 @@ class Distiller:
             [len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rollouts],
             config.sequences_per_pass,
         ):
+            prompt_ids = [rollouts[i].prompt_token_ids for i in batch]
+            completion_ids = [rollouts[i].completion_token_ids for i in batch]
             with self.autocast():
+                # A cache and recomputed activations exclude each other in transformers.
+                shared = not config.gradient_checkpointing
+                prefix = common_prefix(self.student, prompt_ids) if shared else None
+                start = len(prefix) if prefix is not None else 0
                 hidden = completion_hidden(
-                    self.student,
-                    [rollouts[i].prompt_token_ids for i in batch],
-                    [rollouts[i].completion_token_ids for i in batch],
+                    self.student, [p[start:] for p in prompt_ids], completion_ids, prefix
                 )
                 out = head_divergence(
                     hidden,

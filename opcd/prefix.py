@@ -10,14 +10,17 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from opcd.errors import InputError
 from opcd.lm import causal_lm
 
+# A pass reads every weight, which costs about as much as this many tokens in a batch.
+MIN_TOKENS_SAVED = 128
+
 
 class SharedPrefix:
     """The cache of one pass over `token_ids`; `expand` hands out copies that a pass may extend.
 
-    The recorded states are never written to. They hold as long as the model's weights do.
+    The recorded states are never written to. They hold as long as the model's weights do. Where
+    gradients are enabled they flow through the prefix as well.
     """
 
-    @torch.no_grad()
     def __init__(self, model: torch.nn.Module, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InputError(
@@ -37,6 +40,11 @@ class SharedPrefix:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `expand` keeps the graph: views do, copies of recurrent states do not."""
+        return all(map(_is_attention, self._cache.layers))
 
     def allows_pads(self, total_length: int) -> bool:
         """Whether masked pads between prefix and prompt leave a pass of that length exact.
@@ -59,6 +67,15 @@ class SharedPrefix:
         cache = copy.copy(self._cache)
         cache.layers = [_expand(layer, batch_size) for layer in self._cache.layers]
         return cache
+
+
+def common_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
+    """What all prompts start with, where computing it once is worth a pass of its own."""
+    length = shared_prefix_length(prompts)
+    if length == 0 or length * (len(prompts) - 1) < MIN_TOKENS_SAVED:
+        return None
+    prefix = SharedPrefix(model, prompts[0][:length])
+    return prefix if prefix.differentiable or not torch.is_grad_enabled() else None
 
 
 def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from opcd.lm import batches_by_length, causal_lm, eos_token_ids
-from opcd.prefix import SharedPrefix, shared_prefix_length
+from opcd.prefix import SharedPrefix, common_prefix
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class TransformersEngine:
         self._eos = eos_token_ids(model)
         self._version = 0
 
+    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
     ) -> list[Rollout]:
         """See RolloutEngine.generate. Draws from torch's global generator."""
         repeated = [list(p) for p in prompts for _ in range(n)]
-        shared = shared_prefix_length(prompts)
-        prefix = SharedPrefix(self._model, repeated[0][:shared]) if shared else None
+        prefix = common_prefix(self._model, repeated)
         completions: dict[int, list[int]] = {}
         lengths = [len(p) for p in repeated]
         total = max(lengths, default=0) + params.max_completion_tokens
@@ -98,7 +98,6 @@ class TransformersEngine:
             for start in range(0, len(same), self._batch_size):
                 yield same[start : start + self._batch_size]
 
-    @torch.no_grad()
     def _generate_batch(
         self,
         prompts: Sequence[Sequence[int]],

@@ -194,8 +194,9 @@ class _LinearDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         n, v, high = h_s.shape[0], spec.vocab_size, token_weights.dtype
-        w_s_low = w_s[:v].to(spec.compute_dtype)
-        w_t_low = w_t[:v].to(_operand_dtype(w_t, spec))
+        teacher_dtype = _teacher_dtype(w_t, spec)
+        w_s_low = _operand(w_s[:v], spec.compute_dtype, high)
+        w_t_low = _operand(w_t[:v], teacher_dtype, high)
         per_token = torch.empty(n, dtype=high, device=h_s.device)
         entropy = torch.empty_like(per_token)
         grad_h = torch.empty_like(h_s) if need_h else None
@@ -204,11 +205,12 @@ class _LinearDivergence(torch.autograd.Function):
 
         for start in range(0, n, spec.chunk_tokens):
             rows = slice(start, start + spec.chunk_tokens)
-            h_low = h_s[rows].to(spec.compute_dtype)
-            z_s, slope = _logits(h_low, w_s_low, b_s, spec.student_softcap, spec, high)
-            z_t, _ = _logits(
-                h_t[rows].to(w_t_low.dtype), w_t_low, b_t, spec.teacher_softcap, spec, high
-            )
+            h_s_low = _operand(h_s[rows], spec.compute_dtype, high)
+            h_t_low = _operand(h_t[rows], teacher_dtype, high)
+            z_s = _product(h_s_low, w_s_low.T, spec.compute_dtype, high)
+            z_t = _product(h_t_low, w_t_low.T, teacher_dtype, high)
+            z_s, slope = _finish_logits(z_s, b_s, spec.student_softcap, spec)
+            z_t, _ = _finish_logits(z_t, b_t, spec.teacher_softcap, spec)
             per_token[rows], entropy[rows], dz = _divergence(
                 z_s, z_t, spec, any((need_h, need_w, need_b))
             )
@@ -221,11 +223,11 @@ class _LinearDivergence(torch.autograd.Function):
             dz.masked_fill_(token_weights[rows, None] == 0, 0)
             if grad_b is not None:
                 grad_b[:v] += dz.sum(0)
-            dz_low = dz.to(spec.compute_dtype)
+            dz_low = _operand(dz, spec.compute_dtype, high)
             if grad_h is not None:
-                grad_h[rows] = _matmul(dz_low, w_s_low, high).to(h_s.dtype)
+                grad_h[rows] = _product(dz_low, w_s_low, spec.compute_dtype, high)
             if grad_w is not None:
-                grad_w[:v] += _matmul(dz_low.T, h_low, high)
+                grad_w[:v] += _product(dz_low.T, h_s_low, spec.compute_dtype, high)
 
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
@@ -279,41 +281,46 @@ def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ratio.abs() < 1, torch.where(p > 0, near, far), far).sum(-1), ratio
 
 
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    spec: _Spec,
-    high: torch.dtype,
+def _finish_logits(
+    z: Tensor, bias: Tensor | None, softcap: float | None, spec: _Spec
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits in `high`, and the softcap's derivative where there is one."""
-    z = _matmul(hidden, weight.T, high)
+    """Bias, softcap and temperature in place; and the softcap's derivative where there is one."""
     if bias is not None:
         z += bias[: spec.vocab_size]
     slope = None
     if softcap is not None:
-        z = torch.tanh(z.div_(softcap))
+        z.div_(softcap).tanh_()
         slope = 1 - z * z
-        z = z * softcap
+        z.mul_(softcap)
     return (z if spec.temperature == 1 else z.div_(spec.temperature)), slope
 
 
-def _matmul(a: Tensor, b: Tensor, high: torch.dtype) -> Tensor:
-    """a @ b with low-precision operands, accumulated and returned in `high` (fp32, or fp64)."""
-    if a.dtype == high:
-        return a @ b
-    if a.device.type == "cuda":
+def _teacher_dtype(weight: Tensor, spec: _Spec) -> torch.dtype:
+    """The teacher's products run in the student's precision, never below its own weights'."""
+    if spec.compute_dtype in (torch.float32, torch.float64):
+        return torch.promote_types(weight.dtype, spec.compute_dtype)
+    return spec.compute_dtype
+
+
+def _operand(x: Tensor, low: torch.dtype, high: torch.dtype) -> Tensor:
+    """x rounded to `low`. On a CPU it is held in `high`: products there return their own dtype."""
+    x = x.to(low)
+    return x if x.device.type == "cuda" else x.to(high)
+
+
+def _product(a: Tensor, b: Tensor, low: torch.dtype, high: torch.dtype) -> Tensor:
+    """a @ b of operands rounded to `low`, accumulated and returned in `high` (fp32 or fp64)."""
+    if a.dtype != high:
         return torch.mm(a, b, out_dtype=high)
-    with _bf16_products(a.dtype):
-        return a.to(high) @ b.to(high)
+    with _bf16_products(low):
+        return a @ b
 
 
 @contextlib.contextmanager
-def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
+def _bf16_products(low: torch.dtype) -> Iterator[None]:
     """Let oneDNN multiply fp32 copies of bf16 values in bf16: same fp32 sums, twice the speed."""
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
+    if low != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
         yield
         return
     before = matmul.fp32_precision
@@ -322,13 +329,6 @@ def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-def _operand_dtype(weight: Tensor, spec: _Spec) -> torch.dtype:
-    """The teacher's products run in the student's precision, never below its own weights'."""
-    if spec.compute_dtype in (torch.float32, torch.float64):
-        return torch.promote_types(weight.dtype, spec.compute_dtype)
-    return spec.compute_dtype
 
 
 def _default_chunk_tokens(device: torch.device, vocab_size: int) -> int:

@@ -30,6 +30,12 @@ def gradients(d: Distiller, rollouts: list, teacher_hidden: list) -> tuple[list,
     return grads, metrics
 
 
+@pytest.fixture(params=[1, 10**9], ids=["shared-start", "whole-prompts"], autouse=True)
+def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whether or not the prompts' common start is computed once."""
+    monkeypatch.setattr("opcd.prefix.MIN_TOKENS_SAVED", request.param)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -22,6 +22,12 @@ def greedy_alone(model: torch.nn.Module, prompt: list[int], limit: int) -> list[
     return ids[len(prompt) :]
 
 
+@pytest.fixture(params=[1, 10**9], ids=["shared-start", "whole-prompts"], autouse=True)
+def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whether or not the prompts' common start is computed once."""
+    monkeypatch.setattr("opcd.prefix.MIN_TOKENS_SAVED", request.param)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> None:
     model = build(name)
