@@ -50,28 +50,39 @@ class Chat:
         # The template writes the special tokens itself.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _text(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            **self.template_args,
-        )
+    def _text(self, messages: Sequence[Message], generation_prompt: bool, **overrides: Any) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self.template_args | overrides,
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path!r} must accept these messages, "
+                f"but it rejects their roles ({', '.join(m['role'] for m in messages[:4])}, ...): "
+                f"{error}; write the context as a .json list of the roles that it takes, with the "
+                f"instructions inside the first user message"
+            ) from error
         assert isinstance(text, str)
         return text
 
     def _check_template(self) -> None:
         probe = [{"role": "user", "content": "What is this?"}]
         name = self.tokenizer.name_or_path
-        try:
-            behind = self._text([*self.context, *probe], generation_prompt=True)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            roles = "system" if self.context[0]["role"] == "system" else "these"
-            raise InputError(
-                f"the chat template of {name!r} must accept the context, but it rejects its roles "
-                f"({roles} first): {error}; write the context as a .json list of user and "
-                f"assistant messages, with the instructions inside the first user message"
-            ) from error
+        behind = self._text([*self.context, *probe], generation_prompt=True)
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            clockless = template.replace("strftime_now", "raise_exception")
+            try:
+                self._text([*self.context, *probe], True, chat_template=clockless)
+            except InputError as error:
+                raise InputError(
+                    f"the chat template of {name!r} must give the same text every day, but it "
+                    f"writes today's date; fix the date with chat_template_args, often "
+                    f"{{date_string: ...}}"
+                ) from error
         for message in self.context:
             if message["content"].strip() not in behind:
                 raise InputError(

@@ -1,38 +1,20 @@
 """Checkpoints: complete or absent, never half written; everything a run needs to continue."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from opcd.errors import InputError
+from opcd.files import remove_folder, write_folder
 from opcd.loop import Distiller
 
 STATE_FILE = "trainer.pt"
-
-
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(folder)`` on a folder aside, then put that in the place of `target`."""
-    aside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    remove(target)
-    aside.rename(target)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder; one that is being deleted no longer carries its name."""
-    if folder.exists():
-        doomed = folder.with_name(f".removing-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -41,22 +23,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -> Path:
-    """Save model, optimizer, schedule, random state and `extra` as ``folder/step-NNNNNN``."""
+    """Save model, optimizer, random state, number of steps and `extra` as ``folder/step-NNNNNN``.
+
+    Learning rate and data position are functions of the number of steps.
+    """
     target = folder / f"step-{distiller.steps_done:06d}"
 
     def write(aside: Path) -> None:
         _save_student(distiller.student, aside)
         state = {
             "steps_done": distiller.steps_done,
-            "data_position": distiller.steps_done * distiller.config.prompts_per_step,
             "optimizer": distiller.optimizer.state_dict(),
-            "schedule": distiller.schedule.state_dict(),
             "random": _random_state(),
             **extra,
         }
         torch.save(state, aside / STATE_FILE)
 
-    write_atomically(target, write)
+    write_folder(target, write)
     return target
 
 
@@ -65,13 +48,13 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         _load_student(distiller.student, checkpoint)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{checkpoint} must hold a checkpoint of this run, got {str(error).splitlines()[0]}; "
+            f"{checkpoint} must hold a checkpoint of this run, got {reason}; "
             f"delete that folder to continue from the one before"
         ) from error
     distiller.optimizer.load_state_dict(state["optimizer"])
-    distiller.schedule.load_state_dict(state["schedule"])
     distiller.steps_done = state["steps_done"]
     torch.set_rng_state(state["random"]["cpu"])
     if state["random"]["cuda"]:
@@ -85,7 +68,7 @@ def rotate(folder: Path, keep: int, best_step: int | None) -> None:
         shutil.rmtree(leftover)
     for old in list_checkpoints(folder)[:-keep]:
         if old.name != f"step-{best_step or 0:06d}":
-            remove(old)
+            remove_folder(old)
 
 
 def _random_state() -> dict[str, Any]:

@@ -12,13 +12,16 @@ from opcd.errors import InputError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        arguments = _parser().parse_args(argv)
+        return _main(argv)
     except ModuleNotFoundError as error:
-        print(
-            f"opcd: the command line needs {error.name}; pip install 'opcd-kernels[train]'",
-            file=sys.stderr,
-        )
+        hint = "install opcd-kernels with its extra [train], e.g. pip install -e '.[train]'"
+        package = (error.name or str(error)).partition(".")[0]
+        print(f"opcd: the command line needs {package}; {hint}", file=sys.stderr)
         return 2
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
     command = arguments.subcommand
     values = arguments[command].as_dict()
     values.pop("config", None)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from opcd.errors import InputError
+from opcd.files import write_text
 
 
 @dataclass
@@ -116,12 +117,18 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write as YAML, every field resolved."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
-        """Read what `save` wrote."""
-        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote. Raises InputError for a file that it did not write."""
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            raise InputError(
+                f"{path} must hold the settings of a run, got {str(error).splitlines()[0]}; "
+                f"restore it, or start another output_dir"
+            ) from error
 
     def differing_fields(self, other: "TrainConfig") -> list[str]:
         """Names of the fields in which two configurations differ."""

@@ -63,7 +63,7 @@ def read_examples(path: str, answers_required: bool) -> list[Example]:
     """
     kind = "evaluation data" if answers_required else "prompts"
     examples = []
-    for number, line in enumerate(_read(path, kind).splitlines(), start=1):
+    for number, line in enumerate(_read(path, kind).split("\n"), start=1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
@@ -155,6 +155,8 @@ def _example(record: Any, source: str, answers_required: bool) -> Example:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InputError(f'{source}: "answer" must be a string or a list of strings, got {answers}')
+    if not all(a.strip() for a in answers):
+        raise InputError(f'{source}: an "answer" must not be blank, got {answers}; remove it')
     if answers_required and not answers:
         raise InputError(
             f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '

@@ -1,9 +1,7 @@
 """The scorecard: what the prompt gave, what the weights kept of it, and how sure that is."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,16 +13,19 @@ from opcd.lm import completion_hidden, head_of
 from opcd.objective import head_divergence
 from opcd.rollout import Rollout, SamplingParams, TransformersEngine
 from opcd.task import Prompt, Task, spread
-from opcd.teacher import SharedPrefixTeacher
+from opcd.teacher import SharedPrefixTeacher, cache_is_exact
 
 COLUMNS = ("base", "prompted", "distilled", "distilled_prompted")
 
 
 def answer(
-    model: torch.nn.Module, prompt_ids: Sequence[Sequence[int]], config: TrainConfig
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    config: TrainConfig,
+    share_prefix: bool = True,
 ) -> list[Rollout]:
     """Greedy answers to prompts given as token ids."""
-    engine = TransformersEngine(model, config.rollout_batch_size)
+    engine = TransformersEngine(model, config.rollout_batch_size, share_prefix)
     return engine.generate(
         prompt_ids, SamplingParams(config.max_completion_tokens, temperature=0.0)
     )
@@ -68,6 +69,7 @@ def held_out_divergence(
     teacher: SharedPrefixTeacher,
     prompts: Sequence[Prompt],
     config: TrainConfig,
+    share_prefix: bool = True,
 ) -> float:
     """Mean reverse KL to the teacher, nats per token, on completions that the student samples.
 
@@ -76,7 +78,8 @@ def held_out_divergence(
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        rollouts = TransformersEngine(student, config.rollout_batch_size).generate(
+        engine = TransformersEngine(student, config.rollout_batch_size, share_prefix)
+        rollouts = engine.generate(
             [p.student_ids for p in prompts],
             SamplingParams(config.max_completion_tokens, config.temperature),
         )
@@ -110,6 +113,9 @@ def evaluate(
 
     Without a distilled model its columns are null. `say` is told what is being measured.
     """
+    share = teacher.shares_prefix
+    if config.teacher:
+        share = cache_is_exact(base, task.prefix_ids)
     card: dict[str, Any] = dict.fromkeys(COLUMNS)
     answers: list[dict[str, Any]] = [
         {"prompt": list(p.example.messages), "accepted": list(p.example.answers)} for p in task.test
@@ -125,13 +131,13 @@ def evaluate(
             (with_context, [task.prefix_ids + p.teacher_ids for p in task.test]),
         ):
             say(column)
-            rollouts = answer(model, prompt_ids, config)
+            rollouts = answer(model, prompt_ids, config, share)
             card[column], right = measure(rollouts, task.test, task, chat)
             for row, rollout, ok in zip(answers, rollouts, right, strict=True):
                 row[column] = chat.decode(rollout.completion_token_ids)
                 row[f"{column}_right"] = ok
         say(f"divergence {when}")
-        divergence[when] = held_out_divergence(model, teacher, held_out, config)
+        divergence[when] = held_out_divergence(model, teacher, held_out, config, share)
     card["internalised"] = (
         internalised(*(card[c]["accuracy"] for c in ("base", "prompted", "distilled")))
         if distilled is not None
@@ -146,10 +152,3 @@ def evaluate(
     card["decoding"] = {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens}
     card["data"] = {"part": "test", "file": config.eval_data}
     return card, answers
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs, atomically."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)

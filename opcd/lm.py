@@ -64,6 +64,26 @@ def eos_token_ids(model: torch.nn.Module) -> list[int]:
     )
 
 
+def stop_at(model: torch.nn.Module, token_id: int | None) -> None:
+    """Let `token_id` end a completion too: the tokenizer's EOS is what the chat template writes.
+
+    Kept in the generation config, so that a saved model stops there as well.
+    """
+    ids = eos_token_ids(model)
+    if token_id is not None and token_id not in ids:
+        causal_lm(model).generation_config.eos_token_id = [*ids, token_id]
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0: the divergence is that of the policy that was sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def completion_hidden(
     model: torch.nn.Module,
     prompt_ids: Sequence[Sequence[int]],

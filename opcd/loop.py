@@ -33,6 +33,7 @@ class Distiller:
         engine: RolloutEngine,
         config: TrainConfig,
         compute_dtype: torch.dtype,
+        share_prefix: bool = True,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -46,11 +47,10 @@ class Distiller:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: rate_factor(step, config)
-        )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
+        # A cache and recomputed activations exclude each other in transformers.
+        self.share_prefix = share_prefix and not config.gradient_checkpointing
         self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -99,7 +99,8 @@ class Distiller:
         config = self.config
         weights = token_weights([len(r.completion_token_ids) for r in rollouts], config)
         totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
-        self.student.train()
+        # Some models recompute activations in training mode only; dropout is off in either.
+        self.student.train(config.gradient_checkpointing)
         for batch in batches_by_length(
             [len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rollouts],
             config.sequences_per_pass,
@@ -107,9 +108,8 @@ class Distiller:
             prompt_ids = [rollouts[i].prompt_token_ids for i in batch]
             completion_ids = [rollouts[i].completion_token_ids for i in batch]
             with self.autocast():
-                # A cache and recomputed activations exclude each other in transformers.
-                shared = not config.gradient_checkpointing
-                prefix = common_prefix(self.student, prompt_ids) if shared else None
+                share = self.share_prefix
+                prefix = common_prefix(self.student, prompt_ids) if share else None
                 start = len(prefix) if prefix is not None else 0
                 hidden = completion_hidden(
                     self.student, [p[start:] for p in prompt_ids], completion_ids, prefix
@@ -135,13 +135,14 @@ class Distiller:
             self.optimizer.zero_grad()
             raise InputError(
                 f"the loss must be finite, got loss {loss} and gradient norm {grad_norm} in step "
-                f"{self.steps_done + 1}; the weights before that step are kept: lower "
-                f"learning_rate, or pass --dtype float32"
+                f"{self.steps_done + 1}; the state before that step is saved: continue with "
+                f"--resume and a lower --learning_rate or --max_grad_norm, or --dtype float32"
             )
-        learning_rate = float(self.schedule.get_last_lr()[0])
+        learning_rate = config.learning_rate * rate_factor(self.steps_done, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
         self.steps_done += 1
         n = sum(len(r.completion_token_ids) for r in rollouts)
         return {

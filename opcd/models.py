@@ -23,6 +23,8 @@ def resolve_device(name: str) -> torch.device:
     """The torch device that the configuration names. Raises InputError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not name.startswith(("cpu", "cuda")):
+        raise InputError(f"device must be auto, cpu or cuda, got {name!r}; pass one of them")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -69,8 +71,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, dtype: torch.dtype | str, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A causal LM in evaluation mode, without gradients; `dtype` "auto" keeps the stored one."""
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    """A causal LM in evaluation mode, without gradients; `dtype` "auto" keeps the stored one.
+
+    Raises InputError if the files lack weights: transformers would make them up.
+    """
+    model, report = _from_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True
+    )
+    lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if lacking:
+        raise InputError(
+            f"the files of {name!r} must hold every weight of {type(model).__name__}, but lack "
+            f"{len(lacking)}, such as {sorted(lacking)[0]}; fetch them again"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -14,6 +14,10 @@ from opcd.lm import causal_lm
 MIN_TOKENS_SAVED = 128
 
 
+class UnsupportedCacheError(InputError):
+    """The architecture keeps no cache that can be handed out."""
+
+
 class SharedPrefix:
     """The cache of one pass over `token_ids`; `expand` hands out copies that a pass may extend.
 
@@ -30,11 +34,12 @@ class SharedPrefix:
         lm = causal_lm(model)
         self.token_ids = list(token_ids)
         ids = torch.tensor([self.token_ids], device=lm.device)
-        cache = lm.base_model(input_ids=ids, use_cache=True).past_key_values
-        if not isinstance(cache, Cache):
-            raise InputError(
-                f"{type(lm).__name__} must return a transformers Cache, got "
-                f"{type(cache).__name__}; this architecture cannot share a prefix"
+        output = lm.base_model(input_ids=ids, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+            raise UnsupportedCacheError(
+                f"{type(lm).__name__} must return a transformers Cache to share a prefix, got "
+                f"{type(cache).__name__}"
             )
         self._cache: Any = cache
 

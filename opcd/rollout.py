@@ -51,10 +51,15 @@ class RolloutEngine(Protocol):
 class TransformersEngine:
     """`transformers.generate` on the trained module itself: its weights are never stale.
 
-    What all prompts of a call start with (a context, a default system message) is computed once.
+    What all prompts of a call start with (a context, a default system message) is computed once,
+    unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
+    only prompts of one length are batched.
     """
 
-    def __init__(self, model: torch.nn.Module, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: torch.nn.Module, batch_size: int = 32, share_prefix: bool = True
+    ) -> None:
+        self._share_prefix = share_prefix
         self._model = model
         self._batch_size = batch_size
         self._eos = eos_token_ids(model)
@@ -66,11 +71,11 @@ class TransformersEngine:
     ) -> list[Rollout]:
         """See RolloutEngine.generate. Draws from torch's global generator."""
         repeated = [list(p) for p in prompts for _ in range(n)]
-        prefix = common_prefix(self._model, repeated)
+        prefix = common_prefix(self._model, repeated) if self._share_prefix else None
         completions: dict[int, list[int]] = {}
         lengths = [len(p) for p in repeated]
         total = max(lengths, default=0) + params.max_completion_tokens
-        pads = prefix is None or prefix.allows_pads(total)
+        pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
         for batch in self._batches(lengths, pads):
             output = self._generate_batch([repeated[i] for i in batch], params, prefix)
             completions.update(zip(batch, output, strict=True))

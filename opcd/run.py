@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,12 @@ from opcd.checkpoint import (
     load_checkpoint,
     rotate,
     save_checkpoint,
-    write_atomically,
 )
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.evaluate import answer, evaluate, held_out_divergence, measure, write_json
-from opcd.lm import head_of, max_positions
+from opcd.evaluate import answer, evaluate, held_out_divergence, measure
+from opcd.files import write_folder, write_json, write_jsonl
+from opcd.lm import head_of, max_positions, stop_at, switch_off_dropout
 from opcd.loop import Distiller, step_prompts
 from opcd.models import (
     load_config,
@@ -45,17 +46,20 @@ from opcd.report import (
 )
 from opcd.rollout import TransformersEngine
 from opcd.task import Task, read_task_files, render_task, spread
-from opcd.teacher import SharedPrefixTeacher
+from opcd.teacher import SharedPrefixTeacher, cache_is_exact
 
 log = logging.getLogger(__name__)
 
-# Fields that may change when a run is continued: none of them alters a step, done or to come.
-MAY_CHANGE = {"save_every", "keep_checkpoints", "eval_data", "rollout_batch_size"}
+# Fields that may change when a run is continued; the second kind alters the steps to come, and is
+# there for a run whose loss was not finite.
+HOUSEKEEPING = {"save_every", "keep_checkpoints"}
+REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 
 
 class Setup(NamedTuple):
     """What training and evaluation both need; nothing in it has cost long work."""
 
+    config: TrainConfig  # device and dtype resolved
     task: Task
     chat: Chat
     tokenizer: PreTrainedTokenizerBase
@@ -66,13 +70,14 @@ class Setup(NamedTuple):
 def train(config: TrainConfig, resume: bool = False) -> None:
     """Distil, choose a checkpoint on validation data, export it, and score it on test data."""
     setup = prepare(config)
-    folder = _open_folder(config, resume)
+    config = setup.config
+    folder = _check_folder(config, resume)
     finished = _fit(config, setup, folder, resume)
     if not finished:
         return
-    base = load_model(config.model, setup.dtype, setup.device)
     if config.eval_data:
-        final = load_model(str(folder / "final"), setup.dtype, setup.device)
+        base = _load(config.model, setup, setup.dtype)
+        final = _load(str(folder / "final"), setup, setup.dtype)
         selection = json.loads(_read(folder / "final" / "selection.json"))
         _score(config, setup, base, final, folder, selection)
     print(f"\n{_next_steps(config, folder)}")
@@ -90,8 +95,9 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
-    base = load_model(config.model, setup.dtype, setup.device)
-    final = None if path == "none" else load_model(path, setup.dtype, setup.device)
+    test_file, config = config.eval_data, setup.config
+    base = _load(config.model, setup, setup.dtype)
+    final = None if path == "none" else _load(path, setup, setup.dtype)
     if final is not None and head_of(final).weight.shape[0] != head_of(base).weight.shape[0]:
         raise InputError(
             f"the distilled model must have the vocabulary of {config.model!r}, got "
@@ -99,9 +105,12 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
             f"{head_of(base).weight.shape[0]}; name a model distilled from it"
         )
     if distilled is None:
-        target, selection = run, json.loads(_read(run / "final" / "selection.json"))
+        selection = json.loads(_read(run / "final" / "selection.json"))
+        same = not TrainConfig.load(run / "config.yaml").differing_fields(config)
+        target = run if same else run / f"eval-{Path(test_file).stem}"
     else:
-        target, selection = run / f"eval-{Path(path).name}", {"how": f"{path}, as named"}
+        selection = {"how": f"{path}, as named"}
+        target = run / f"eval-{path.strip('/.').replace('/', '-')}"
     target = Path(save_to) if save_to else target
     target.mkdir(parents=True, exist_ok=True)
     _score(config, setup, base, final, target, selection)
@@ -122,52 +131,70 @@ def prepare(config: TrainConfig) -> Setup:
     chat = Chat(tokenizer, files.context, config.chat_template_args)
     limit = min((x for x in limits if x is not None), default=None)
     task = render_task(files, chat, limit, config.max_completion_tokens)
-    return Setup(task, chat, tokenizer, device, dtype)
+    resolved = replace(config, device=str(device))
+    resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return Setup(resolved, task, chat, tokenizer, device, dtype)
 
 
-def _open_folder(config: TrainConfig, resume: bool) -> Path:
+def _check_folder(config: TrainConfig, resume: bool) -> Path:
+    """The run's folder, if it may be used. A folder without a checkpoint holds no run yet."""
     folder = Path(config.output_dir)
     saved = folder / "config.yaml"
-    if resume:
-        if not saved.is_file():
+    if not resume:
+        if list_checkpoints(folder / "checkpoints") or (folder / "final").exists():
             raise InputError(
-                f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
+                f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
+                f"to continue it, or choose another output_dir"
             )
-        changed = set(TrainConfig.load(saved).differing_fields(config)) - MAY_CHANGE
-        if config.schedule == "constant":
-            changed.discard("steps")
-        if changed:
-            raise InputError(
-                f"a resumed run must keep its settings, got other values for "
-                f"{', '.join(sorted(changed))}; pass --config {saved}, or start another output_dir"
-            )
-    elif saved.exists() or (folder / "checkpoints").exists():
+        return folder
+    if not saved.is_file():
         raise InputError(
-            f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume to "
-            f"continue it, or choose another output_dir"
+            f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
         )
+    before = TrainConfig.load(saved)
+    changed = set(before.differing_fields(config)) - HOUSEKEEPING
+    if config.schedule == "constant" and config.steps > before.steps:
+        changed.discard("steps")
+    if changed - REMEDIES:
+        raise InputError(
+            f"a resumed run must keep its settings, got other values for "
+            f"{', '.join(sorted(changed - REMEDIES))}; pass --config {saved}, or start another "
+            f"output_dir"
+        )
+    for name in sorted(changed):
+        print(f"continuing with {name} {getattr(config, name)}, was {getattr(before, name)}")
+    return folder
+
+
+def _claim_folder(config: TrainConfig, folder: Path) -> None:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        config.save(saved)
+        config.save(folder / "config.yaml")
     except OSError as error:
         raise InputError(
             f"output_dir must be a folder that can be written, got {str(folder)!r}: "
             f"{error.strerror}; choose another"
         ) from error
-    return folder
 
 
 def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
     """Train to the last step and write final/; False if a signal ended it before."""
     task, checkpoints = setup.task, folder / "checkpoints"
     distiller = build_distiller(config, setup)
+    _claim_folder(config, folder)
     best: dict[str, Any] = {"step": None}
     if resume and (done := list_checkpoints(checkpoints)):
-        best = load_checkpoint(done[-1], distiller)["best"]
+        state = load_checkpoint(done[-1], distiller)
+        best = state["best"]
+        if state["fingerprint"] != task.fingerprint:
+            raise InputError(
+                f"a resumed run must see the prompts it was started with, but context, prompts or "
+                f"chat template give other token ids than in {done[-1]}; restore the files"
+            )
     _print_plan(config, setup, distiller)
     metrics_file = folder / "metrics.jsonl"
-    kept = read_metrics(metrics_file, distiller.steps_done)
-    metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
+    extra = {"fingerprint": task.fingerprint}
 
     with (
         stop_signals() as stop,
@@ -178,7 +205,7 @@ def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
             try:
                 metrics = distiller.step(step_prompts(task.train, distiller.steps_done, config))
             except InputError:
-                save_checkpoint(checkpoints, distiller, {"best": best})
+                save_checkpoint(checkpoints, distiller, extra | {"best": best})
                 raise
             step, last = distiller.steps_done, distiller.steps_done == config.steps
             validated = task.validation and (step % config.validate_every == 0 or last)
@@ -188,11 +215,12 @@ def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
                     best = {"step": step, **found}
             print(json.dumps(metrics), file=metrics_log, flush=True)
             if validated or last or stop or step % config.save_every == 0:
-                save_checkpoint(checkpoints, distiller, {"best": best})
+                save_checkpoint(checkpoints, distiller, extra | {"best": best})
                 rotate(checkpoints, config.keep_checkpoints, best["step"])
             bar.set_postfix_str(_postfix(metrics, best), refresh=False)
             bar.update()
-    if distiller.steps_done < config.steps:
+    distiller.engine.close()
+    if stop:
         print(
             f"stopped by {stop[0]} after step {distiller.steps_done}; checkpoint saved. Continue:\n"
             f"  opcd train --config {folder / 'config.yaml'} --resume"
@@ -214,20 +242,28 @@ def build_distiller(config: TrainConfig, setup: Setup) -> Distiller:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        student = get_peft_model(load_model(config.model, setup.dtype, setup.device), lora)
+        student = get_peft_model(_load(config.model, setup, setup.dtype), lora)
     else:
-        student = load_model(config.model, torch.float32, setup.device).requires_grad_(True)
-    check_head(student, prefix_ids[:16])
+        student = _load(config.model, setup, torch.float32).requires_grad_(True)
+    switch_off_dropout(student)
     if isinstance(student, PeftModel) and not config.teacher:
         scorer, frozen = student, student.disable_adapter
     else:
-        scorer = load_model(config.teacher or config.model, setup.dtype, setup.device)
-        check_head(scorer, prefix_ids[:16])
+        scorer = _load(config.teacher or config.model, setup, setup.dtype)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = SharedPrefixTeacher(scorer, prefix_ids, config.sequences_per_pass, frozen)
-    engine = TransformersEngine(student, config.rollout_batch_size)
-    return Distiller(student.eval(), teacher, engine, config, setup.dtype)
+    share = cache_is_exact(student, prefix_ids) if config.teacher else teacher.shares_prefix
+    engine = TransformersEngine(student, config.rollout_batch_size, share)
+    return Distiller(student.eval(), teacher, engine, config, setup.dtype, share)
+
+
+def _load(name: str, setup: Setup, dtype: torch.dtype) -> Any:
+    """A model that stops where the chat template does and whose head the loss can use."""
+    model = load_model(name, dtype, setup.device)
+    stop_at(model, setup.tokenizer.eos_token_id)
+    check_head(model, setup.task.train[0].student_ids)
+    return model
 
 
 @contextlib.contextmanager
@@ -255,13 +291,15 @@ def _validate(distiller: Distiller, setup: Setup, config: TrainConfig) -> dict[s
     prompts = setup.task.validation
     begin = time.perf_counter()
     with distiller.autocast():
-        rollouts = answer(distiller.student, [p.student_ids for p in prompts], config)
+        ids = [p.student_ids for p in prompts]
+        rollouts = answer(distiller.student, ids, config, distiller.share_prefix)
         column, _ = measure(rollouts, prompts, setup.task, setup.chat)
         divergence = held_out_divergence(
             distiller.student,
             distiller.teacher,
             spread(prompts, config.divergence_prompts),
             config,
+            distiller.share_prefix,
         )
     return {
         "accuracy": column["accuracy"],
@@ -276,7 +314,8 @@ def _rank(found: dict[str, Any]) -> tuple[float, float]:
 
 def _export(config: TrainConfig, setup: Setup, folder: Path, best: dict[str, Any]) -> None:
     """Write the chosen checkpoint as final/, in the precision the model was stored in."""
-    step = best["step"] or config.steps
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    step = best["step"] or int(newest.name.removeprefix("step-"))
     checkpoint = folder / "checkpoints" / f"step-{step:06d}"
     stored = getattr(load_config(config.model), "dtype", None) or torch.float32
     adapter = None
@@ -301,7 +340,7 @@ def _export(config: TrainConfig, setup: Setup, folder: Path, best: dict[str, Any
         setup.tokenizer.save_pretrained(aside)
         write_json(aside / "selection.json", selection)
 
-    write_atomically(folder / "final", write)
+    write_folder(folder / "final", write)
 
 
 def _score(
@@ -313,7 +352,7 @@ def _score(
     selection: dict[str, Any],
 ) -> None:
     """Measure, print and write scorecard.json, answers.jsonl and report.md."""
-    frozen = load_model(config.teacher, setup.dtype, setup.device) if config.teacher else base
+    frozen = _load(config.teacher, setup, setup.dtype) if config.teacher else base
     teacher = SharedPrefixTeacher(frozen, setup.task.prefix_ids, config.sequences_per_pass)
     with tqdm(total=6 if distilled is not None else 3, desc="evaluate", leave=False) as bar:
 
@@ -324,9 +363,7 @@ def _score(
         card, answers = evaluate(base, distilled, teacher, setup.task, setup.chat, config, say)
     card["selection"] = selection
     write_json(folder / "scorecard.json", card)
-    (folder / "answers.jsonl").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8"
-    )
+    write_jsonl(folder / "answers.jsonl", answers)
     write_report(folder, card, answers, config, read_metrics(folder / "metrics.jsonl"))
     print(f"\n{scorecard_table(card)}\n")
     print("\n".join(f"  {fact}" for fact in scorecard_facts(card)))
@@ -335,13 +372,21 @@ def _score(
 
 def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None:
     task = setup.task
+    if len(task.prefix_ids) < 0.8 * task.prompt_tokens_saved:
+        log.warning(
+            "only %d of about %.0f context tokens stand in front of all prompts: the chat template "
+            "puts the rest elsewhere, and it is computed with every sequence",
+            len(task.prefix_ids),
+            task.prompt_tokens_saved,
+        )
     trained = sum(p.numel() for p in distiller.parameters)
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "every weight"
-    dtype = str(setup.dtype).removeprefix("torch.")
+    once = distiller.teacher.shares_prefix
+    prefix = f"{len(task.prefix_ids)} tokens computed {'once' if once else 'with every sequence'}"
     print(
-        f"context   {len(task.prefix_ids)} tokens, computed once ({distiller.teacher.plan.mode}: "
-        f"{distiller.teacher.plan.reason})\n"
-        f"student   {config.model} on {setup.device}, {dtype}, training {kind} "
+        f"context   {task.prompt_tokens_saved:.0f} tokens a request; {prefix} "
+        f"({distiller.teacher.plan.reason})\n"
+        f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts"

@@ -58,7 +58,8 @@ def contains(completion: str, answers: Sequence[str]) -> bool:
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".!?,;: ")
+    text = " ".join(text.casefold().split())
+    return text.rstrip(".!?,;: ") or text
 
 
 def _match(pattern: re.Pattern[str], completion: str, answers: Sequence[str]) -> bool:

@@ -1,13 +1,15 @@
 """A task: the context, the prompts of each part as token ids, and the scorer."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 from opcd.chat import Chat, check_lengths
 from opcd.config import TrainConfig
-from opcd.data import Example, check_disjoint, read_context, read_examples
+from opcd.data import Example, Message, check_disjoint, read_context, read_examples
 from opcd.errors import InputError
 from opcd.prefix import shared_prefix_length
 from opcd.scorers import Scorer, load_scorer
@@ -30,6 +32,12 @@ class Task:
     validation: list[Prompt]
     test: list[Prompt]
     scorer: Scorer
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what is trained on: a resumed run must see the very same token ids."""
+        ids = [self.prefix_ids, *[[*p.student_ids, -1, *p.teacher_ids] for p in self.train]]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     @property
     def prompt_tokens_saved(self) -> float:
@@ -55,7 +63,11 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
     for part, path in (("validation", config.validation_data), ("test", config.eval_data)):
         parts[part] = read_examples(path, answers_required=True) if path else []
     check_disjoint(parts, context)
-    return TaskFiles(context, parts, load_scorer(config.scorer))
+    scorer = load_scorer(config.scorer)
+    labelled = parts["validation"] + parts["test"]
+    if labelled:
+        _try_scorer(scorer, config.scorer, labelled[0])
+    return TaskFiles(context, parts, scorer)
 
 
 def render_task(
@@ -66,7 +78,7 @@ def render_task(
     Raises InputError if a prompt with the context, or without it, does not fit the model.
     """
     everything = [example for part in files.parts.values() for example in part]
-    with_context = [chat.teacher_ids(example.messages) for example in everything]
+    with_context = [_render(chat.teacher_ids, example) for example in everything]
     # A first user message of another kind: the common start must be the context's alone.
     probes = [chat.teacher_ids([{"role": "user", "content": text}]) for text in ("Hm?", "3 + 4")]
     length = shared_prefix_length([*with_context, *probes])
@@ -79,7 +91,7 @@ def render_task(
         everything, [len(ids) for ids in with_context], max_completion_tokens, max_positions, length
     )
     rendered = {
-        id(example): Prompt(example, chat.student_ids(example.messages), ids[length:])
+        id(example): Prompt(example, _render(chat.student_ids, example), ids[length:])
         for example, ids in zip(everything, with_context, strict=True)
     }
 
@@ -93,6 +105,24 @@ def render_task(
         prompts("test"),
         files.scorer,
     )
+
+
+def _try_scorer(scorer: Scorer, name: str, example: Example) -> None:
+    """A scorer that cannot be called must not be found out after an hour of training."""
+    try:
+        scorer("a completion", example.answers)
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"scorer {name!r} must take (completion, answers), but it raised "
+            f"{type(error).__name__}: {error} for {example.source}; correct it"
+        ) from error
+
+
+def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:
+    try:
+        return render(example.messages)
+    except InputError as error:
+        raise InputError(f"{example.source}: {error}") from error
 
 
 def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

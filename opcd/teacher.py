@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opcd.lm import batches_by_length, completion_hidden, head_of
 from opcd.objective import head_divergence
-from opcd.prefix import SharedPrefix
+from opcd.prefix import SharedPrefix, UnsupportedCacheError
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,15 @@ class SharedPrefixTeacher:
         self.plan = Plan("recompute", "padded rows", "asked for")
         if shared:
             with torch.no_grad(), frozen():
-                self._prefix = SharedPrefix(model, prefix_ids)
-                self.plan = self._self_check()
+                self.plan = self._record()
+        if shared and self.plan.mode == "recompute":
+            log.warning("the context is computed with every sequence: %s", self.plan.reason)
         log.debug("teacher: %s with %s, %s", *self.plan)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the prefix is computed once: the architecture's cache is exact."""
+        return self._prefix is not None
 
     @torch.no_grad()
     def score(
@@ -103,25 +109,26 @@ class SharedPrefixTeacher:
         whole = [[*self._prefix_ids, *p] for p in prompt_ids]
         return completion_hidden(self.model, whole, completion_ids)
 
-    def _self_check(self) -> Plan:
-        """Score two short sequences both ways; keep the cache if they agree."""
+    def _record(self) -> Plan:
+        """Record the prefix, score two short sequences both ways, and keep it if they agree."""
         ids = self._prefix_ids
         probes = [ids[-1:], (ids[-5:-2] or ids[:1])], [ids[:3], ids[:7]]
-        cached = self._hidden(*probes)
-        prefix, self._prefix = self._prefix, None
         full = self._hidden(*probes)
-        divergence = head_divergence(cached, self.head, full, self.head).per_token.max()
+        try:
+            self._prefix = SharedPrefix(self.model, ids)
+        except UnsupportedCacheError as error:
+            return Plan("recompute", "padded rows", str(error))
+        cached = self._hidden(*probes)
+        divergence = head_divergence(cached, self.head, full, self.head).per_token.max().item()
         bound = 1e-4 if cached.dtype == torch.float32 else 0.05
-        if not divergence.item() <= bound:
-            reason = (
-                f"cached and full passes differ by {divergence.item():.2g} nats a token, "
-                f"more than {bound:g}"
-            )
-            log.warning("the shared prefix is recomputed with every sequence: %s", reason)
-            return Plan("recompute", "padded rows", reason)
-        self._prefix = prefix
-        return Plan(
-            "cached",
-            "padded rows, expanded DynamicCache",
-            f"agrees with a full pass to {divergence.item():.1g} nats a token",
-        )
+        if not divergence <= bound:
+            self._prefix = None
+            reason = f"cached and full passes differ by {divergence:.2g} nats a token"
+            return Plan("recompute", "padded rows", f"{reason}, more than {bound:g}")
+        reason = f"agrees with a full pass to {divergence:.1g} nats a token"
+        return Plan("cached", "padded rows, expanded DynamicCache", reason)
+
+
+def cache_is_exact(model: torch.nn.Module, prefix_ids: Sequence[int]) -> bool:
+    """Whether passes behind a recorded prefix equal full passes on this model."""
+    return SharedPrefixTeacher(model, prefix_ids).shares_prefix

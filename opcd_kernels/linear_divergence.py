@@ -3,7 +3,7 @@
 The chunked PyTorch backend. For each chunk of tokens both models' logits are formed in fp32, the
 per-token divergence and its gradient with respect to the student's logits follow in closed form,
 and the gradient is multiplied back into the hidden states and the head at once. Nothing of shape
-(N, V) is ever kept: the scratch is three (chunk, V) buffers, whatever N is.
+(N, V) is ever kept: the scratch is a handful of (chunk, V) buffers, whatever N is.
 
     gradient with respect to the student's logits z_s, for D_i at token i
       reverse KL   p_s (log p_s − log p_t − D_i)
@@ -27,8 +27,9 @@ from torch import Tensor
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 BACKENDS = ("auto", "torch")
 
-_CPU_SCRATCH_BYTES = 192 * 2**20
+_CPU_SCRATCH_BYTES = 400 * 2**20
 _CUDA_SCRATCH_SHARE = 0.05
+_SCRATCH_BUFFERS = 7  # (chunk, V) fp32 at the peak of a KL; a JSD takes nine
 
 
 class LinearDivergence(NamedTuple):
@@ -48,6 +49,7 @@ class _Spec(NamedTuple):
     vocab_size: int
     chunk_tokens: int
     compute_dtype: torch.dtype  # of the operands of the products; logits are fp32 (fp64 for fp64)
+    need_grad: bool
 
 
 def linear_divergence(
@@ -169,6 +171,7 @@ def linear_divergence(
         vocab_size,
         chunk_tokens or _default_chunk_tokens(h_s.device, vocab_size),
         compute_dtype,
+        torch.is_grad_enabled(),
     )
     with torch.autocast(device_type, enabled=False):
         loss, per_token, entropy = _LinearDivergence.apply(
@@ -192,7 +195,8 @@ class _LinearDivergence(torch.autograd.Function):
         token_weights: Tensor,
         spec: _Spec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        need_h, need_w, need_b = (spec.need_grad and x for x in ctx.needs_input_grad[:3])
+        need_grad = need_h or need_w or need_b
         n, v, high = h_s.shape[0], spec.vocab_size, token_weights.dtype
         teacher_dtype = _teacher_dtype(w_t, spec)
         w_s_low = _operand(w_s[:v], spec.compute_dtype, high)
@@ -203,6 +207,11 @@ class _LinearDivergence(torch.autograd.Function):
         grad_w = torch.zeros(w_s.shape, dtype=high, device=w_s.device) if need_w else None
         grad_b = torch.zeros(w_s.shape[0], dtype=high, device=w_s.device) if need_b else None
 
+        # The weights enter the products relative to the largest one: 1/N would underflow in fp16.
+        scale = token_weights.abs().max() if n else token_weights.new_ones(())
+        scale = torch.where(scale > 0, scale, 1)
+        relative = (token_weights / scale)[:, None]
+        dropped = relative == 0
         for start in range(0, n, spec.chunk_tokens):
             rows = slice(start, start + spec.chunk_tokens)
             h_s_low = _operand(h_s[rows], spec.compute_dtype, high)
@@ -211,24 +220,27 @@ class _LinearDivergence(torch.autograd.Function):
             z_t = _product(h_t_low, w_t_low.T, teacher_dtype, high)
             z_s, slope = _finish_logits(z_s, b_s, spec.student_softcap, spec)
             z_t, _ = _finish_logits(z_t, b_t, spec.teacher_softcap, spec)
-            per_token[rows], entropy[rows], dz = _divergence(
-                z_s, z_t, spec, any((need_h, need_w, need_b))
-            )
+            per_token[rows], entropy[rows], dz = _divergence(z_s, z_t, spec, need_grad)
             if dz is None:
                 continue
-            dz.mul_(token_weights[rows, None] / spec.temperature)
+            dz.mul_(relative[rows])
             if slope is not None:
                 dz.mul_(slope)
-            # A token of weight 0 contributes nothing even where its divergence is infinite.
-            dz.masked_fill_(token_weights[rows, None] == 0, 0)
+            # A token of weight 0 contributes nothing, even one that is infinite or not a number.
+            dz.masked_fill_(dropped[rows], 0)
+            h_s_low = h_s_low.masked_fill(dropped[rows], 0)
             if grad_b is not None:
                 grad_b[:v] += dz.sum(0)
             dz_low = _operand(dz, spec.compute_dtype, high)
             if grad_h is not None:
-                grad_h[rows] = _product(dz_low, w_s_low, spec.compute_dtype, high)
+                product = _product(dz_low, w_s_low, spec.compute_dtype, high)
+                grad_h[rows] = product.mul_(scale / spec.temperature)
             if grad_w is not None:
                 grad_w[:v] += _product(dz_low.T, h_s_low, spec.compute_dtype, high)
 
+        for grad in (grad_w, grad_b):
+            if grad is not None:
+                grad.mul_(scale / spec.temperature)
         ctx.save_for_backward(grad_h, grad_w, grad_b)
         ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
         ctx.mark_non_differentiable(per_token, entropy)
@@ -259,26 +271,27 @@ def _divergence(
     p_s = log_s.exp()
     entropy = torch.xlogy(p_s, p_s).sum(-1).neg_()
     if spec.divergence == "reverse_kl":
-        value, ratio = _kl(p_s, log_s, log_t)
+        value, ratio = _kl_(p_s, log_s, log_t)
         return value, entropy, p_s.mul_(ratio.sub_(value[:, None])) if need_grad else None
     p_t = log_t.exp()
     if spec.divergence == "forward_kl":
-        value, _ = _kl(p_t, log_t, log_s)
+        value, _ = _kl_(p_t, log_t, log_s)
         return value, entropy, p_s.sub_(p_t) if need_grad else None
     beta = spec.beta
     log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
-    kl_s, ratio = _kl(p_s, log_s, log_m)
-    kl_t, _ = _kl(p_t, log_t, log_m)
+    kl_t, _ = _kl_(p_t, log_t, log_m.clone())
+    kl_s, ratio = _kl_(p_s, log_s, log_m)
     dz = p_s.mul_(ratio.sub_(kl_s[:, None])).mul_(1 - beta) if need_grad else None
     return beta * kl_t + (1 - beta) * kl_s, entropy, dz
 
 
-def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) and log p − log q (0 where p is 0), summed from non-negative terms."""
-    ratio = torch.where(p > 0, log_p - log_q, 0)
-    near = p * (torch.expm1(-ratio) + ratio)
-    far = log_q.exp() - p + p * ratio
-    return torch.where(ratio.abs() < 1, torch.where(p > 0, near, far), far).sum(-1), ratio
+def _kl_(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) and log p − log q (0 where p is 0), in the buffers of log_p and log_q."""
+    ratio = log_p.sub_(log_q).masked_fill_(p == 0, 0)
+    near = torch.expm1(-ratio).add_(ratio).mul_(p)
+    far = log_q.exp_().sub_(p).addcmul_(p, ratio)
+    is_near = (ratio.abs() < 1).logical_and_(p > 0)
+    return torch.where(is_near, near, far, out=far).sum(-1), ratio
 
 
 def _finish_logits(
@@ -336,5 +349,5 @@ def _default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
         budget = _CUDA_SCRATCH_SHARE * torch.cuda.get_device_properties(device).total_memory
     else:
         budget = _CPU_SCRATCH_BYTES
-    tokens = int(budget / (3 * 4 * vocab_size))
-    return max(128, tokens // 128 * 128) if tokens >= 128 else max(1, tokens)
+    tokens = int(budget / (_SCRATCH_BUFFERS * 4 * vocab_size))
+    return tokens // 128 * 128 if tokens >= 128 else max(1, tokens)

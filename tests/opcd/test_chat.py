@@ -38,7 +38,7 @@ def test_special_tokens_are_not_added_twice() -> None:
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
             + CHATML,
-            "rejects its roles",
+            "rejects their roles",
         ),
         ("{% set messages = messages[-1:] %}" + CHATML, "drops or alters the system message"),
         (
@@ -50,10 +50,19 @@ def test_special_tokens_are_not_added_twice() -> None:
             "{% if add_generation_prompt %}{{ 'x' }}{% endif %}" + CHATML,
             "rewrites earlier text",
         ),
+        ("{{ strftime_now('%d %b %Y') }}" + CHATML, "writes today's date"),
     ],
 )
 def test_templates_that_cannot_work(template: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
+        Chat(tiny_tokenizer(template), CONTEXT)
+
+
+def test_a_date_that_is_given_is_no_clock() -> None:
+    template = "{{ date_string if date_string else strftime_now('%d %b %Y') }}" + CHATML
+    chat = Chat(tiny_tokenizer(template), CONTEXT, {"date_string": "1 May 2026"})
+    assert chat.tokenizer.decode(chat.student_ids(PROMPT)).startswith("1 May 2026")
+    with pytest.raises(InputError, match="today's date"):
         Chat(tiny_tokenizer(template), CONTEXT)
 
 

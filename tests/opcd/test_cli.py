@@ -64,6 +64,28 @@ def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -
     assert "'bot'" in refused(settings, capsys)
 
 
+def test_a_scorer_that_raises(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    message = refused(settings | {"scorer": "python:operator:truediv"}, capsys)
+    assert "it raised TypeError" in message
+    assert "validation.jsonl:1" in message
+
+
+def test_a_template_that_rejects_one_prompt(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    template = (
+        "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
+    )
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(template).save_pretrained(tmp_path / "model")
+    with Path(settings["prompts"]).open("a") as file:
+        turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+        file.write(json.dumps({"messages": turns}) + "\n")
+    message = refused(settings | {"model": str(tmp_path / "model")}, capsys)
+    assert "prompts.jsonl:13" in message
+    assert "too many turns" in message
+
+
 def test_test_prompts_that_were_trained_on(settings: dict, capsys: pytest.CaptureFixture) -> None:
     write_jsonl(Path(settings["eval_data"]), [{"prompt": "RED ", "answer": "r"}])
     assert "must be disjoint" in refused(settings, capsys)
@@ -81,7 +103,7 @@ def test_a_prompt_that_does_not_fit(settings: dict, capsys: pytest.CaptureFixtur
     ("template", "message"),
     [
         (None, "must have a chat template"),
-        ("{{ raise_exception('System role not supported') }}" + CHATML, "rejects its roles"),
+        ("{{ raise_exception('System role not supported') }}" + CHATML, "rejects their roles"),
     ],
 )
 def test_templates(
@@ -105,8 +127,7 @@ def test_a_teacher_with_another_tokenizer(
 
 def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture) -> None:
     run = Path(settings["output_dir"])
-    run.mkdir()
-    (run / "config.yaml").write_text("{}")
+    (run / "checkpoints" / "step-000002").mkdir(parents=True)
     assert "pass --resume" in refused(settings, capsys)
 
 
@@ -121,9 +142,14 @@ def test_resume_without_a_run_and_with_other_settings(
     assert "needs a run to continue" in capsys.readouterr().err
     Path(settings["output_dir"]).mkdir()
     TrainConfig(**settings).save(Path(settings["output_dir"]) / "config.yaml")
-    changed = ["train", "--config", str(config), "--resume", "--seed=3", "--learning_rate=1"]
-    assert main(changed) == 2
-    assert "other values for learning_rate, seed" in capsys.readouterr().err
+    resume = ["train", "--config", str(config), "--resume"]
+    assert main([*resume, "--seed=3", "--prompts_per_step=5"]) == 2
+    assert "other values for prompts_per_step, seed" in capsys.readouterr().err
+    assert main([*resume, "--steps=4"]) == 2
+    assert "other values for steps" in capsys.readouterr().err
+    (Path(settings["output_dir"]) / "config.yaml").write_text("")
+    assert main(resume) == 2
+    assert "must hold the settings of a run" in capsys.readouterr().err
 
 
 def test_evaluation_without_a_distilled_model_or_test_data(
@@ -139,7 +165,7 @@ def test_evaluation_without_a_distilled_model_or_test_data(
         (["train", "--no_such_field", "1"], "no_such_field"),
         (["train", "--steps", "many"], "steps"),
         (["train", "--divergence", "kl"], "divergence"),
-        (["train"], "is required"),
+        (["train"], "required"),
         ([], "subcommand"),
     ],
 )

@@ -85,12 +85,18 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         ),
         ('{"prompt": "a", "answer": 3}', "string or a list"),
         ('{"prompt": "a"}', 'needs "answer"'),
+        ('{"prompt": "a", "answer": " "}', "must not be blank"),
     ],
 )
 def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "p.jsonl", '{"prompt": "ok", "answer": "x"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
         read_examples(path, answers_required=True)
+
+
+def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "a\u2028b"}\n{"prompt": "c"}\n')
+    assert [e.text for e in read_examples(path, answers_required=False)] == ["a\u2028b", "c"]
 
 
 def example(text: str, source: str) -> Example:

@@ -1,17 +1,21 @@
 """One step and many: gradients that do not depend on the passes, and a divergence that falls."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluate import held_out_divergence
 from opcd.loop import Distiller, rate_factor, step_prompts, token_weights
 from opcd.run import build_distiller, prepare
+from opcd.teacher import SharedPrefixTeacher
 from opcd_kernels import reference
+from tests.conftest import tiny_llama, tiny_tokenizer
 
 
 def distiller(settings: dict, **overrides: object) -> tuple[Distiller, TrainConfig, object]:
@@ -75,6 +79,8 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     prompts = step_prompts(task.train, 0, config)
     torch.manual_seed(3)
     rollouts = d.rollout(prompts)
+    stopped = rollouts[1]  # one that ends with EOS: it is a target like any other token
+    rollouts[1] = replace(stopped, completion_token_ids=[40, 1], finish_reason="stop")
     teacher_hidden = d.score(prompts, rollouts)
 
     total, tokens = torch.zeros(()), sum(len(r.completion_token_ids) for r in rollouts)
@@ -98,7 +104,7 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
-def test_eos_is_a_target(settings: dict) -> None:
+def test_eos_that_was_sampled_is_scored(settings: dict) -> None:
     d, config, task = distiller(settings)
     with torch.no_grad():
         d.student.lm_head.weight.zero_()
@@ -152,17 +158,59 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dic
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(settings: dict) -> None:
-    losses = []
+    losses, passes = [], []
     for on in (False, True):
         d, config, task = distiller(settings, gradient_checkpointing=on)
         torch.manual_seed(0)
+        count = [0]
+        d.student.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
+        )
         losses.append([d.step(step_prompts(task.train, i, config))["loss"] for i in range(3)])
+        passes.append(count[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert passes[1] == 6, "each of three forward passes must be computed again in backward"
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_dropout_is_off(settings: dict, tmp_path: Path, gradient_checkpointing: bool) -> None:
+    """With equal weights and equal sequences the divergence is 0, also on a model with dropout."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = GPT2Config(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)
+    assert config.resid_pdrop == config.attn_pdrop == 0.1
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    d, config, task = distiller(
+        settings,
+        model=str(tmp_path / "gpt2"),
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    prompts = step_prompts(task.train, 0, config)
+    rollouts = d.rollout(prompts)
+    d.teacher = SharedPrefixTeacher(d.teacher.model, task.prefix_ids, shared=False)
+    d.teacher._prefix_ids = []
+    hidden = d.score([p._replace(teacher_ids=p.student_ids) for p in prompts], rollouts)
+    assert d.update(rollouts, hidden)["divergence"] < 1e-9
+
+
+def test_bf16_keeps_weights_and_optimizer_in_fp32(settings: dict) -> None:
+    for lora_rank in (0, 4):
+        d, config, task = distiller(settings, dtype="bfloat16", lora_rank=lora_rank)
+        dtypes = set()
+        layer = d.student.get_submodule(
+            "base_model.model.model.layers.0.mlp" if lora_rank else "model.layers.0.mlp"
+        )
+        layer.register_forward_hook(lambda _, __, out, seen=dtypes: seen.add(out.dtype))
+        d.step(step_prompts(task.train, 0, config))
+        assert dtypes == {torch.bfloat16}, "the passes must run in bf16"
+        assert {p.dtype for p in d.parameters} == {torch.float32}
+        states = [s["exp_avg"].dtype for s in d.optimizer.state.values()]
+        assert set(states) == {torch.float32}
+        assert next(d.teacher.model.parameters()).dtype == torch.bfloat16
 
 
 def test_another_teacher(settings: dict, tmp_path: Path) -> None:
-    from tests.conftest import tiny_llama, tiny_tokenizer
-
     tiny_llama(seed=5, hidden_size=48, vocab_size=270).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     d, config, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)

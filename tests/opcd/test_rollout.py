@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from opcd.lm import eos_token_ids, stop_at
 from opcd.rollout import SamplingParams, TransformersEngine
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
@@ -36,6 +37,26 @@ def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> N
     rollouts = TransformersEngine(model, batch_size=3).generate(prompts, GREEDY)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         assert rollout.prompt_token_ids == prompt
+        assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
+
+
+def test_without_a_shared_prefix_only_equal_lengths_are_batched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_llama()
+    shapes = []
+    generate = model.generate
+
+    def record(**options: object) -> object:
+        assert options["attention_mask"].all(), "a pad among prompts of one length"
+        shapes.append(tuple(options["input_ids"].shape))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", record)
+    prompts = [[5, 6, 7], [5], [5, 10, 11], [5, 13]]
+    rollouts = TransformersEngine(model, share_prefix=False).generate(prompts, GREEDY)
+    assert sorted(shapes) == [(1, 1), (1, 2), (2, 3)]
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
         assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
 
 
@@ -95,3 +116,15 @@ def test_the_version_of_the_weights_is_recorded() -> None:
     assert engine.generate([[5]], GREEDY)[0].weights_version == 7
     with pytest.raises(AssertionError, match="samples from the module"):
         engine.sync(tiny_llama(), 8)
+
+
+def test_the_tokenizers_eos_ends_a_completion_too() -> None:
+    model = tiny_llama()
+    first = TransformersEngine(model).generate([[5]], GREEDY)[0].completion_token_ids
+    stop_at(model, first[0])
+    stop_at(model, None)
+    rollout = TransformersEngine(model).generate([[5]], GREEDY)[0]
+    assert rollout.completion_token_ids == first[:1]
+    assert len(first) > 1
+    assert rollout.finish_reason == "stop"
+    assert eos_token_ids(model) == [1, first[0]]

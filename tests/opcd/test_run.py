@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.checkpoint import list_checkpoints
 from opcd.cli import main
 from opcd.report import read_metrics
+from tests.conftest import write_jsonl
 
 
 def write_config(settings: dict, **overrides: object) -> str:
@@ -140,7 +143,6 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(
     assert checkpoint.name == f"step-{steps:06d}"
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)
     assert state["steps_done"] == steps
-    assert state["data_position"] == 4 * steps
     assert not (run / "final").exists()
 
 
@@ -180,6 +182,59 @@ def test_base_and_prompted_alone_before_anything_is_trained(settings: dict) -> N
     assert card["internalised"] is None
 
 
+def test_a_resumed_run_must_see_the_same_prompts(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    before = losses(settings["output_dir"])
+    prompts = Path(settings["prompts"])
+    prompts.write_text(prompts.read_text().replace("navy", "lava"))
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
+    assert "give other token ids" in capsys.readouterr().err
+    assert losses(settings["output_dir"]) == before
+
+
+def test_a_damaged_checkpoint_is_named(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    newest = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
+    for name in ("model.safetensors", "trainer.pt"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: len(whole) // 2])
+        assert main(["train", "--config", config, "--resume"]) == 2
+        assert f"{newest} must hold a checkpoint" in capsys.readouterr().err
+        (newest / name).write_bytes(whole)
+    assert main(["train", "--config", config, "--resume"]) == 0
+
+
+def test_a_model_whose_files_lack_weights_is_refused(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(settings["model"], model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert main(["train", "--config", write_config(settings, model=str(model))]) == 2
+    assert "lack 1, such as model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: dict) -> None:
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    run = Path(settings["output_dir"])
+    own = (run / "scorecard.json").read_text()
+    other = write_jsonl(run.parent / "other.jsonl", [{"prompt": "yak", "answer": "y"}])
+    assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
+    assert (run / "scorecard.json").read_text() == own
+    assert json.loads((run / "eval-other" / "scorecard.json").read_text())["base"]["n"] == 1
+    checkpoint = str(list_checkpoints(run / "checkpoints")[-1])
+    assert main(["eval", "--config", config, "--distilled", checkpoint]) == 0
+    assert len(list(run.glob("eval-*-step-000006/scorecard.json"))) == 1
+
+
 def test_a_finished_run_can_be_prolonged(settings: dict) -> None:
     config = write_config(settings)
     assert main(["train", "--config", config]) == 0
@@ -204,5 +259,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     run = Path(settings["output_dir"])
     assert list_checkpoints(run / "checkpoints")[-1].name == "step-000003"
     monkeypatch.setattr(Distiller, "score", score)
-    assert main(["train", "--config", str(run / "config.yaml"), "--resume"]) == 0
-    assert len(losses(run)) == 6
+    resume = ["train", "--config", str(run / "config.yaml"), "--resume", "--learning_rate=1e-4"]
+    assert main(resume) == 0
+    assert "continuing with learning_rate 0.0001, was 0.003" in capsys.readouterr().out
+    rates = [row["learning_rate"] for row in read_metrics(run / "metrics.jsonl")]
+    assert rates == [3e-3] * 3 + [1e-4] * 3

@@ -15,6 +15,8 @@ from opcd.scorers import load_scorer
         ("exact", "two  words!", ["Two words"], True),
         ("exact", "music player", ["music"], False),
         ("exact", "", ["music"], False),
+        ("exact", "", ["."], False),
+        ("exact", " ... ", ["..."], True),
         ("contains", "It is MUSIC, surely", ["weather", "music"], True),
         ("contains", "musical", ["music"], False),
         ("contains", "costs 3.50 now", ["3.50"], True),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from opcd.lm import head_of
 from opcd.objective import check_head, head_divergence
@@ -84,7 +85,19 @@ def test_a_cache_that_lies_is_not_used(
     monkeypatch.setattr(SharedPrefix, "expand", broken)
     teacher = SharedPrefixTeacher(model, PREFIX)
     assert teacher.plan.mode == "recompute"
-    assert "recomputed with every sequence" in caplog.text
+    assert "computed with every sequence" in caplog.text
+    assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
+
+
+def test_an_architecture_without_a_cache_is_computed_in_full() -> None:
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32
+    )
+    model = RwkvForCausalLM(config).eval()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    assert teacher.plan.mode == "recompute"
+    assert not teacher.shares_prefix
     assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
 
 

@@ -127,11 +127,15 @@ def test_gradient_of_the_bias() -> None:
     assert error(bias.grad, z.grad.sum(0)) < 1e-12
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("noise", [1.0, 0.1, 0.01])
-def test_bf16_is_at_least_as_accurate_as_plain_pytorch(divergence: str, noise: float) -> None:
+def test_bf16_is_at_least_as_accurate_as_plain_pytorch(
+    divergence: str, noise: float, device: str
+) -> None:
     tensors = problem(n=64, v=500, d_s=64, d_t=64, noise=noise)
-    tensors = {k: v.bfloat16().double() for k, v in tensors.items()}  # the same numbers for all
+    # The same numbers for all.
+    tensors = {k: v.bfloat16().double().to(device) for k, v in tensors.items()}
     expected = oracle(tensors, divergence=divergence)
     plain = oracle(tensors, torch.bfloat16, divergence=divergence)
     actual = ours(tensors, torch.bfloat16, divergence=divergence)
@@ -150,6 +154,31 @@ def test_fp32_keeps_its_digits_where_the_models_are_nearly_equal() -> None:
     assert expected[1].mean() < 1e-5
     assert error(actual[1], expected[1]) < 0.01
     assert (actual[1] >= 0).all()
+
+
+def test_fp16_gradients_do_not_underflow_under_small_weights() -> None:
+    tensors = problem(n=64, v=500, d_s=64, d_t=64, noise=0.3)
+    tensors = {k: v.half().double() for k, v in tensors.items()}
+    tensors["token_weights"] = torch.full((64,), 1 / 1_000_000, dtype=torch.float64)
+    expected, actual = oracle(tensors), ours(tensors, torch.float16)
+    assert error(actual[4].double() / 1e-6, expected[4] / 1e-6) < 0.05  # stored as fp16
+    master = {k: v.float() for k, v in tensors.items()}
+    w = master["student_weight"].requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        linear_divergence(**master).loss.backward()
+    assert w.grad is not None
+    assert error(w.grad, expected[4]) < 0.005
+
+
+def test_no_gradient_work_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = problem()
+    t["student_weight"].requires_grad_()
+    monkeypatch.setattr(torch, "zeros", None)  # where the gradient of the head is allocated
+    with torch.no_grad():
+        out = linear_divergence(**t)
+    assert not out.loss.requires_grad
+    with pytest.raises(TypeError):
+        linear_divergence(**t)
 
 
 def test_a_shift_of_all_logits_changes_nothing() -> None:
@@ -179,6 +208,7 @@ def test_impossible_tokens() -> None:
 def test_a_token_of_weight_zero_counts_for_nothing_even_if_infinite() -> None:
     t = problem(n=3)
     t["teacher_hidden"][1] = torch.nan
+    t["student_hidden"][1] = torch.inf
     weights = torch.tensor([0.5, 0.0, 0.5])
     kept = {k: v[[0, 2]] if k.endswith("hidden") else v for k, v in t.items()}
     actual = ours(t | {"token_weights": weights}, torch.float64)

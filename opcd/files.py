@@ -1,0 +1,43 @@
+"""Files and folders that are complete or absent, whenever the process is killed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(folder)`` on a folder aside, then put that in the place of `target`."""
+    aside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    remove_folder(target)
+    aside.rename(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; one that is being deleted no longer carries its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".removing-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text aside, then put it in the place of `target`."""
+    aside = target.with_name(f".writing-{target.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(target)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON, indented for people."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
