@@ -128,7 +128,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         accuracy = [100 * m["validation"]["accuracy"] for m in validated]
         axes[2].plot(where, accuracy, "o-", color="C2")
         axes[2].set(title="validation accuracy, %", ylim=(0, 102))
-    axes[0].set(title="divergence to the teacher, nats a token", yscale="log")
+    axes[0].set(title="divergence to the teacher, nats a token", ylim=(0, None))
     axes[1].plot(steps, [m["completion_tokens_mean"] for m in metrics], color="C1")
     axes[1].set(title="completion length, tokens", ylim=(0, None))
     for axis in axes:

@@ -381,10 +381,9 @@ def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None
         )
     trained = sum(p.numel() for p in distiller.parameters)
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "every weight"
-    once = distiller.teacher.shares_prefix
-    prefix = f"{len(task.prefix_ids)} tokens computed {'once' if once else 'with every sequence'}"
+    often = "once" if distiller.teacher.shares_prefix else "with every sequence"
     print(
-        f"context   {task.prompt_tokens_saved:.0f} tokens a request; {prefix} "
+        f"context   {len(task.prefix_ids)} tokens, computed {often} "
         f"({distiller.teacher.plan.reason})\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"

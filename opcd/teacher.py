@@ -125,7 +125,7 @@ class SharedPrefixTeacher:
             self._prefix = None
             reason = f"cached and full passes differ by {divergence:.2g} nats a token"
             return Plan("recompute", "padded rows", f"{reason}, more than {bound:g}")
-        reason = f"agrees with a full pass to {divergence:.1g} nats a token"
+        reason = f"a full pass gives the same to {divergence:.1g} nats a token"
         return Plan("cached", "padded rows, expanded DynamicCache", reason)
 
 
