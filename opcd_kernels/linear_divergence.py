@@ -84,68 +84,31 @@ def linear_divergence(
     Raises ValueError for shapes, dtypes or options that do not fit together.
     Source of the objective: arXiv 2602.12275.
     """
-    shape = student_hidden.shape[:-1]
-    h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
-    h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    n = h_s.shape[0]
-    if teacher_hidden.shape[:-1] != shape:
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
-            f"teacher_hidden must hold the same tokens as student_hidden {tuple(shape)}, got "
-            f"{tuple(teacher_hidden.shape[:-1])}; pass the hidden states of the same positions"
+            f"teacher_hidden must hold the same tokens as student_hidden "
+            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}; pass the "
+            f"hidden states of the same positions"
         )
-    for name, hidden, weight, bias in (
-        ("student", h_s, student_weight, student_bias),
-        ("teacher", h_t, teacher_weight, teacher_bias),
-    ):
-        if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-            raise ValueError(
-                f"{name}_weight must be (V, D={hidden.shape[1]}) like {name}_hidden, got "
-                f"{tuple(weight.shape)}; pass the lm_head weight untransposed"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{name}_bias must be (V={weight.shape[0]},), got {tuple(bias.shape)}; "
-                f"pass the bias of the same lm_head"
-            )
-        if not hidden.is_floating_point() or not weight.is_floating_point():
-            raise ValueError(
-                f"{name}_hidden and {name}_weight must be floating point, got "
-                f"{hidden.dtype} and {weight.dtype}; dequantize the head first"
-            )
-        if hidden.device != weight.device:
-            raise ValueError(
-                f"{name}_hidden and {name}_weight must be on one device, got "
-                f"{hidden.device} and {weight.device}; move one of them"
-            )
-    rows = (student_weight.shape[0], teacher_weight.shape[0])
-    if vocab_size is None:
-        if rows[0] != rows[1]:
-            raise ValueError(
-                f"teacher_weight must have V={rows[0]} rows like student_weight, got {rows[1]}; "
-                f"pass vocab_size={min(rows)} to use the shared rows"
-            )
-        vocab_size = rows[0]
-    if not 1 <= vocab_size <= min(rows):
-        raise ValueError(
-            f"vocab_size must be between 1 and {min(rows)}, the smaller head, got {vocab_size}; "
-            f"pass the size of the tokenizer"
-        )
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    _check_head("student", student_hidden, student_weight, student_bias)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    vocab_size = _check_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    _check_choice("divergence", divergence, DIVERGENCES)
+    _check_choice("backend", backend, BACKENDS)
     if not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use a KL instead")
     for name, value in (
         ("temperature", temperature),
         ("student_softcap", student_softcap),
         ("teacher_softcap", teacher_softcap),
+        ("chunk_tokens", chunk_tokens),
     ):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
+    h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
+    h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    n = h_s.shape[0]
     high = torch.float64 if h_s.dtype == torch.float64 else torch.float32
     if token_weights is None:
         w = torch.full((n,), 1 / max(n, 1), dtype=high, device=h_s.device)
@@ -178,6 +141,49 @@ def linear_divergence(
             h_s, student_weight, student_bias, h_t, teacher_weight, teacher_bias, w, spec
         )
     return LinearDivergence(loss, per_token, entropy)
+
+
+def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}_weight must be (V, D={hidden.shape[-1]}) like {name}_hidden, got "
+            f"{tuple(weight.shape)}; pass the lm_head weight untransposed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}_bias must be (V={weight.shape[0]},), got {tuple(bias.shape)}; "
+            f"pass the bias of the same lm_head"
+        )
+    if not hidden.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(
+            f"{name}_hidden and {name}_weight must be floating point, got "
+            f"{hidden.dtype} and {weight.dtype}; dequantize the head first"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(
+            f"{name}_hidden and {name}_weight must be on one device, got "
+            f"{hidden.device} and {weight.device}; move one of them"
+        )
+
+
+def _check_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: int) -> int:
+    smaller = min(student_rows, teacher_rows)
+    if vocab_size is None and student_rows != teacher_rows:
+        raise ValueError(
+            f"teacher_weight must have V={student_rows} rows like student_weight, got "
+            f"{teacher_rows}; pass vocab_size={smaller} to use the shared rows"
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= smaller:
+        raise ValueError(
+            f"vocab_size must be between 1 and {smaller}, the smaller head, got {vocab_size}; "
+            f"pass the size of the tokenizer"
+        )
+    return vocab_size or student_rows
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class _LinearDivergence(torch.autograd.Function):
