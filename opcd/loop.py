@@ -49,8 +49,7 @@ class Distiller:
         )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
-        # A cache and recomputed activations exclude each other in transformers.
-        self.share_prefix = share_prefix and not config.gradient_checkpointing
+        self.share_prefix = share_prefix  # what prompts start with is computed once
         self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -108,7 +107,8 @@ class Distiller:
             prompt_ids = [rollouts[i].prompt_token_ids for i in batch]
             completion_ids = [rollouts[i].completion_token_ids for i in batch]
             with self.autocast():
-                share = self.share_prefix
+                # A cache and recomputed activations exclude each other in transformers.
+                share = self.share_prefix and not config.gradient_checkpointing
                 prefix = common_prefix(self.student, prompt_ids) if share else None
                 start = len(prefix) if prefix is not None else 0
                 hidden = completion_hidden(
