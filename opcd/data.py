@@ -110,6 +110,8 @@ def _normalised(text: str) -> str:
 
 def _read(path: str, kind: str) -> str:
     file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{kind} must be a file, got the folder {path!r}; name a file in it")
     if not file.is_file():
         raise InputError(f"{kind} must be a file, got {path!r}, which is not there; check the path")
     try:
@@ -138,6 +140,7 @@ def _example(record: Any, source: str, answers_required: bool) -> Example:
         prompt = record["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f'{source}: "prompt" must be a non-empty string, got {prompt!r}')
+        _check_unicode(prompt, source)
         messages = [{"role": "user", "content": prompt}]
     else:
         messages = _messages(record["messages"], source)
@@ -165,6 +168,17 @@ def _example(record: Any, source: str, answers_required: bool) -> Example:
     return Example(tuple(messages), tuple(answers), source)
 
 
+def _check_unicode(text: str, source: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{source}: text must be valid Unicode, got the lone surrogate "
+            f"{text[error.start]!r} at character {error.start}; correct the escape"
+        ) from error
+
+
 def _messages(value: Any, source: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InputError(
@@ -185,6 +199,7 @@ def _messages(value: Any, source: str) -> list[Message]:
                 f"{source}: the content of message {i} must be a non-empty string, got "
                 f"{message['content']!r}"
             )
+        _check_unicode(message["content"], source)
         if message["role"] == "system" and i > 0:
             raise InputError(
                 f"{source}: a system message must come first, got one as message {i}; merge it "

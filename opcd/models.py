@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,7 +91,7 @@ def load_model(
 def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(resolve_model(name), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

@@ -146,6 +146,7 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
                 f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
                 f"to continue it, or choose another output_dir"
             )
+        _make_folder(folder)
         return folder
     if not saved.is_file():
         raise InputError(
@@ -166,10 +167,9 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
     return folder
 
 
-def _claim_folder(config: TrainConfig, folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.yaml")
     except OSError as error:
         raise InputError(
             f"output_dir must be a folder that can be written, got {str(folder)!r}: "
@@ -181,7 +181,7 @@ def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
     """Train to the last step and write final/; False if a signal ended it before."""
     task, checkpoints = setup.task, folder / "checkpoints"
     distiller = build_distiller(config, setup)
-    _claim_folder(config, folder)
+    config.save(folder / "config.yaml")
     best: dict[str, Any] = {"step": None}
     if resume and (done := list_checkpoints(checkpoints)):
         state = load_checkpoint(done[-1], distiller)

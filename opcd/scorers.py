@@ -76,10 +76,10 @@ def _import_scorer(target: str) -> Scorer:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises
         raise InputError(
-            f"scorer python:{target} must name an importable module, got {error}; run from the "
-            f"folder that holds {module_name.split('.')[0]}.py, or install it"
+            f"scorer python:{target} must name an importable module, got {type(error).__name__}: "
+            f"{error}; run from the folder that holds {module_name.split('.')[0]}.py, or install it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -37,6 +37,7 @@ def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train
     [
         ({"context": "none.md"}, "none.md"),
         ({"prompts": "none.jsonl"}, "is not there"),
+        ({"prompts": "."}, "got the folder"),
         ({"scorer": "fuzzy"}, "exact, contains"),
         ({"scorer": "python:nowhere:f"}, "importable"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -129,6 +130,16 @@ def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture
     run = Path(settings["output_dir"])
     (run / "checkpoints" / "step-000002").mkdir(parents=True)
     assert "pass --resume" in refused(settings, capsys)
+
+
+def test_a_folder_that_cannot_be_written(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "file")]) == 2
+    assert "must be a folder that can be written" in capsys.readouterr().err
 
 
 def test_resume_without_a_run_and_with_other_settings(

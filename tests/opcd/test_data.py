@@ -77,6 +77,7 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         ('{"prompt": ""}', "non-empty string"),
         ('{"prompt": 3}', "non-empty string"),
+        (r'{"prompt": "a \ud800 b"}', "lone surrogate"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "last message must be the user"),
         (

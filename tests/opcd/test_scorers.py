@@ -36,6 +36,9 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     score = load_scorer("python:my_scorer_module:longer")
     assert score("abc", ["ab"]) is True
     assert score("a", ["ab"]) is False
+    (tmp_path / "my_broken_module.py").write_text("def broken(:")
+    with pytest.raises(InputError, match="SyntaxError"):
+        load_scorer("python:my_broken_module:broken")
     with pytest.raises(InputError, match="has no 'shorter'"):
         load_scorer("python:my_scorer_module:shorter")
 

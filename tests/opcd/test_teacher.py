@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from opcd.errors import InputError
 from opcd.lm import head_of
 from opcd.objective import check_head, head_divergence
 from opcd.prefix import SharedPrefix
@@ -110,6 +111,16 @@ def test_the_student_with_its_adapter_off_is_the_teacher() -> None:
     assert divergence(plain, teacher.score(PROMPTS, COMPLETIONS).hidden, expected) < 1e-6
     on = SharedPrefixTeacher(student, PREFIX).score(PROMPTS, COMPLETIONS)
     assert divergence(plain, on.hidden, expected) > 1e-2
+
+
+def test_heads_that_the_loss_cannot_use_are_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda *x: x[-1] * 1.1)
+    with pytest.raises(InputError, match="architecture is not supported"):
+        check_head(model, PREFIX)
+    with pytest.raises(InputError, match="258 embeddings and token 300"):
+        check_head(tiny_llama(), [5, 300])
+    check_head(tiny_llama().bfloat16(), PREFIX)
 
 
 def test_empty_sequences_are_refused() -> None:
