@@ -26,6 +26,12 @@ class Chat:
         self.tokenizer = tokenizer
         self.context = list(context)
         self.template_args = template_args or {}
+        reserved = {"conversation", "messages", "tokenize", "add_generation_prompt"}
+        if taken := sorted(reserved & set(self.template_args)):
+            raise InputError(
+                f"chat_template_args must name arguments of the template's own, got "
+                f"{', '.join(taken)}; leave that out"
+            )
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path!r} must have a chat template, got none; "
@@ -58,7 +64,7 @@ class Chat:
                 add_generation_prompt=generation_prompt,
                 **self.template_args | overrides,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(
                 f"the chat template of {self.tokenizer.name_or_path!r} must accept these messages, "
                 f"but it rejects their roles ({', '.join(m['role'] for m in messages[:4])}, ...): "

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, never half written; everything a run needs to continue."""
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from opcd.files import remove_folder, write_folder
 from opcd.loop import Distiller
 
 STATE_FILE = "trainer.pt"
+_DAMAGED = (SafetensorError, pickle.UnpicklingError)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -48,13 +50,13 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         _load_student(distiller.student, checkpoint)
-    except (OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+        distiller.optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, LookupError, EOFError, ValueError, *_DAMAGED) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{checkpoint} must hold a checkpoint of this run, got {reason}; "
             f"delete that folder to continue from the one before"
         ) from error
-    distiller.optimizer.load_state_dict(state["optimizer"])
     distiller.steps_done = state["steps_done"]
     torch.set_rng_state(state["random"]["cpu"])
     if state["random"]["cuda"]:

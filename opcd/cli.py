@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ from opcd.errors import InputError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         return _main(argv)
+    except UnicodeDecodeError as error:
+        print(f"opcd: --config must be a UTF-8 text file, got {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         hint = "install opcd-kernels with its extra [train], e.g. pip install -e '.[train]'"
         package = (error.name or str(error)).partition(".")[0]

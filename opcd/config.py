@@ -105,6 +105,11 @@ class TrainConfig:
             ),
             1,
         ) | dict.fromkeys(("warmup_steps", "lora_rank", "weight_decay", "seed"), 0)
+        for name in ("output_dir", "context", "prompts", "model", "scorer"):
+            if not getattr(self, name).strip():
+                raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")
+        if self.seed >= 2**62:
+            raise InputError(f"seed must be below 2**62, got {self.seed}")
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
@@ -123,8 +128,11 @@ class TrainConfig:
     def load(cls, path: Path) -> "TrainConfig":
         """Read what `save` wrote. Raises InputError for a file that it did not write."""
         try:
-            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, yaml.YAMLError) as error:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise TypeError(f"{type(values).__name__} instead of a mapping")
+            return cls(**values)
+        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(
                 f"{path} must hold the settings of a run, got {str(error).splitlines()[0]}; "
                 f"restore it, or start another output_dir"

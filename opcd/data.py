@@ -68,7 +68,7 @@ def read_examples(path: str, answers_required: bool) -> list[Example]:
             continue
         source = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{source}: each line must be one JSON object, got {error.msg} at column "
@@ -116,6 +116,8 @@ def _read(path: str, kind: str) -> str:
         raise InputError(f"{kind} must be a file, got {path!r}, which is not there; check the path")
     try:
         text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{kind} must be readable, got {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x} at offset "
@@ -166,6 +168,15 @@ def _example(record: Any, source: str, answers_required: bool) -> Example:
             f"got keys {sorted(record)}; add it, or use the line as a training prompt"
         )
     return Example(tuple(messages), tuple(answers), source)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two equal keys JSON would silently keep the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        raise json.JSONDecodeError(f"a key that stands twice among {keys}", "", 0)
+    return record
 
 
 def _check_unicode(text: str, source: str) -> None:

@@ -30,6 +30,12 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def transformer(model: torch.nn.Module) -> Any:
+    """The model below its head, whose output is the hidden states."""
+    lm = causal_lm(model)
+    return lm.get_decoder() if lm.base_model is lm else lm.base_model
+
+
 def head_of(model: torch.nn.Module) -> Head:
     """The output head of a causal LM."""
     lm = causal_lm(model)
@@ -49,6 +55,28 @@ def head_of(model: torch.nn.Module) -> Head:
 def max_positions(config: PretrainedConfig) -> int | None:
     """Number of positions the model was made for, or None where its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
+    """Raise InputError if sequence lengths lie on both sides of where rotary frequencies change.
+
+    transformers then takes the frequencies from the longest row of a pass, so that a sequence's
+    hidden states depend on its neighbours.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = rope.get("rope_type")
+    limit = (
+        rope.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or getattr(text, "max_position_embeddings", None)
+    )
+    if kind in ("dynamic", "longrope") and limit and shortest <= limit < longest:
+        raise InputError(
+            f"with rotary embeddings of type {kind} all sequences must lie on one side of "
+            f"{limit} tokens, got {shortest} to {longest} with their completions; shorten the "
+            f"context or max_completion_tokens, or lengthen the context"
+        )
 
 
 def eos_token_ids(model: torch.nn.Module) -> list[int]:
@@ -110,7 +138,7 @@ def completion_hidden(
     start = len(prefix) if prefix is not None else 0
     positions = torch.arange(start, start + input_ids.shape[1], device=lm.device)
     cache = prefix.expand(len(sequences)) if prefix is not None else None
-    output = lm.base_model(
+    output = transformer(model)(
         input_ids=input_ids.to(lm.device),
         position_ids=positions[None],
         past_key_values=cache,

@@ -96,7 +96,7 @@ def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
             raise
         raise InputError(
             f"model must be a Hugging Face name, a local folder or {builtin_model.NAME!r}, got "
-            f"{name!r}: {str(error).strip().splitlines()[0]}"
+            f"{name!r}: {' '.join(str(error).split())[:300]}"
         ) from error
 
 

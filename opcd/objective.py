@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opcd.errors import InputError
-from opcd.lm import Head, causal_lm, head_of
+from opcd.lm import Head, causal_lm, head_of, transformer
 from opcd_kernels import LinearDivergence, linear_divergence, reference
 
 
@@ -53,7 +53,7 @@ def check_head(model: torch.nn.Module, token_ids: Sequence[int]) -> None:
             f"model's own tokenizer"
         )
     seen: list[Tensor] = []
-    hook = lm.base_model.register_forward_hook(lambda *x: seen.append(x[-1].last_hidden_state))
+    hook = transformer(model).register_forward_hook(lambda *x: seen.append(x[-1].last_hidden_state))
     ids = torch.tensor([list(token_ids)], device=lm.device)
     expected = lm(input_ids=ids, use_cache=False).logits[0].float()
     hook.remove()

@@ -1,6 +1,7 @@
 """Keys and values of a token prefix that many sequences share, computed once."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opcd.errors import InputError
-from opcd.lm import causal_lm
+from opcd.lm import causal_lm, transformer
 
 # A pass reads every weight, which costs about as much as this many tokens in a batch.
 MIN_TOKENS_SAVED = 128
@@ -34,7 +35,8 @@ class SharedPrefix:
         lm = causal_lm(model)
         self.token_ids = list(token_ids)
         ids = torch.tensor([self.token_ids], device=lm.device)
-        output = lm.base_model(input_ids=ids, use_cache=True)
+        body = transformer(model)
+        output = body(input_ids=ids, use_cache=True)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
             raise UnsupportedCacheError(
@@ -42,6 +44,7 @@ class SharedPrefix:
                 f"{type(cache).__name__}"
             )
         self._cache: Any = cache
+        self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -54,10 +57,10 @@ class SharedPrefix:
     def allows_pads(self, total_length: int) -> bool:
         """Whether masked pads between prefix and prompt leave a pass of that length exact.
 
-        They would enter a recurrent state, and they would push the prefix out of a sliding window,
-        which counts cache slots.
+        They would enter a recurrent state, and where the model counts cache slots instead of
+        positions (a sliding window, ALiBi) they would move the prefix away.
         """
-        return all(
+        return self._takes_positions and all(
             type(layer) is DynamicLayer
             or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= total_length)
             for layer in self._cache.layers

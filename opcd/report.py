@@ -62,6 +62,10 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     )
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
     facts.append(f"scored on test data: {card['data']['file']}")
+    facts.append(
+        f"tokens: mean length of an answer; cut: share that reached max_completion_tokens "
+        f"({card['decoding']['max_completion_tokens']})"
+    )
     if "selection" in card:
         facts.append(f"checkpoint: {card['selection']['how']}")
     return facts
@@ -92,7 +96,7 @@ def write_report(
     text += ["```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     if metrics:
-        draw_curve(metrics, folder / "curve.png")
+        draw_curve(metrics, folder / "curve.png", config.divergence)
         seconds = sum(m["step_time_s"] for m in metrics)
         text += [
             "\n## Training\n",
@@ -109,30 +113,36 @@ def write_report(
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
-def draw_curve(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_curve(
+    metrics: Sequence[dict[str, Any]], path: Path, divergence: str = "reverse_kl"
+) -> None:
     """Divergence, validation accuracy and completion length over the steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     steps = [m["step"] for m in metrics]
     validated = [m for m in metrics if "validation" in m]
     figure, axes = pyplot.subplots(1, 3 if validated else 2, figsize=(11, 3.2), dpi=110)
-    axes[0].plot(steps, [m["divergence"] for m in metrics], color="C0", label="training")
+    axes[0].plot(
+        steps, [m["divergence"] for m in metrics], color="C0", label=f"training, {divergence}"
+    )
     if validated:
         where = [m["step"] for m in validated]
         held_out = [m["validation"]["divergence"] for m in validated]
-        axes[0].plot(where, held_out, "o-", color="C3", label="held out")
+        axes[0].plot(where, held_out, "o-", color="C3", label="held out, reverse_kl")
         axes[0].legend(frameon=False)
         accuracy = [100 * m["validation"]["accuracy"] for m in validated]
         axes[2].plot(where, accuracy, "o-", color="C2")
-        axes[2].set(title="validation accuracy, %", ylim=(0, 102))
+        axes[2].set(title="validation accuracy, %", ylim=(-3, 103))
     axes[0].set(title="divergence to the teacher, nats a token", ylim=(0, None))
     axes[1].plot(steps, [m["completion_tokens_mean"] for m in metrics], color="C1")
     axes[1].set(title="completion length, tokens", ylim=(0, None))
     for axis in axes:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)

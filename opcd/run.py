@@ -27,7 +27,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluate import answer, evaluate, held_out_divergence, measure
 from opcd.files import write_folder, write_json, write_jsonl
-from opcd.lm import head_of, max_positions, stop_at, switch_off_dropout
+from opcd.lm import check_rope, head_of, max_positions, stop_at, switch_off_dropout
 from opcd.loop import Distiller, step_prompts
 from opcd.models import (
     load_config,
@@ -95,7 +95,16 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
-    test_file, config = config.eval_data, setup.config
+    data, config = Path(config.eval_data).stem, setup.config
+    selection: dict[str, Any] | None = None
+    target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
+    if distilled is None:
+        selection = json.loads(_read(run / "final" / "selection.json"))
+        same = not TrainConfig.load(run / "config.yaml").differing_fields(config)
+        target = run if same else run / f"eval-{data}"
+    elif distilled != "none":
+        selection = {"how": f"{path}, as named"}
+    target = _make_folder(Path(save_to) if save_to else target if target == run else _free(target))
     base = _load(config.model, setup, setup.dtype)
     final = None if path == "none" else _load(path, setup, setup.dtype)
     if final is not None and head_of(final).weight.shape[0] != head_of(base).weight.shape[0]:
@@ -104,15 +113,6 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
             f"{head_of(final).weight.shape[0]} rows in {path!r} against "
             f"{head_of(base).weight.shape[0]}; name a model distilled from it"
         )
-    if distilled is None:
-        selection = json.loads(_read(run / "final" / "selection.json"))
-        same = not TrainConfig.load(run / "config.yaml").differing_fields(config)
-        target = run if same else run / f"eval-{Path(test_file).stem}"
-    else:
-        selection = {"how": f"{path}, as named"}
-        target = run / f"eval-{path.strip('/.').replace('/', '-')}"
-    target = Path(save_to) if save_to else target
-    target.mkdir(parents=True, exist_ok=True)
     _score(config, setup, base, final, target, selection)
     print(f"\nwritten: {target / 'scorecard.json'}, {target / 'report.md'}")
 
@@ -124,13 +124,22 @@ def prepare(config: TrainConfig) -> Setup:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model)
-    limits = [max_positions(load_config(config.model))]
+    configs = [load_config(config.model)]
     if config.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
-        limits.append(max_positions(load_config(config.teacher)))
+        configs.append(load_config(config.teacher))
     chat = Chat(tokenizer, files.context, config.chat_template_args)
-    limit = min((x for x in limits if x is not None), default=None)
+    limits = [x for x in map(max_positions, configs) if x is not None]
+    limit = min(limits, default=None)
     task = render_task(files, chat, limit, config.max_completion_tokens)
+    prompts = [*task.train, *task.validation, *task.test]
+    for model_config in configs:
+        for lengths in (
+            [len(p.student_ids) for p in prompts],
+            [len(task.prefix_ids) + len(p.teacher_ids) for p in prompts],
+        ):
+            longest = max(lengths) + config.max_completion_tokens
+            check_rope(model_config, min(lengths) + 1, longest)
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return Setup(resolved, task, chat, tokenizer, device, dtype)
@@ -146,8 +155,7 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
                 f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
                 f"to continue it, or choose another output_dir"
             )
-        _make_folder(folder)
-        return folder
+        return _make_folder(folder)
     if not saved.is_file():
         raise InputError(
             f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
@@ -167,14 +175,24 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
     return folder
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> Path:
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writing-probe"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise InputError(
-            f"output_dir must be a folder that can be written, got {str(folder)!r}: "
+            f"the output must go to a folder that can be written, got {str(folder)!r}: "
             f"{error.strerror}; choose another"
         ) from error
+    return folder
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that is not there yet."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
+    return next(f for f in (folder, *numbered) if not f.exists())
 
 
 def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
@@ -221,8 +239,10 @@ def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
             bar.update()
     distiller.engine.close()
     if stop:
+        left = "" if distiller.steps_done < config.steps else ", the last: to export and score it"
         print(
-            f"stopped by {stop[0]} after step {distiller.steps_done}; checkpoint saved. Continue:\n"
+            f"stopped by {stop[0]} after step {distiller.steps_done}{left}; checkpoint saved. "
+            f"Continue:\n"
             f"  opcd train --config {folder / 'config.yaml'} --resume"
         )
         return False
@@ -349,7 +369,7 @@ def _score(
     base: PreTrainedModel,
     distilled: PreTrainedModel | None,
     folder: Path,
-    selection: dict[str, Any],
+    selection: dict[str, Any] | None,
 ) -> None:
     """Measure, print and write scorecard.json, answers.jsonl and report.md."""
     frozen = _load(config.teacher, setup, setup.dtype) if config.teacher else base
@@ -357,17 +377,18 @@ def _score(
     with tqdm(total=6 if distilled is not None else 3, desc="evaluate", leave=False) as bar:
 
         def say(what: str) -> None:
+            bar.update(1 if bar.postfix else 0)
             bar.set_postfix_str(what)
-            bar.update()
 
         card, answers = evaluate(base, distilled, teacher, setup.task, setup.chat, config, say)
-    card["selection"] = selection
+    if selection is not None:
+        card["selection"] = selection
     write_json(folder / "scorecard.json", card)
     write_jsonl(folder / "answers.jsonl", answers)
     write_report(folder, card, answers, config, read_metrics(folder / "metrics.jsonl"))
     print(f"\n{scorecard_table(card)}\n")
     print("\n".join(f"  {fact}" for fact in scorecard_facts(card)))
-    print(f"\nFive test prompts, before and after\n\n{before_after(answers)}")
+    print(f"\nTest prompts, before and after\n\n{before_after(answers)}")
 
 
 def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None:

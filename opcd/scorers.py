@@ -87,4 +87,14 @@ def _import_scorer(target: str) -> Scorer:
             f"scorer python:{target} must name a function of {module.__file__}, which has no "
             f"{function_name!r}; write python:module:function(completion, answers)"
         )
-    return lambda completion, answers: bool(function(completion, answers))
+
+    def score(completion: str, answers: Sequence[str]) -> bool:
+        try:
+            return bool(function(completion, answers))
+        except Exception as error:  # whatever the user's function raises
+            raise InputError(
+                f"scorer python:{target} must take (completion, answers), but it raised "
+                f"{type(error).__name__}: {error} for {completion!r} and {list(answers)}"
+            ) from error
+
+    return score

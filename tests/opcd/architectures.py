@@ -42,6 +42,11 @@ ARCHITECTURES = {
         {"logits_scaling": 4.0, "residual_multiplier": 0.5},
     ),
     "cohere-scaled": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25}),
+    "mpt-alibi": (
+        "MptConfig",
+        "MptForCausalLM",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+    ),
     "qwen3-next-hybrid": (
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",

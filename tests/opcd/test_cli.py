@@ -41,6 +41,9 @@ def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train
         ({"scorer": "fuzzy"}, "exact, contains"),
         ({"scorer": "python:nowhere:f"}, "importable"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": 2**70}, "seed must be below"),
+        ({"model": " "}, "model must not be blank"),
+        ({"chat_template_args": {"tokenize": True}}, "chat_template_args must name"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"beta": 1.0, "divergence": "jsd"}, "beta must lie"),
@@ -68,7 +71,7 @@ def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -
 def test_a_scorer_that_raises(settings: dict, capsys: pytest.CaptureFixture) -> None:
     message = refused(settings | {"scorer": "python:operator:truediv"}, capsys)
     assert "it raised TypeError" in message
-    assert "validation.jsonl:1" in message
+    assert "('', ['a'])" in message or "for '' and ['a']" in message
 
 
 def test_a_template_that_rejects_one_prompt(
@@ -115,6 +118,19 @@ def test_templates(
     assert message in refused(settings | {"model": str(tmp_path / "model")}, capsys)
 
 
+def test_rotary_embeddings_that_depend_on_the_batch(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    half = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0}
+    rope |= {"short_factor": half, "long_factor": half, "original_max_position_embeddings": 60}
+    tiny_llama(rope_parameters=rope).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    capsys.readouterr()
+    message = refused(settings | {"model": str(tmp_path / "m")}, capsys)
+    assert "longrope all sequences must lie on one side of 60 tokens" in message
+
+
 def test_a_teacher_with_another_tokenizer(
     settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -139,7 +155,7 @@ def test_a_folder_that_cannot_be_written(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "file")]) == 2
-    assert "must be a folder that can be written" in capsys.readouterr().err
+    assert "must go to a folder that can be written" in capsys.readouterr().err
 
 
 def test_resume_without_a_run_and_with_other_settings(
@@ -187,6 +203,12 @@ def test_arguments_that_do_not_parse(
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_in_another_encoding(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"context: caf\xe9.md\n")
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "UTF-8" in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_the_file(settings: dict, capsys: pytest.CaptureFixture) -> None:

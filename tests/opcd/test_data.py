@@ -86,6 +86,7 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         ),
         ('{"prompt": "a", "answer": 3}', "string or a list"),
         ('{"prompt": "a"}', 'needs "answer"'),
+        ('{"prompt": "a", "prompt": "b"}', "stands twice"),
         ('{"prompt": "a", "answer": " "}', "must not be blank"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_run_without_test_data_ends_with_a_model(
 
 def test_base_and_prompted_alone_before_anything_is_trained(settings: dict) -> None:
     assert main(["eval", "--config", write_config(settings), "--distilled", "none"]) == 0
-    folder = Path(settings["output_dir"]) / "eval-none"
+    folder = Path(settings["output_dir"]) / "eval-none-test"
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["prompted"]["n"] == 4
     assert card["distilled"] is None
@@ -199,9 +199,9 @@ def test_a_damaged_checkpoint_is_named(settings: dict, capsys: pytest.CaptureFix
     config = write_config(settings)
     assert main(["train", "--config", config]) == 0
     newest = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
-    for name in ("model.safetensors", "trainer.pt"):
+    for name, length in (("model.safetensors", 500), ("trainer.pt", 500), ("trainer.pt", 0)):
         whole = (newest / name).read_bytes()
-        (newest / name).write_bytes(whole[: len(whole) // 2])
+        (newest / name).write_bytes(whole[:length] or b"garbage")
         assert main(["train", "--config", config, "--resume"]) == 2
         assert f"{newest} must hold a checkpoint" in capsys.readouterr().err
         (newest / name).write_bytes(whole)
@@ -230,9 +230,11 @@ def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: d
     assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
     assert (run / "scorecard.json").read_text() == own
     assert json.loads((run / "eval-other" / "scorecard.json").read_text())["base"]["n"] == 1
+    assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
+    assert (run / "eval-other-2" / "scorecard.json").is_file(), "the first must not be replaced"
     checkpoint = str(list_checkpoints(run / "checkpoints")[-1])
     assert main(["eval", "--config", config, "--distilled", checkpoint]) == 0
-    assert len(list(run.glob("eval-*-step-000006/scorecard.json"))) == 1
+    assert len(list(run.glob("eval-*-step-000006-test/scorecard.json"))) == 1
 
 
 def test_a_finished_run_can_be_prolonged(settings: dict) -> None:
