@@ -19,7 +19,14 @@ def test_python_snippets_run(code: str, settings: dict, monkeypatch: pytest.Monk
     """A model name in a snippet stands for the tiny model here."""
     code = re.sub(r'from_pretrained\("[^"]+"', f'from_pretrained("{settings["model"]}"', code)
     monkeypatch.chdir(Path(settings["output_dir"]).parent)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "scored" in names:
+        assert names["scored"].cu_seqlens.tolist() == [0, 2, 5]
+        assert len(names["scored"].hidden) == 5
+    else:
+        assert names["student_hidden"].grad.abs().sum() > 0
+        assert (names["out"].per_token > 0).all()
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
