@@ -1,35 +1,29 @@
 """Exact divergence between student and teacher, from hidden states and lm_head weights.
 
-The chunked PyTorch backend. For each chunk of tokens both models' logits are formed in fp32, the
-per-token divergence and its gradient with respect to the student's logits follow in closed form,
-and the gradient is multiplied back into the hidden states and the head at once. Nothing of shape
-(N, V) is ever kept: the scratch is a handful of (chunk, V) buffers, whatever N is.
+The public function checks its arguments and hands them to one custom operator, which forms the loss
+and its gradients in a single pass over chunks of tokens (`chunks.py`). Because the token weights
+are an input, nothing is left for backward but to scale those gradients, and torch.compile sees one
+opaque operation.
 
     gradient with respect to the student's logits z_s, for D_i at token i
       reverse KL   p_s (log p_s − log p_t − D_i)
       forward KL   p_s − p_t
       JSD(β)       (1−β) p_s [(log p_s − log m) − KL(p_s ‖ m)],   m = (1−β) p_s + β p_t
-
-Numerics: student and teacher are nearly equal during distillation, so log p_s − log p_t cancels.
-Logits are therefore accumulated and kept in fp32 also when the inputs are bf16, and each KL is
-summed from terms that are never negative: q − p + p r with r = log p − log q, taken as
-p (expm1(−r) + r) where |r| < 1.
 """
 
-import contextlib
-import math
-from collections.abc import Iterator
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-BACKENDS = ("auto", "torch")
+from opcd_kernels.chunks import Gradients, Result, empty_result, loss_and_gradients
+from opcd_kernels.options import DIVERGENCES, Options
 
-_CPU_SCRATCH_BYTES = 400 * 2**20
-_CUDA_SCRATCH_SHARE = 0.05
-_SCRATCH_BUFFERS = 7  # (chunk, V) fp32 at the peak of a KL; a JSD takes nine
+BACKENDS = ("auto", "torch", "triton")
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_SCALED_BYTES = 8 * 2**20  # of a gradient scaled at once
 
 
 class LinearDivergence(NamedTuple):
@@ -38,18 +32,6 @@ class LinearDivergence(NamedTuple):
     loss: Tensor  # () fp32, differentiable in student_hidden, student_weight, student_bias
     per_token: Tensor  # (N,) fp32 nats, detached
     student_entropy: Tensor  # (N,) fp32 nats, detached
-
-
-class _Spec(NamedTuple):
-    divergence: str
-    beta: float
-    temperature: float
-    student_softcap: float | None
-    teacher_softcap: float | None
-    vocab_size: int
-    chunk_tokens: int
-    compute_dtype: torch.dtype  # of the operands of the products; logits are fp32 (fp64 for fp64)
-    need_grad: bool
 
 
 def linear_divergence(
@@ -74,16 +56,29 @@ def linear_divergence(
 
     Equals ``reference.divergence`` of ``reference.logits`` of both models, weighted and summed.
     ``token_weights`` is the only reduction: a mask, a per-sequence mean, a global token count are
-    all one vector. ``vocab_size`` uses the first rows of both heads and is required where their
-    numbers of rows differ.
+    all one vector. A token of weight 0 is left out: its hidden states may be anything, its outputs
+    are 0. Weights on the CPU save all of its work; weights on a GPU are not waited for, and save
+    all but its products. ``vocab_size`` uses the first rows of both heads and is required where
+    their numbers of rows differ. A sharded head (DTensor, FSDP2) is gathered once a call and its
+    gradient averaged over the mesh, as FSDP averages.
 
     Numerics: operands in the inputs' dtype (or autocast's), products accumulated and kept in fp32,
-    gradients of the head accumulated in fp32. Gradients are formed during the forward pass, so a
-    second derivative is not available. fp64 inputs compute in fp64 throughout.
+    the head's gradient accumulated in fp32. A token that the teacher holds impossible and the
+    student does not has divergence inf. fp64 inputs compute in fp64 throughout. Gradients are
+    formed during the forward pass, so a second derivative is not available.
 
-    Raises ValueError for shapes, dtypes or options that do not fit together.
+    ``chunk_tokens`` tokens at a time hold logits, 8 bytes a token and vocabulary entry; by default
+    as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` is "triton" on a GPU
+    and "torch" elsewhere unless it is named.
+
+    Raises ValueError for shapes, dtypes, devices or options that do not fit together.
     Source of the objective: arXiv 2602.12275.
     """
+    student_weight, student_bias = _gathered(student_weight), _gathered(student_bias)
+    teacher_weight, teacher_bias = _gathered(teacher_weight), _gathered(teacher_bias)
+    for name, x in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        if hasattr(x, "full_tensor"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass x.to_local()")
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden must hold the same tokens as student_hidden "
@@ -108,46 +103,48 @@ def linear_divergence(
 
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    n = h_s.shape[0]
-    high = torch.float64 if h_s.dtype == torch.float64 else torch.float32
-    if token_weights is None:
-        w = torch.full((n,), 1 / max(n, 1), dtype=high, device=h_s.device)
-    else:
-        if token_weights.numel() != n:
-            raise ValueError(
-                f"token_weights must hold one weight for each of the {n} tokens, got "
-                f"{tuple(token_weights.shape)}; flatten it the way student_hidden is"
-            )
-        w = token_weights.detach().reshape(-1).to(high)
-
-    device_type = h_s.device.type
-    if h_s.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        compute_dtype = torch.get_autocast_dtype(device_type)
-    else:
-        compute_dtype = torch.promote_types(h_s.dtype, student_weight.dtype)
-    spec = _Spec(
+    wide = torch.float64 if h_s.dtype == torch.float64 else torch.float32
+    weights = _checked_token_weights(token_weights, h_s, wide)
+    grad = torch.is_grad_enabled()
+    loss, per_token, entropy, *_ = _operator(
+        h_s,
+        student_weight,
+        student_bias,
+        h_t.detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        weights,
         divergence,
-        beta,
-        temperature,
+        float(beta),
+        float(temperature),
         student_softcap,
         teacher_softcap,
         vocab_size,
-        chunk_tokens or _default_chunk_tokens(h_s.device, vocab_size),
-        compute_dtype,
-        torch.is_grad_enabled(),
+        chunk_tokens,
+        _compute_dtype(h_s, student_weight),
+        _resolved_backend(backend, h_s),
+        grad and h_s.requires_grad,
+        grad and student_weight.requires_grad,
+        grad and student_bias is not None and student_bias.requires_grad,
     )
-    with torch.autocast(device_type, enabled=False):
-        loss, per_token, entropy = _LinearDivergence.apply(
-            h_s, student_weight, student_bias, h_t, teacher_weight, teacher_bias, w, spec
-        )
-    return LinearDivergence(loss, per_token, entropy)
+    return LinearDivergence(loss, per_token.detach(), entropy.detach())
+
+
+def _gathered(x: Any) -> Any:
+    """A sharded head whole, on every rank; its gradient is averaged over the ranks and sharded."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    mean = [Partial("avg")] * x.device_mesh.ndim
+    return x.full_tensor(grad_placements=mean)
 
 
 def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{name}_weight must be (V, D={hidden.shape[-1]}) like {name}_hidden, got "
-            f"{tuple(weight.shape)}; pass the lm_head weight untransposed"
+            f"{tuple(weight.shape)}; pass the whole lm_head weight, untransposed"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -186,174 +183,132 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """Gradients are formed in forward, where the logits are; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_s: Tensor,
-        w_s: Tensor,
-        b_s: Tensor | None,
-        h_t: Tensor,
-        w_t: Tensor,
-        b_t: Tensor | None,
-        token_weights: Tensor,
-        spec: _Spec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        need_h, need_w, need_b = (spec.need_grad and x for x in ctx.needs_input_grad[:3])
-        need_grad = need_h or need_w or need_b
-        n, v, high = h_s.shape[0], spec.vocab_size, token_weights.dtype
-        teacher_dtype = _teacher_dtype(w_t, spec)
-        w_s_low = _operand(w_s[:v], spec.compute_dtype, high)
-        w_t_low = _operand(w_t[:v], teacher_dtype, high)
-        per_token = torch.empty(n, dtype=high, device=h_s.device)
-        entropy = torch.empty_like(per_token)
-        grad_h = torch.empty_like(h_s) if need_h else None
-        grad_w = torch.zeros(w_s.shape, dtype=high, device=w_s.device) if need_w else None
-        grad_b = torch.zeros(w_s.shape[0], dtype=high, device=w_s.device) if need_b else None
-
-        # The weights enter the products relative to the largest one: 1/N would underflow in fp16.
-        scale = token_weights.abs().max() if n else token_weights.new_ones(())
-        scale = torch.where(scale > 0, scale, 1)
-        relative = (token_weights / scale)[:, None]
-        dropped = relative == 0
-        for start in range(0, n, spec.chunk_tokens):
-            rows = slice(start, start + spec.chunk_tokens)
-            h_s_low = _operand(h_s[rows], spec.compute_dtype, high)
-            h_t_low = _operand(h_t[rows], teacher_dtype, high)
-            z_s = _product(h_s_low, w_s_low.T, spec.compute_dtype, high)
-            z_t = _product(h_t_low, w_t_low.T, teacher_dtype, high)
-            z_s, slope = _finish_logits(z_s, b_s, spec.student_softcap, spec)
-            z_t, _ = _finish_logits(z_t, b_t, spec.teacher_softcap, spec)
-            per_token[rows], entropy[rows], dz = _divergence(z_s, z_t, spec, need_grad)
-            if dz is None:
-                continue
-            dz.mul_(relative[rows])
-            if slope is not None:
-                dz.mul_(slope)
-            # A token of weight 0 contributes nothing, even one that is infinite or not a number.
-            dz.masked_fill_(dropped[rows], 0)
-            h_s_low = h_s_low.masked_fill(dropped[rows], 0)
-            if grad_b is not None:
-                grad_b[:v] += dz.sum(0)
-            dz_low = _operand(dz, spec.compute_dtype, high)
-            if grad_h is not None:
-                product = _product(dz_low, w_s_low, spec.compute_dtype, high)
-                grad_h[rows] = product.mul_(scale / spec.temperature)
-            if grad_w is not None:
-                grad_w[:v] += _product(dz_low.T, h_s_low, spec.compute_dtype, high)
-
-        for grad in (grad_w, grad_b):
-            if grad is not None:
-                grad.mul_(scale / spec.temperature)
-        ctx.save_for_backward(grad_h, grad_w, grad_b)
-        ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
-        ctx.mark_non_differentiable(per_token, entropy)
-        weighted = torch.where(token_weights == 0, 0, token_weights * per_token)
-        return weighted.sum(), per_token, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_divergence has no second derivative: its gradient is formed in the forward "
-                "pass; call backward or autograd.grad without create_graph"
-            )
-        grad_loss = grad_outputs[0]
-        grads = [
-            None if g is None else (g * grad_loss).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*grads, None, None, None, None, None)
+def _checked_token_weights(token_weights: Tensor | None, h_s: Tensor, wide: torch.dtype) -> Tensor:
+    n = len(h_s)
+    if token_weights is None:
+        return torch.full((n,), 1 / max(n, 1), dtype=wide, device=h_s.device)
+    if token_weights.numel() != n:
+        raise ValueError(
+            f"token_weights must hold one weight for each of the {n} tokens, got "
+            f"{tuple(token_weights.shape)}; flatten it the way student_hidden is"
+        )
+    if token_weights.device not in (h_s.device, torch.device("cpu")):
+        raise ValueError(
+            f"token_weights must be on {h_s.device} like student_hidden, or on the CPU, got "
+            f"{token_weights.device}; move it"
+        )
+    return token_weights.detach().reshape(-1).to(wide)
 
 
-def _divergence(
-    z_s: Tensor, z_t: Tensor, spec: _Spec, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-token divergence, student entropy and gradient in z_s. Consumes both (C, V) buffers."""
-    log_s = z_s.sub_(z_s.logsumexp(-1, keepdim=True))
-    log_t = z_t.sub_(z_t.logsumexp(-1, keepdim=True))
-    p_s = log_s.exp()
-    entropy = torch.xlogy(p_s, p_s).sum(-1).neg_()
-    if spec.divergence == "reverse_kl":
-        value, ratio = _kl_(p_s, log_s, log_t)
-        return value, entropy, p_s.mul_(ratio.sub_(value[:, None])) if need_grad else None
-    p_t = log_t.exp()
-    if spec.divergence == "forward_kl":
-        value, _ = _kl_(p_t, log_t, log_s)
-        return value, entropy, p_s.sub_(p_t) if need_grad else None
-    beta = spec.beta
-    log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
-    kl_t, _ = _kl_(p_t, log_t, log_m.clone())
-    kl_s, ratio = _kl_(p_s, log_s, log_m)
-    dz = p_s.mul_(ratio.sub_(kl_s[:, None])).mul_(1 - beta) if need_grad else None
-    return beta * kl_t + (1 - beta) * kl_s, entropy, dz
+def _compute_dtype(h_s: Tensor, w_s: Tensor) -> torch.dtype:
+    """What the operands of the products are rounded to."""
+    device_type = h_s.device.type
+    if h_s.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(h_s.dtype, w_s.dtype)
 
 
-def _kl_(p: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) and log p − log q (0 where p is 0), in the buffers of log_p and log_q."""
-    ratio = log_p.sub_(log_q).masked_fill_(p == 0, 0)
-    near = torch.expm1(-ratio).add_(ratio).mul_(p)
-    far = log_q.exp_().sub_(p).addcmul_(p, ratio)
-    is_near = (ratio.abs() < 1).logical_and_(p > 0)
-    return torch.where(is_near, near, far, out=far).sum(-1), ratio
+def _resolved_backend(backend: str, h_s: Tensor) -> str:
+    suits = h_s.device.type == "cuda" and h_s.dtype != torch.float64
+    if backend == "auto":
+        return "triton" if _HAS_TRITON and suits else "torch"
+    if backend == "triton" and not suits and not _interpreted(h_s):
+        raise ValueError(
+            f"backend 'triton' must have tensors on a GPU, in bf16, fp16 or fp32, got {h_s.dtype} "
+            f"on {h_s.device}; pass backend='torch' or 'auto'"
+        )
+    return backend
 
 
-def _finish_logits(
-    z: Tensor, bias: Tensor | None, softcap: float | None, spec: _Spec
-) -> tuple[Tensor, Tensor | None]:
-    """Bias, softcap and temperature in place; and the softcap's derivative where there is one."""
-    if bias is not None:
-        z += bias[: spec.vocab_size]
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = 1 - z * z
-        z.mul_(softcap)
-    return (z if spec.temperature == 1 else z.div_(spec.temperature)), slope
+def _interpreted(h_s: Tensor) -> bool:
+    """Triton's interpreter runs the kernel on a CPU (TRITON_INTERPRET=1), slowly: for tests."""
+    if not _HAS_TRITON or h_s.device.type != "cpu" or h_s.dtype == torch.float64:
+        return False
+    from opcd_kernels import rows_triton
+
+    return rows_triton.INTERPRETED
 
 
-def _teacher_dtype(weight: Tensor, spec: _Spec) -> torch.dtype:
-    """The teacher's products run in the student's precision, never below its own weights'."""
-    if spec.compute_dtype in (torch.float32, torch.float64):
-        return torch.promote_types(weight.dtype, spec.compute_dtype)
-    return spec.compute_dtype
+@torch.library.custom_op("opcd_kernels::linear_divergence", mutates_args=())
+def _operator(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    token_weights: Tensor,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab_size: int,
+    chunk_tokens: int | None,
+    compute_dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        return loss_and_gradients(
+            student_hidden,
+            student_weight,
+            student_bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            token_weights,
+            Options(divergence, beta, temperature, student_softcap, teacher_softcap, vocab_size),
+            Gradients(need_hidden, need_weight, need_bias),
+            compute_dtype,
+            backend,
+            chunk_tokens,
+        )
 
 
-def _operand(x: Tensor, low: torch.dtype, high: torch.dtype) -> Tensor:
-    """x rounded to `low`. On a CPU it is held in `high`: products there return their own dtype."""
-    x = x.to(low)
-    return x if x.device.type == "cuda" else x.to(high)
+@_operator.register_fake
+def _(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *args: Any
+) -> Result:
+    return empty_result(student_hidden, student_weight, student_bias, Gradients(*args[-3:]))
 
 
-def _product(a: Tensor, b: Tensor, low: torch.dtype, high: torch.dtype) -> Tensor:
-    """a @ b of operands rounded to `low`, accumulated and returned in `high` (fp32 or fp64)."""
-    if a.dtype != high:
-        return torch.mm(a, b, out_dtype=high)
-    with _bf16_products(low):
-        return a @ b
+def _save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
+    result = Result(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*result[1:])
+    ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias, result.scale)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.need = inputs[-3:]
 
 
-@contextlib.contextmanager
-def _bf16_products(low: torch.dtype) -> Iterator[None]:
-    """Let oneDNN multiply fp32 copies of bf16 values in bf16: same fp32 sums, twice the speed."""
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if low != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_divergence has no second derivative: its gradient is formed in the forward "
+            "pass; call backward or autograd.grad without create_graph"
+        )
+    *grads, scale = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 19
+    scaled = [
+        _scaled(grad, grad_loss * scale, dtype) if needed else None
+        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.need, strict=True)
+    ]
+    return (*scaled, *(None,) * 16)
 
 
-def _default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
-    if device.type == "cuda":
-        budget = _CUDA_SCRATCH_SHARE * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = _CPU_SCRATCH_BYTES
-    tokens = int(budget / (_SCRATCH_BUFFERS * 4 * vocab_size))
-    return tokens // 128 * 128 if tokens >= 128 else max(1, tokens)
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad · factor, rounded to `dtype` once, without a wide copy of the whole."""
+    if grad.dtype == dtype:
+        return grad * factor
+    out = torch.empty_like(grad, dtype=dtype)
+    rows = max(1, _SCALED_BYTES * len(grad) // max(1, grad.nbytes))
+    for part, wide in zip(out.split(rows), grad.split(rows), strict=True):
+        part.copy_(wide * factor)
+    return out
+
+
+_operator.register_autograd(_scale_gradients, setup_context=_save_gradients)

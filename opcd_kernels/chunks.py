@@ -1,0 +1,172 @@
+"""Loss and gradients in chunks of tokens: the logits of one chunk are all that ever exists.
+
+For each chunk both models' logits are written into two buffers that all chunks share, one pass over
+their rows gives divergence, entropy and the gradient in the student's logits, and that gradient is
+multiplied back into the hidden states and the head at once: four products in all, three with a
+frozen head, two without gradients.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opcd_kernels import rows_torch
+from opcd_kernels.options import Options
+from opcd_kernels.products import products_for
+
+_CPU_BUFFER_BYTES = 128 * 2**20
+_GPU_BUFFER_SHARE = 0.03  # of the device's memory
+
+
+class Gradients(NamedTuple):
+    """Which gradients are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Result(NamedTuple):
+    """Gradients are the loss's divided by `scale`, a power of two; empty where not needed."""
+
+    loss: Tensor  # ()
+    per_token: Tensor  # (N,) fp32 or fp64, like all that follow but grad_hidden
+    entropy: Tensor  # (N,)
+    grad_hidden: Tensor  # (N, D_s) in the dtype of student_hidden
+    grad_weight: Tensor  # (V_s, D_s)
+    grad_bias: Tensor  # (V_s,)
+    scale: Tensor  # ()
+
+
+def empty_result(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, need: Gradients
+) -> Result:
+    """A result's tensors, uninitialised."""
+    wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    n, (rows, d) = len(student_hidden), student_weight.shape
+
+    def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return student_hidden.new_empty(shape, dtype=dtype)
+
+    return Result(
+        loss=empty(),
+        per_token=empty(n),
+        entropy=empty(n),
+        grad_hidden=empty(*(n, d) if need.hidden else (0,), dtype=student_hidden.dtype),
+        grad_weight=empty(*(rows, d) if need.weight else (0,)),
+        grad_bias=empty(rows if need.bias else 0),
+        scale=empty(),
+    )
+
+
+def loss_and_gradients(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    student_bias: Tensor | None,  # (V_s,)
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V_t, D_t)
+    teacher_bias: Tensor | None,  # (V_t,)
+    token_weights: Tensor,  # (N,) fp32 or fp64, on the same device or on the CPU
+    options: Options,
+    need: Gradients,
+    compute_dtype: torch.dtype,
+    backend: str,  # "torch" or "triton"
+    chunk_tokens: int | None,
+) -> Result:
+    v, device = options.vocab_size, student_hidden.device
+    result = empty_result(student_hidden, student_weight, student_bias, need)
+    if len(student_hidden) == 0:
+        return Result(*(x.zero_() for x in result))
+    products = products_for(device, compute_dtype)
+    w_s, w_t = products.head(student_weight[:v]), products.head(teacher_weight[:v])
+    b_s, b_t = (None if b is None else b[:v] for b in (student_bias, teacher_bias))
+    kept, weights = _kept_tokens(token_weights, device)
+    if kept is not None:
+        for x in (result.per_token, result.entropy, result.grad_hidden):
+            x.zero_()
+
+    # The weights enter the products relative to the largest: 1/N would underflow in fp16.
+    n = len(weights)
+    largest = weights.abs().max() if n else weights.new_zeros(())
+    scale = result.scale.copy_(torch.exp2(torch.frexp(largest).exponent.to(largest.dtype)))
+    factors = weights / scale / options.temperature
+    result.grad_bias.zero_()
+    result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
+
+    divergence_rows_, width = _rows(backend, v)
+    chunk = _equal_chunks(n, chunk_tokens or default_chunk_tokens(device, width))
+    buffers = result.per_token.new_empty(2, min(chunk, n), width)
+    buffers[:, :, v:] = -torch.inf
+    buffers = buffers[:, :, :v]
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        tokens = part if kept is None else kept[part]
+        h_s, h_t = student_hidden[tokens], teacher_hidden[tokens]
+        z_s, z_t = buffers[:, : len(h_s)].unbind(0)
+        products.logits_(z_s, h_s, w_s)
+        products.logits_(z_t, h_t, w_t)
+        value, entropy, dz = divergence_rows_(
+            z_s, z_t, b_s, b_t, factors[part], options, any(need), compute_dtype
+        )
+        result.per_token[tokens], result.entropy[tokens] = value, entropy
+        if need.bias:
+            result.grad_bias[:v] += dz.sum(0, dtype=result.grad_bias.dtype)
+        if need.hidden:
+            result.grad_hidden[tokens] = products.grad_hidden(
+                dz, w_s, student_hidden.dtype, scratch=z_t
+            )
+        if need.weight:
+            # A dropped token must not even multiply 0 with infinity.
+            h_s = h_s.masked_fill((factors[part] == 0)[:, None], 0)
+            products.grad_weight_(result.grad_weight[:v], dz, h_s, add=start > 0, scratch=z_t)
+    result.loss.copy_(
+        (weights * (result.per_token if kept is None else result.per_token[kept])).sum()
+    )
+    return result
+
+
+def _rows(backend: str, v: int) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], int]:
+    """What turns logits into divergences and gradients, and the width of the rows it wants."""
+    if backend == "torch":
+        return rows_torch.divergence_rows_, v
+    from opcd_kernels import rows_triton  # Triton has no build for some platforms
+
+    return rows_triton.divergence_rows_, -(-v // 64) * 64
+
+
+def default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    """Tokens whose logits of both models fit the buffers' share of memory, a multiple of 128."""
+    if device.type == "cuda":
+        budget = _GPU_BUFFER_SHARE * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = _CPU_BUFFER_BYTES
+    tokens = int(budget / (2 * 4 * vocab_size))
+    return tokens // 128 * 128 if tokens >= 128 else max(1, tokens)
+
+
+def _equal_chunks(n: int, limit: int) -> int:
+    """Tokens a chunk: as few chunks as `limit` allows, all of one size, of 128 if that fits."""
+    size = -(-n // max(1, -(-n // limit)))
+    rounded = -(-size // 128) * 128
+    return max(1, rounded if rounded <= limit else size)
+
+
+def _kept_tokens(token_weights: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Indices of the tokens whose weight is not 0 (None: all), and the weights, on `device`.
+
+    Leaving tokens out needs their number. Weights that live on a GPU are not waited for: all tokens
+    are kept and the rows of weight 0 are skipped when their turn comes.
+    """
+    if token_weights.device.type != "cpu":
+        return None, token_weights
+    kept = token_weights.nonzero()[:, 0]
+    if len(kept) == len(token_weights):
+        return None, _moved(token_weights, device)
+    return _moved(kept, device), _moved(token_weights[kept], device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, without waiting for the queue of a GPU."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

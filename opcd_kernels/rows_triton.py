@@ -1,0 +1,267 @@
+"""Divergence of rows of logits in one Triton kernel, the gradient written over the logits.
+
+One program takes one token. Its first pass over both rows keeps running statistics in every lane
+(maximum and sum of exponentials of both models and, for the reverse KL, the centred moment below)
+and merges the lanes once at the end, so that no loop holds a reduction across threads. The second
+pass forms divergence, entropy and gradient. A JSD takes one pass more: what centres its gradient
+needs both normalisers.
+
+    A = Σ e^{z_s − m_s} [(z_s − m_s) − (z_t − m_t)]         centred on the maxima m
+    moved to new maxima  A' = e^{m_s − m_s'} {A + l_s [(m_s − m_t) − (m_s' − m_t')]}
+    KL(student ‖ teacher) = A / l_s − log l_s + log l_t     centres the gradient
+
+The reported divergence is summed from terms that are never negative, p (e^{−r} − 1 + r), for small
+r by the series r² (1/2 − r/6 + r²/24 − …), so no digit is lost where both models nearly agree.
+
+Memory traffic a token and vocabulary entry, in bytes: 8 read in each pass, 2 written by the last
+(a 16-bit gradient, into the first half of the student's fp32 row: no third buffer).
+"""
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opcd_kernels.options import DIVERGENCES, Options
+
+BLOCK_V = 2048  # vocabulary entries in flight a program
+NUM_WARPS = 8
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, on decoration
+
+REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
+JSD = tl.constexpr(DIVERGENCES.index("jsd"))
+LOWEST = tl.constexpr(-1e30)  # a finite start for running maxima: −inf − −inf is not a number
+
+
+@triton.jit
+def _tanh(x):
+    a = tl.abs(x)
+    x2 = x * x
+    series = 1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
+    e = tl.exp(-2 * a)
+    far = (1 - e) / (1 + e)
+    return tl.where(a < 0.25, x * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, offsets, width, V, softcap, inverse_temperature, BIAS, SOFTCAP):
+    """Finished logits, −inf beyond the vocabulary, and the softcap's slope."""
+    z = tl.load(row_ptr + offsets, mask=offsets < width, other=float("-inf"))
+    if BIAS:
+        z += tl.load(bias_ptr + offsets, mask=offsets < V, other=0).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        th = _tanh(z / softcap)
+        slope = 1 - th * th
+        z = tl.where(offsets < V, softcap * th, float("-inf"))
+    return z * inverse_temperature, slope
+
+
+@triton.jit
+def _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT):
+    """Fold one block into every lane's running statistics."""
+    n_s, n_t = tl.maximum(m_s, z_s), tl.maximum(m_t, z_t)
+    move_s = tl.exp(m_s - n_s)
+    e_s = tl.exp(z_s - n_s)
+    if MOMENT:
+        moved = move_s * (moment + l_s * ((m_s - m_t) - (n_s - n_t)))
+        gap = (z_s - n_s) - (z_t - n_t)
+        # Guarded: 0 · inf is not a number, and a term of weight 0 counts for nothing.
+        moment = tl.where(move_s > 0, moved, 0.0) + tl.where(e_s > 0, e_s * gap, 0.0)
+    l_s = l_s * move_s + e_s
+    l_t = l_t * tl.exp(m_t - n_t) + tl.exp(z_t - n_t)
+    return n_s, l_s, n_t, l_t, moment
+
+
+@triton.jit
+def _kl_terms(p, q, r):
+    """p (e^{−r} − 1 + r) = q − p + p r, never negative; q where p is 0. r = log p − log q."""
+    series = 1 / 120 - r * (1 / 720 - r * (1 / 5040 - r * (1 / 40320)))
+    series = 1 / 2 - r * (1 / 6 - r * (1 / 24 - r * series))
+    near = (tl.abs(r) < 0.5) & (p > 0)
+    far = q - p + tl.where(p > 0, p * r, 0.0)
+    return tl.where(near, p * r * r * series, far)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), to the last digit also where it is small."""
+    e = tl.exp(-tl.abs(x))
+    series = 1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6)))))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.1, e * series, tl.log(1 + e))
+
+
+@triton.jit
+def _probabilities(d_s, d_t, log_s, log_t, gap):
+    """p_s, p_t, log p_s and r = log p_s − log p_t from logits relative to their maxima."""
+    log_p_s = d_s - log_s
+    p_s, p_t = tl.exp(log_p_s), tl.exp(d_t - log_t)
+    r = (d_s - d_t) - gap
+    return p_s, p_t, log_p_s, tl.where((p_s == 0) & (p_t == 0), 0.0, r)
+
+
+@triton.jit
+def divergence_rows_kernel(
+    zs_ptr,  # (C, width) fp32 logits of the student, without bias; −inf from column V on
+    zt_ptr,  # (C, width) fp32 logits of the teacher, likewise
+    dz_ptr,  # (C, V) the gradient, over the student's logits
+    bs_ptr,  # (V,) biases; read where BIAS_S, BIAS_T
+    bt_ptr,
+    factors_ptr,  # (C,) fp32; 0 drops the row
+    value_ptr,  # (C,) fp32
+    entropy_ptr,  # (C,) fp32
+    stride_dz,
+    V,
+    width,  # stride of the logits: V rounded up, so that no mask cuts through a 16-byte load
+    beta,
+    rest,  # 1 − β
+    softcap_s,
+    softcap_t,
+    inverse_temperature,
+    DIVERGENCE: tl.constexpr,
+    BIAS_S: tl.constexpr,
+    BIAS_T: tl.constexpr,
+    SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0)
+    offset = row.to(tl.int64)  # times the width of a row it passes 2³¹
+    zs_ptr += offset * width
+    zt_ptr += offset * width
+    dz_ptr += offset * stride_dz
+    factor = tl.load(factors_ptr + row)
+    dropped = factor == 0
+    end = tl.where(dropped, 0, width)
+    lanes = tl.arange(0, BLOCK_V)
+
+    # First pass: statistics, lane by lane.
+    MOMENT: tl.constexpr = GRADIENT and DIVERGENCE == REVERSE_KL
+    m_s = tl.full([BLOCK_V], LOWEST, tl.float32)
+    m_t = tl.full([BLOCK_V], LOWEST, tl.float32)
+    l_s = tl.zeros([BLOCK_V], tl.float32)
+    l_t = tl.zeros([BLOCK_V], tl.float32)
+    moment = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, end, BLOCK_V):
+        v = start + lanes
+        z_s, _ = _logits(
+            zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
+        )
+        z_t, _ = _logits(
+            zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
+        )
+        m_s, l_s, m_t, l_t, moment = _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT)
+
+    # The lanes merge.
+    max_s, max_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
+    move_s, move_t = tl.exp(m_s - max_s), tl.exp(m_t - max_t)
+    sum_s = tl.sum(l_s * move_s, axis=0)
+    log_s, log_t = tl.log(sum_s), tl.log(tl.sum(l_t * move_t, axis=0))
+    gap = log_s - log_t  # of the normalisers, each relative to its maximum
+    center = 0.0  # of the gradient, its mean under the student
+    # JSD: log m = log (1−β) p_s + softplus(x), x = log(β p_t / (1−β) p_s); or with t and −x.
+    log_odds = tl.log(beta) - tl.log(rest)
+    if MOMENT:
+        moment = move_s * (moment + l_s * ((m_s - m_t) - (max_s - max_t)))
+        center = tl.sum(tl.where(move_s > 0, moment, 0.0), axis=0) / sum_s - gap
+    if GRADIENT and DIVERGENCE == JSD:
+        terms = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, end, BLOCK_V):
+            v = start + lanes
+            z_s, _ = _logits(
+                zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
+            )
+            z_t, _ = _logits(
+                zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
+            )
+            p_s, _, _, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
+            terms += tl.where(p_s > 0, p_s * _softplus(log_odds - r), 0.0)
+        center = tl.sum(terms, axis=0)
+
+    # Last pass: divergence, entropy, gradient.
+    value = tl.zeros([BLOCK_V], tl.float32)
+    entropy = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, end, BLOCK_V):
+        v = start + lanes
+        z_s, slope = _logits(
+            zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
+        )
+        z_t, _ = _logits(
+            zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
+        )
+        p_s, p_t, log_p_s, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
+        entropy -= tl.where(p_s > 0, p_s * log_p_s, 0.0)
+        if DIVERGENCE == REVERSE_KL:
+            value += _kl_terms(p_s, p_t, r)
+            dz = tl.where(p_s > 0, p_s * (r - center), 0.0)
+        elif DIVERGENCE == FORWARD_KL:
+            value += _kl_terms(p_t, p_s, -r)
+            dz = p_s - p_t
+        else:
+            over_s, over_t = _softplus(log_odds - r), _softplus(r - log_odds)
+            p_m = rest * p_s + beta * p_t
+            value += rest * _kl_terms(p_s, p_m, -tl.log(rest) - over_s)
+            value += beta * _kl_terms(p_t, p_m, -tl.log(beta) - over_t)
+            dz = tl.where(p_s > 0, rest * p_s * (center - over_s), 0.0)
+        if GRADIENT:
+            # A 16-bit gradient lies over logits that other warps may still have to read.
+            tl.debug_barrier()
+            dz = (dz * slope * factor).to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + v, dz, mask=v < V)
+    tl.store(value_ptr + row, tl.sum(value, axis=0))
+    tl.store(entropy_ptr + row, tl.sum(entropy, axis=0))
+    if GRADIENT:
+        for start in range(0, tl.where(dropped, V, 0), BLOCK_V):
+            v = start + lanes
+            tl.store(dz_ptr + v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=v < V)
+
+
+def divergence_rows_(
+    student_logits: Tensor,  # (C, V) fp32 without bias; its memory takes the gradient
+    teacher_logits: Tensor,  # (C, V) of the same strides
+    student_bias: Tensor | None,  # (V,)
+    teacher_bias: Tensor | None,  # (V,)
+    factors: Tensor,  # (C,) fp32, what each row's gradient is multiplied with; 0 drops the row
+    options: Options,
+    need_grad: bool,
+    compute_dtype: torch.dtype,  # of the gradient
+) -> tuple[Tensor, Tensor, Tensor]:  # per_token (C,), student_entropy (C,), dz (C, V)
+    """One launch. Rows of logits are `stride(0)` wide and −inf from column V on."""
+    c, v = student_logits.shape
+    width = student_logits.stride(0)
+    dz = student_logits.view(compute_dtype)[:, :v]
+    value, entropy = torch.empty_like(factors), torch.empty_like(factors)
+    here = contextlib.nullcontext() if INTERPRETED else torch.cuda.device_of(student_logits)
+    with here:
+        divergence_rows_kernel[(c,)](
+            student_logits,
+            teacher_logits,
+            dz,
+            student_bias,
+            teacher_bias,
+            factors,
+            value,
+            entropy,
+            dz.stride(0),
+            v,
+            width,
+            options.beta,
+            1 - options.beta,
+            options.student_softcap or 1.0,
+            options.teacher_softcap or 1.0,
+            1 / options.temperature,
+            DIVERGENCE=DIVERGENCES.index(options.divergence),
+            BIAS_S=student_bias is not None,
+            BIAS_T=teacher_bias is not None,
+            SOFTCAP_S=options.student_softcap is not None,
+            SOFTCAP_T=options.teacher_softcap is not None,
+            GRADIENT=need_grad,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
+    return value, entropy, dz
