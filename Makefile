@@ -3,6 +3,7 @@
 # make check   lint, format and types; never writes
 # make fix     lint and format, written
 # make bench   what the benchmarks can measure on this machine
+# make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check fix bench test-gpu clean
+.PHONY: demo test check fix bench kernels test-gpu clean
 
 demo: $(VENV)/train.ok
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml --output_dir $(RUN)
@@ -29,6 +30,9 @@ fix: $(VENV)/dev.ok
 
 bench: $(VENV)/dev.ok
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only $(BENCH)
+
+kernels: $(VENV)/dev.ok
+	$(BIN)/python benchmarks/compiled_kernels.py
 
 test-gpu: $(VENV)/dev.ok
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"

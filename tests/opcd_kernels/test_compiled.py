@@ -1,0 +1,64 @@
+"""The kernels' machine code, compiled ahead of time for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "benchmarks" / "compiled_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    """In a process of its own: here, Triton may be interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_configuration_is_compiled_for_every_architecture(reports: list[dict]) -> None:
+    choices = ("architecture", "divergence", "gradient", "dz", "options")
+    assert len({tuple(r[key] for key in choices) for r in reports}) == len(reports) == 4 * 15
+
+
+def test_nothing_is_spilled(reports: list[dict]) -> None:
+    assert not [r for r in reports if r["local_bytes"] != 0]
+
+
+def test_four_programs_fit_a_multiprocessor(reports: list[dict]) -> None:
+    """65536 registers, 256 threads a program."""
+    measured = [r for r in reports if r["architecture"] in ("sm_80", "sm_90")]
+    assert max(r["registers"] for r in measured) <= 64
+
+
+def test_a_thread_loads_16_bytes_at_once(reports: list[dict]) -> None:
+    for r in reports:
+        passes = 3 if r["divergence"] == "jsd" and r["gradient"] else 2
+        assert r["wide_loads"] >= 2 * passes, r
+
+
+def test_a_16_bit_gradient_waits_for_the_logits_it_overwrites(reports: list[dict]) -> None:
+    def barriers(architecture: str, divergence: str, gradient: bool) -> int:
+        (count,) = (
+            r["barriers"]
+            for r in reports
+            if r["dz"] == "bf16"
+            and not r["options"]
+            and (r["architecture"], r["divergence"], r["gradient"])
+            == (architecture, divergence, gradient)
+        )
+        return count
+
+    for architecture in {r["architecture"] for r in reports}:
+        with_gradient = barriers(architecture, "forward_kl", True)
+        assert with_gradient == barriers(architecture, "forward_kl", False) + 1
