@@ -2,7 +2,7 @@
 # make test    all tests that need no GPU
 # make check   lint, format and types; never writes
 # make fix     lint and format, written
-# make bench   what the benchmarks can measure on this machine
+# make bench   what the benchmarks can measure on this machine; SAVE=name keeps it
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-gpu   the tests that need a GPU; fails where there is none
 
@@ -28,8 +28,12 @@ fix: $(VENV)/dev.ok
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.ok
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only $(BENCH)
+bench: $(VENV)/bench.ok
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only \
+	    --benchmark-json=.benchmarks/run.json --benchmark-quiet --timeout=900 $(ARGS)
+	$(BIN)/python -m benchmarks.summary .benchmarks/run.json $(if $(SAVE),--save $(SAVE))
+	$(BIN)/python -m benchmarks.accuracy $(if $(SAVE),--save)
 
 kernels: $(VENV)/dev.ok
 	$(BIN)/python benchmarks/compiled_kernels.py

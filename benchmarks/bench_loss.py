@@ -1,66 +1,150 @@
-"""Loss and gradients of one lm_head: ours against plain PyTorch with full logits.
+"""Loss and gradients of one lm_head: every provider against the products that nobody can avoid.
 
-SmolLM2's head (D 576, V 49152), bf16 inputs, student and teacher nearly equal as in training. Each
-provider's gradient is compared with fp64 before it is timed; the error goes into `extra_info`.
+bf16 inputs, student and teacher nearly equal as in training, with a trained head (four products)
+and a frozen one (three). Each provider's gradient on the first 256 tokens is compared with fp64
+before it is timed; one of ours that is wrong is not timed. Before every round of another provider
+ours is timed too, so that `times_ours` compares neighbours; `floor_share` is the time of the
+products alone, interleaved the same way, in that of the provider.
+
+    N tokens, D hidden size, V vocabulary; floor: the products of the head alone, in bf16
 """
 
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from opcd_kernels import linear_divergence, reference
+from benchmarks.memory import peak_mib
+from benchmarks.providers import (
+    OURS,
+    PROVIDERS,
+    Loss,
+    Unavailable,
+    gradient_error,
+    gradients,
+    plain_loss,
+    tensors,
+)
 
-N, D, V = 256, 576, 49152
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BASELINE = "ours-triton" if ON_GPU else "ours-torch"
+SHAPES = (
+    [
+        (8192, 576, 49152),
+        (8192, 896, 151936),
+        (8192, 2048, 151936),
+        (8192, 4096, 151936),
+        (65536, 2048, 151936),
+    ]
+    if ON_GPU
+    else [(1024, 576, 49152)]
+)
+ROUNDS = 9 if ON_GPU else 5
+CHECKED = 256  # tokens
+Inputs = tuple[Tensor, ...]
 
 
-def ours(h: Tensor, w: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
-    return linear_divergence(h, w, h_t, w_t).loss
-
-
-def plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def loss(h: Tensor, w: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
-        student = reference.logits(h.to(dtype), w.to(dtype))
-        teacher = reference.logits(h_t.to(dtype), w_t.to(dtype))
-        return reference.divergence(student, teacher).mean()
-
-    return loss
-
-
-PROVIDERS = {"ours": ours, "plain-bf16": plain(torch.bfloat16), "plain-fp32": plain(torch.float32)}
-
-
-@pytest.fixture(scope="module")
-def tensors() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(N, D, generator=generator)
-    w = torch.randn(V, D, generator=generator) * 0.1
-    h_t = h + 0.03 * torch.randn(N, D, generator=generator)
-    w_t = w + 0.001 * torch.randn(V, D, generator=generator)
-    return tuple(x.bfloat16() for x in (h, w, h_t, w_t))
-
-
-def gradients(loss: Callable[..., Tensor], tensors: Tensors) -> tuple[Tensor, Tensor]:
-    h, w = (x.clone().requires_grad_() for x in tensors[:2])
-    loss(h, w, *tensors[2:]).backward()
-    return h.grad, w.grad
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda s: "x".join(map(str, s)))
+def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def expected(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    double = tuple(x.double() for x in tensors)
-    return gradients(plain(torch.float64), double)
+def inputs(shape: tuple[int, int, int]) -> Inputs:
+    return tensors(*shape, DEVICE)
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_loss(benchmark: Callable, name: str, tensors: Tensors, expected: tuple) -> None:
-    error = max(
-        ((a.double() - e).norm() / e.norm()).item()
-        for a, e in zip(gradients(PROVIDERS[name], tensors), expected, strict=True)
-    )
-    benchmark.extra_info |= {"gradient_error": error, "N": N, "D": D, "V": V, "inputs": "bf16"}
-    if name == "ours":
-        assert error < 0.005, "wrong: not timed"
-    benchmark.pedantic(gradients, (PROVIDERS[name], tensors), rounds=7, warmup_rounds=1)
+@pytest.fixture(scope="module", params=[False, True], ids=["trained", "frozen"])
+def frozen(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def exact(inputs: Inputs, frozen: bool) -> list[Tensor]:
+    return gradients(plain_loss, tuple(x.double() for x in first(inputs)), frozen)
+
+
+def first(inputs: Inputs) -> Inputs:
+    h_s, w_s, h_t, w_t = inputs
+    return h_s[:CHECKED], w_s, h_t[:CHECKED], w_t
+
+
+@torch.no_grad()
+def products(inputs: Inputs, frozen: bool) -> None:
+    """What the exact loss and its gradients cannot do without."""
+    h_s, w_s, h_t, w_t = inputs
+    for a, b in zip(h_s.split(4096), h_t.split(4096), strict=True):
+        z = a @ w_s.T
+        torch.mm(b, w_t.T, out=z)
+        z @ w_s
+        if not frozen:
+            z.T @ a
+
+
+def seconds(call: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_loss(
+    benchmark: Callable,
+    provider: str,
+    shape: tuple[int, int, int],
+    inputs: Inputs,
+    frozen: bool,
+    exact: list[Tensor],
+) -> None:
+    try:
+        loss: Loss = PROVIDERS[provider](DEVICE)
+        error = gradient_error(gradients(loss, first(inputs), frozen), exact)
+        assert provider not in OURS or error < 0.005, f"gradient error {error:.2%}: not timed"
+        peak = peak_mib(DEVICE, lambda: gradients(loss, inputs, frozen))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    except torch.OutOfMemoryError:
+        pytest.skip("out of memory")
+    baseline = PROVIDERS[BASELINE](DEVICE)
+    ours: list[float] = []
+    floor: list[float] = []
+
+    def neighbours() -> None:
+        floor.append(seconds(lambda: products(inputs, frozen)))
+        ours.append(seconds(lambda: gradients(baseline, inputs, frozen)))
+
+    def call() -> None:
+        gradients(loss, inputs, frozen)
+        synchronize()
+
+    neighbours()
+    floor.clear(), ours.clear()
+    benchmark.pedantic(call, setup=neighbours, rounds=ROUNDS, warmup_rounds=1)
+    median = benchmark.stats.stats.median
+    n, d, v = shape
+    results = sum(x.nbytes for x in (inputs[0], *([] if frozen else [inputs[1]]))) / 2**20
+    benchmark.extra_info |= {
+        "question": "loss",
+        "provider": provider,
+        "N": n,
+        "D": d,
+        "V": v,
+        "dtype": "bfloat16",
+        "head": "frozen" if frozen else "trained",
+        "peak_mib": None if peak is None else round(peak),
+        "scratch_mib": None if peak is None else round(peak - results),
+        "gradient_error": float(f"{error:.2g}"),
+        "floor_share": round(statistics.median(floor) / median, 3),
+        "times_ours": round(median / statistics.median(ours), 2),
+    }

@@ -1,0 +1,105 @@
+"""How many digits each provider keeps as student and teacher come close, bf16 inputs.
+
+    python benchmarks/accuracy.py            prints a table
+    python benchmarks/accuracy.py --save     and keeps its rows in results/accuracy-DEVICE.json
+
+Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
+0.4, 0.04, 0.004 and 0.0005 nats a token. `gradient_error` is the larger relative error (2-norm) of
+the two gradients over 32 tokens; `kl_error` the largest relative error of a single token's
+divergence over eight tokens, `kl_lowest` the smallest divergence reported for them in multiples of
+the exact one: below 0 is impossible. Without a GPU Triton's interpreter runs the Triton kernels; it
+truncates to bf16 where a GPU rounds, and Liger's own projection rounds its logits to bf16 there.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from benchmarks.providers import (
+    PROVIDERS,
+    Unavailable,
+    gradient_error,
+    gradients,
+    plain_loss,
+    tensors,
+)
+from benchmarks.summary import RESULTS, device_name, versions
+
+NOISE = {0.4: 0.37, 0.04: 0.118, 0.004: 0.0373, 0.0005: 0.0132}
+TOKENS, SINGLE = 32, 8
+D, V = 576, 49152
+
+
+def measure(target: float, device: torch.device) -> list[dict]:
+    """One row a provider at a divergence of about `target` nats."""
+    inputs = tensors(TOKENS, D, V, device, NOISE[target])
+    double = tuple(x.double() for x in inputs)
+    exact = gradients(plain_loss, double)
+    with torch.no_grad():
+        divergences = [plain_loss(*token(double, i)).item() for i in range(SINGLE)]
+    rows = []
+    for name, make in PROVIDERS.items():
+        try:
+            loss = make(device)
+        except Unavailable as reason:
+            print(f"{name}: {reason}")
+            continue
+        error = gradient_error(gradients(loss, inputs), exact)
+        ratios = [
+            gradients(loss, token(inputs, i))[0].item() / kl for i, kl in enumerate(divergences)
+        ]
+        rows.append(
+            {
+                "provider": name,
+                "kl": float(f"{exact[0].item():.2g}"),
+                "gradient_error": float(f"{error:.2g}"),
+                "kl_error": float(f"{max(abs(r - 1) for r in ratios):.2g}"),
+                "kl_lowest": float(f"{min(ratios):.3g}"),
+            }
+        )
+    return rows
+
+
+def token(inputs: tuple, i: int) -> tuple:
+    h_s, w_s, h_t, w_t = inputs
+    return h_s[i : i + 1], w_s, h_t[i : i + 1], w_t
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: providers down, divergences across; gradient error / worst single KL error."""
+    columns = list(dict.fromkeys(row["kl"] for row in rows))
+    lines = ["| | " + " | ".join(f"KL {kl:g}" for kl in columns) + " |", "|---" * 5 + "|"]
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        cells = [
+            f"{row['gradient_error']:.2%} / {row['kl_error']:.2%}"
+            + (" (negative)" if row["kl_lowest"] < 0 else "")
+            for row in rows
+            if row["provider"] == name
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--save", action="store_true", help="keep the rows in results/")
+    save = parser.parse_args().save
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for target in NOISE for row in measure(target, device)]
+    print(table(rows))
+    if save:
+        facts = {"device": device_name(), **versions(), "D": D, "V": V, "dtype": "bfloat16"}
+        lines = ",\n".join(json.dumps({**facts, **row}) for row in rows)
+        kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
+        file = Path(RESULTS) / f"accuracy-{kind.lower()}.json"
+        file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What only a GPU can show: memory, synchronisation, races, large offsets."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from opcd_kernels import linear_divergence
+from tests.opcd_kernels.problems import error
+
+pytestmark = pytest.mark.gpu
+V = 151936
+GB = 10**9
+
+
+def inputs(n: int, d: int, v: int = V) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    h, w = normal(n, d), normal(v, d) * (2.4 / d**0.5)
+    h_t = h + 0.1 * normal(n, d)
+    low = [x.bfloat16() for x in (h, w, h_t)]
+    return low[0].requires_grad_(), low[1].requires_grad_(), low[2], low[1].detach()
+
+
+def scratch(tensors: tuple[Tensor, ...]) -> int:
+    """Peak bytes beyond the inputs and the gradients as they are accumulated, in fp32."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_divergence(*tensors)
+    torch.cuda.synchronize()
+    gradients = tensors[0].nbytes + 2 * tensors[1].nbytes
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+@pytest.fixture
+def strict_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scratch_does_not_grow_with_the_number_of_tokens() -> None:
+    few = scratch(inputs(8192, 512))
+    many = scratch(inputs(65536, 512))
+    assert few <= 2.6 * GB
+    assert many <= few + 0.1 * GB
+    assert many < 8192 * V * 4
+
+
+@pytest.mark.usefixtures("strict_synchronisation")
+@pytest.mark.parametrize("weights_on", ["cpu", "cuda"])
+def test_nothing_waits_for_the_gpu(weights_on: str) -> None:
+    tensors = inputs(300, 64, 5000)
+    weights = torch.ones(300)
+    weights[::3] = 0
+    weights = weights if weights_on == "cpu" else weights.pin_memory().cuda(non_blocking=True)
+    out = linear_divergence(*tensors, weights, student_bias=torch.empty(5000, device="cuda"))
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_does_not_overtake_the_logits_it_overwrites(dtype: torch.dtype) -> None:
+    h, w, h_t, w_t = (x.detach().to(dtype) for x in inputs(2048, 64))
+    results = []
+    for backend in ("torch", "triton", "triton", "triton"):
+        leaf = h.clone().requires_grad_()
+        out = linear_divergence(leaf, w, h_t, w_t, backend=backend)
+        out.loss.backward()
+        results.append((leaf.grad, out.per_token))
+    for grad, per_token in results[1:]:
+        assert error(grad, results[0][0]) < 0.004
+        assert error(per_token, results[0][1]) < 1e-5
+        assert torch.equal(grad, results[1][0])
+
+
+def test_rows_beyond_two_to_the_31() -> None:
+    n = 2**31 // V + 3
+    if torch.cuda.get_device_properties(0).total_memory < 60 * GB:
+        pytest.skip("needs 60 GB")
+    h, w, h_t, w_t = inputs(n, 64)
+    whole = linear_divergence(h, w, h_t, w_t, torch.ones(n), chunk_tokens=n)
+    whole.loss.backward()
+    last = h.detach()[-2:].requires_grad_()
+    part = linear_divergence(last, w, h_t[-2:], w_t, torch.ones(2), chunk_tokens=2)
+    part.loss.backward()
+    assert h.grad is not None
+    assert error(whole.per_token[-2:], part.per_token) < 1e-5
+    assert error(h.grad[-2:], last.grad) < 0.004
+
+
+def test_autocast_keeps_master_weights_in_fp32() -> None:
+    h, w, h_t, w_t = (x.detach().float() for x in inputs(256, 64, 5000))
+    w.requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        linear_divergence(h, w, h_t, w_t).loss.backward()
+    exact = w.detach().double().requires_grad_()
+    linear_divergence(h.double(), exact, h_t.double(), w_t.double()).loss.backward()
+    assert w.grad is not None
+    assert w.grad.dtype == torch.float32
+    assert error(w.grad, exact.grad) < 0.005
