@@ -77,13 +77,17 @@ def table(rows: list[dict]) -> str:
     lines = ["| | " + " | ".join(f"KL {kl:g}" for kl in columns) + " |", "|---" * 5 + "|"]
     for name in dict.fromkeys(row["provider"] for row in rows):
         cells = [
-            f"{row['gradient_error']:.2%} / {row['kl_error']:.2%}"
+            f"{percent(row['gradient_error'])} / {percent(row['kl_error'])}"
             + (" (negative)" if row["kl_lowest"] < 0 else "")
             for row in rows
             if row["provider"] == name
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def percent(x: float) -> str:
+    return f"{x:.2%}" if x < 0.1 else f"{x:.0%}"
 
 
 def main() -> None:
