@@ -108,6 +108,11 @@ def draw(rows: list[dict], file: Path) -> None:
         ]
         colors = ["#1f6f5c" if label.startswith("ours") else "#b9b4a8" for label in labels]
         panel.barh(labels, medians, xerr=spread, color=colors, ecolor="#55524a", height=0.7)
+        for i, row in enumerate(group):
+            if "gradient_error" in row:
+                note = f" gradient error {row['gradient_error']:.1%}"
+                panel.text(row["max_s"], i, note, va="center", fontsize=7, color="#55524a")
+        panel.set_xlim(0, 1.25 * max(row["max_s"] for row in group))
         panel.invert_yaxis()
         panel.set_title(name, loc="left", fontsize=9)
         panel.set_xlabel("seconds: median, and from the fastest to the slowest round", fontsize=8)

@@ -75,13 +75,14 @@ def loss_and_gradients(
     backend: str,  # "torch" or "triton"
     chunk_tokens: int | None,
 ) -> Result:
+    """Σ token_weights · divergence, and the gradients that `need` names, in one pass."""
     v, device = options.vocab_size, student_hidden.device
     result = empty_result(student_hidden, student_weight, student_bias, need)
     if len(student_hidden) == 0:
         return Result(*(x.zero_() for x in result))
     products = products_for(device, compute_dtype)
     w_s, w_t = products.head(student_weight[:v]), products.head(teacher_weight[:v])
-    b_s, b_t = (None if b is None else b[:v] for b in (student_bias, teacher_bias))
+    b_s, b_t = (None if b is None else b[:v].contiguous() for b in (student_bias, teacher_bias))
     kept, weights = _kept_tokens(token_weights, device)
     if kept is not None:
         for x in (result.per_token, result.entropy, result.grad_hidden):

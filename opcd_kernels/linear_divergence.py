@@ -105,7 +105,6 @@ def linear_divergence(
     h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     wide = torch.float64 if h_s.dtype == torch.float64 else torch.float32
     weights = _checked_token_weights(token_weights, h_s, wide)
-    grad = torch.is_grad_enabled()
     loss, per_token, entropy, *_ = _operator(
         h_s,
         student_weight,
@@ -123,9 +122,10 @@ def linear_divergence(
         chunk_tokens,
         _compute_dtype(h_s, student_weight),
         _resolved_backend(backend, h_s),
-        grad and h_s.requires_grad,
-        grad and student_weight.requires_grad,
-        grad and student_bias is not None and student_bias.requires_grad,
+        [
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (h_s, student_weight, student_bias)
+        ],
     )
     return LinearDivergence(loss, per_token.detach(), entropy.detach())
 
@@ -247,9 +247,7 @@ def _operator(
     chunk_tokens: int | None,
     compute_dtype: torch.dtype,
     backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(student_hidden.device.type, enabled=False):
         return loss_and_gradients(
@@ -261,7 +259,7 @@ def _operator(
             teacher_bias,
             token_weights,
             Options(divergence, beta, temperature, student_softcap, teacher_softcap, vocab_size),
-            Gradients(need_hidden, need_weight, need_bias),
+            Gradients(*need),
             compute_dtype,
             backend,
             chunk_tokens,
@@ -272,7 +270,7 @@ def _operator(
 def _(
     student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *args: Any
 ) -> Result:
-    return empty_result(student_hidden, student_weight, student_bias, Gradients(*args[-3:]))
+    return empty_result(student_hidden, student_weight, student_bias, Gradients(*args[-1]))
 
 
 def _save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -281,7 +279,7 @@ def _save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*result[1:])
     ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias, result.scale)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.need = inputs[-3:]
+    ctx.need = inputs[-1]
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
@@ -292,12 +290,12 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
         )
     *grads, scale = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 19
+        return (None,) * 17
     scaled = [
         _scaled(grad, grad_loss * scale, dtype) if needed else None
         for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.need, strict=True)
     ]
-    return (*scaled, *(None,) * 16)
+    return (*scaled, *(None,) * 14)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ def divergence_rows_(
     need_grad: bool,
     compute_dtype: torch.dtype,  # the products round the gradient themselves
 ) -> tuple[Tensor, Tensor, Tensor]:  # per_token (C,), student_entropy (C,), dz (C, V)
+    """Everything that happens to a chunk's logits; dz lies in the student's, unrounded."""
     c, v = student_logits.shape
     on_cpu = student_logits.device.type == "cpu"
     block = max(1, (_CPU_BLOCK if on_cpu else _BLOCK) // v)

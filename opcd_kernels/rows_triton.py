@@ -48,7 +48,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(row_ptr, bias_ptr, offsets, width, V, softcap, inverse_temperature, BIAS, SOFTCAP):
+def _logits(row_ptr, bias_ptr, offsets, width, V, softcap, inv_temperature, BIAS, SOFTCAP):
     """Finished logits, −inf beyond the vocabulary, and the softcap's slope."""
     z = tl.load(row_ptr + offsets, mask=offsets < width, other=float("-inf"))
     if BIAS:
@@ -58,7 +58,22 @@ def _logits(row_ptr, bias_ptr, offsets, width, V, softcap, inverse_temperature, 
         th = _tanh(z * (1 / softcap))
         slope = 1 - th * th
         z = tl.where(offsets < V, softcap * th, float("-inf"))
-    return z * inverse_temperature, slope
+    return z * inv_temperature, slope
+
+
+@triton.jit
+def _both(
+    zs_ptr, zt_ptr, bs_ptr, bt_ptr, offsets, width, V, softcap_s, softcap_t, inv_temperature,
+    BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
+):  # fmt: skip
+    """The student's logits and slope, the teacher's logits."""
+    z_s, slope = _logits(
+        zs_ptr, bs_ptr, offsets, width, V, softcap_s, inv_temperature, BIAS_S, SOFTCAP_S
+    )
+    z_t, _ = _logits(
+        zt_ptr, bt_ptr, offsets, width, V, softcap_t, inv_temperature, BIAS_T, SOFTCAP_T
+    )
+    return z_s, slope, z_t
 
 
 @triton.jit
@@ -121,7 +136,7 @@ def divergence_rows_kernel(
     rest,  # 1 − β
     softcap_s,
     softcap_t,
-    inverse_temperature,
+    inv_temperature,
     DIVERGENCE: tl.constexpr,
     BIAS_S: tl.constexpr,
     BIAS_T: tl.constexpr,
@@ -149,12 +164,10 @@ def divergence_rows_kernel(
     moment = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, end, BLOCK_V):
         v = start + lanes
-        z_s, _ = _logits(
-            zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
-        )
-        z_t, _ = _logits(
-            zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
-        )
+        z_s, _, z_t = _both(
+            zs_ptr, zt_ptr, bs_ptr, bt_ptr, v, width, V, softcap_s, softcap_t, inv_temperature,
+            BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
+        )  # fmt: skip
         m_s, l_s, m_t, l_t, moment = _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT)
 
     # The lanes merge.
@@ -173,12 +186,10 @@ def divergence_rows_kernel(
         terms = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, end, BLOCK_V):
             v = start + lanes
-            z_s, _ = _logits(
-                zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
-            )
-            z_t, _ = _logits(
-                zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
-            )
+            z_s, _, z_t = _both(
+                zs_ptr, zt_ptr, bs_ptr, bt_ptr, v, width, V, softcap_s, softcap_t, inv_temperature,
+                BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
+            )  # fmt: skip
             p_s, _, _, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
             terms += tl.where(p_s > 0, p_s * _softplus(log_odds - r), 0.0)
         center = tl.sum(terms, axis=0)
@@ -188,12 +199,10 @@ def divergence_rows_kernel(
     entropy = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, end, BLOCK_V):
         v = start + lanes
-        z_s, slope = _logits(
-            zs_ptr, bs_ptr, v, width, V, softcap_s, inverse_temperature, BIAS_S, SOFTCAP_S
-        )
-        z_t, _ = _logits(
-            zt_ptr, bt_ptr, v, width, V, softcap_t, inverse_temperature, BIAS_T, SOFTCAP_T
-        )
+        z_s, slope, z_t = _both(
+            zs_ptr, zt_ptr, bs_ptr, bt_ptr, v, width, V, softcap_s, softcap_t, inv_temperature,
+            BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
+        )  # fmt: skip
         p_s, p_t, log_p_s, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
         entropy -= tl.where(p_s > 0, p_s * log_p_s, 0.0)
         if DIVERGENCE == REVERSE_KL:

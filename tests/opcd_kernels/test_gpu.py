@@ -59,7 +59,7 @@ def test_nothing_waits_for_the_gpu(weights_on: str) -> None:
     weights = torch.ones(300)
     weights[::3] = 0
     weights = weights if weights_on == "cpu" else weights.pin_memory().cuda(non_blocking=True)
-    out = linear_divergence(*tensors, weights, student_bias=torch.empty(5000, device="cuda"))
+    out = linear_divergence(*tensors, weights, student_bias=torch.zeros(5000, device="cuda"))
     out.loss.backward()
 
 

@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_kernels import linear_divergence, reference
-from opcd_kernels.chunks import Gradients, loss_and_gradients
-from opcd_kernels.options import Options
 from tests.opcd_kernels.problems import (
     DIVERGENCES,
     WHERE,
@@ -259,73 +256,6 @@ def test_each_gradient_alone(wanted: str) -> None:
     assert error(t[wanted].grad, expected[wanted]) < 1e-12
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations by name, and the elements of the largest tensor that any returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        name = func._schema.name.split("::")[1]
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return result
-
-    @property
-    def products(self) -> int:
-        return sum(self.counts.get(name, 0) for name in ("mm", "addmm", "addmm_"))
-
-
-def operations(need: Gradients, n: int, v: int, chunk_tokens: int, **more: Any) -> Operations:
-    """What one call does, seen below the operator that hides it."""
-    t = {k: x.bfloat16() for k, x in problem(n=n, v=v).items()}
-    arguments = {
-        **t,
-        "student_bias": None,
-        "teacher_bias": None,
-        "token_weights": torch.full((n,), 1 / n),
-        "options": Options("reverse_kl", 0.5, 1.0, None, None, v),
-        "need": need,
-        "compute_dtype": torch.bfloat16,
-        "backend": "torch",
-        "chunk_tokens": chunk_tokens,
-    }
-    with Operations() as seen:
-        loss_and_gradients(**arguments | more)
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("need", "products"),
-    [
-        (Gradients(True, True, False), 4),
-        (Gradients(True, False, False), 3),
-        (Gradients(False, True, True), 3),
-        (Gradients(False, False, False), 2),
-    ],
-)
-def test_products_a_chunk(need: Gradients, products: int) -> None:
-    assert operations(need, n=12, v=51, chunk_tokens=4).products == 3 * products
-
-
-def test_full_logits_never_exist() -> None:
-    seen = operations(Gradients(True, True, True), n=256, v=997, chunk_tokens=16)
-    assert 0 < seen.largest <= 4 * 16 * 997
-
-
-def test_dropped_tokens_are_not_computed() -> None:
-    weights = torch.zeros(64)
-    weights[::16] = 1
-    need = Gradients(False, False, False)
-    seen = operations(need, n=64, v=51, chunk_tokens=4, token_weights=weights)
-    assert seen.products == 2
-
-
 def test_fp16_gradients_do_not_underflow_under_small_weights() -> None:
     t = rounded(problem(n=64, v=500, d_s=64, d_t=64, noise=0.3), torch.float16)
     t["token_weights"] = torch.full((64,), 1 / 1_000_000, dtype=torch.float64)
@@ -349,26 +279,6 @@ def test_a_batch_split_in_two_gives_the_gradients_of_the_whole() -> None:
         linear_divergence(**part | {"student_weight": w}, token_weights=weights).loss.backward()
     assert w.grad is not None
     assert error(w.grad, whole.grad_weight) < 1e-13
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_upstream_gradient_scales_and_backward_twice_agrees(dtype: torch.dtype) -> None:
-    t = {k: v.to(dtype) for k, v in problem().items()}
-    w = t["student_weight"].clone().requires_grad_()
-    loss = linear_divergence(**t | {"student_weight": w}).loss
-    (once,) = torch.autograd.grad(loss, w, retain_graph=True)
-    (scaled,) = torch.autograd.grad(loss * -4, w, retain_graph=True)
-    (again,) = torch.autograd.grad(loss, w)
-    assert torch.equal(once, again)
-    assert torch.equal(scaled, -4 * once)
-
-
-def test_second_derivatives_raise() -> None:
-    t = problem()
-    h = t["student_hidden"].requires_grad_()
-    loss = linear_divergence(**t).loss
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(loss, h, create_graph=True)
 
 
 def test_batched_and_strided_inputs() -> None:
@@ -402,82 +312,3 @@ def test_autocast_multiplies_in_bf16_and_returns_gradients_in_fp32() -> None:
     assert h.grad.dtype == w.grad.dtype == torch.float32
     assert error(w.grad, expected.grad_weight) < 0.01  # the operands were rounded
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_sees_one_operation(dynamic: bool) -> None:
-    t = problem(n=12)
-    expected = oracle(t)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, example: list) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.backends.debugging.aot_eager(graph, example)
-
-    @torch.compile(backend=backend, fullgraph=True, dynamic=dynamic)
-    def step(h: Tensor, w: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.nn.functional.silu(h) * 1.0
-        out = linear_divergence(h, w, t["teacher_hidden"], t["teacher_weight"], weights)
-        return out.loss * 2, out.per_token
-
-    inner = t["student_hidden"].clone().requires_grad_()
-    w = t["student_weight"].clone().requires_grad_()
-    loss, per_token = step(inner, w, torch.full((12,), 1 / 12, dtype=torch.float64))
-    loss.backward()
-    plain = t | {"student_hidden": torch.nn.functional.silu(t["student_hidden"])}
-    expected = oracle(plain)
-    assert error(loss / 2, expected.loss) < 1e-12
-    assert error(per_token, expected.per_token) < 1e-12
-    assert w.grad is not None
-    assert inner.grad is not None
-    assert error(w.grad / 2, expected.grad_weight) < 1e-12
-    assert (
-        error(
-            inner.grad,
-            torch.autograd.grad(torch.nn.functional.silu(inner), inner, 2 * expected.grad_hidden)[
-                0
-            ],
-        )
-        < 1e-12
-    )
-    targets = [str(node.target) for node in graphs[-1].graph.nodes]
-    assert sum("linear_divergence" in target for target in targets) == 1
-
-
-def test_torch_library_accepts_the_operator() -> None:
-    t = {k: v.float() for k, v in problem(n=4).items()}
-    operator = torch.ops.opcd_kernels.linear_divergence.default
-    arguments = (
-        *(t["student_hidden"].requires_grad_(), t["student_weight"].requires_grad_(), None),
-        *(t["teacher_hidden"], t["teacher_weight"], None, torch.full((4,), 0.25)),
-        *("reverse_kl", 0.5, 1.0, None, None, 51, 2, torch.float32, "torch", True, True, False),
-    )
-    torch.library.opcheck(operator, arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"teacher_hidden": torch.ones(6, 12)}, "same tokens"),
-        ({"student_weight": torch.ones(8, 51)}, "untransposed"),
-        ({"student_weight": torch.ones(0)}, "whole lm_head weight"),
-        ({"teacher_weight": torch.ones(60, 12)}, "vocab_size=51"),
-        ({"vocab_size": 52}, "between 1 and 51"),
-        ({"token_weights": torch.ones(6)}, "7 tokens"),
-        ({"divergence": "kl"}, "reverse_kl, forward_kl, jsd"),
-        ({"beta": 1.0}, "strictly between"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"student_softcap": -1.0}, "student_softcap must be positive"),
-        ({"student_bias": torch.ones(3)}, "student_bias must be"),
-        ({"backend": "fast"}, "backend must be"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be"),
-        ({"student_hidden": torch.ones(7, 8, dtype=torch.int8)}, "floating point"),
-        ({"teacher_hidden": torch.ones(7, 12, device="meta")}, "one device"),
-        ({"token_weights": torch.ones(7, device="meta")}, "or on the CPU"),
-        ({"student_hidden": torch.ones(7, 8).double(), "backend": "triton"}, "on a GPU"),
-    ],
-)
-def test_arguments_that_do_not_fit(change: dict, message: str) -> None:
-    tensors = {k: v.float() for k, v in problem().items()}
-    with pytest.raises(ValueError, match=message):
-        linear_divergence(**tensors | change)
