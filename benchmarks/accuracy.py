@@ -1,7 +1,7 @@
 """How many digits each provider keeps as student and teacher come close, bf16 inputs.
 
-    python benchmarks/accuracy.py            prints a table
-    python benchmarks/accuracy.py --save     and keeps its rows in results/accuracy-DEVICE.json
+    python -m benchmarks.accuracy            prints a table
+    python -m benchmarks.accuracy --save     and keeps its rows in results/accuracy-DEVICE.json
 
 Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
 0.4, 0.04, 0.004 and 0.0005 nats a token. `gradient_error` is the larger relative error (2-norm) of

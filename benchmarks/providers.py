@@ -4,8 +4,9 @@ A provider maps (student_hidden, student_weight, teacher_hidden, teacher_weight)
 KL, differentiable in the first two. One that a machine cannot run says why in `Unavailable`.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,6 +39,27 @@ def plain_loss(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
 
 def plain(dtype: torch.dtype) -> Callable[[torch.device], Loss]:
     return lambda device: lambda *tensors: plain_loss(*(x.to(dtype) for x in tensors))
+
+
+def plain_onednn(device: torch.device) -> Loss:
+    """plain-fp32 with the products that ours takes on a CPU: in oneDNN, free to round to bf16."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if device.type != "cpu" or not hasattr(setting, "fp32_precision"):
+        raise Unavailable("for CPUs, with a torch that has mkldnn.matmul.fp32_precision")
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            setting.fp32_precision = before
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return plain_loss(*(x.float() for x in tensors))
+
+    loss.around = around  # forward and backward, see `gradients`
+    return loss
 
 
 def compiled(device: torch.device) -> Loss:
@@ -73,7 +95,7 @@ def liger_fused(device: torch.device) -> Loss:
         from liger_kernel.transformers import LigerFusedLinearJSD
     except ModuleNotFoundError as error:
         raise Unavailable(f"{error.name} is not installed") from error
-    module = LigerFusedLinearJSD(jsd_beta=1.0)
+    module = LigerFusedLinearJSD(jsd_beta=1.0, accum_dtype=torch.float32)
     return lambda h_s, w_s, h_t, w_t: module(h_s, w_s, h_t, w_t, None)
 
 
@@ -101,6 +123,7 @@ PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
     "ours-triton": ours("triton"),
     "ours-torch": ours("torch"),
     "plain-fp32": plain(torch.float32),
+    "plain-fp32-onednn": plain_onednn,
     "plain-bf16": plain(torch.bfloat16),
     "torch.compile": compiled,
     "trl": trl,
@@ -128,8 +151,9 @@ def gradients(loss: Loss, inputs: tuple[Tensor, ...], frozen: bool = False) -> l
     """[loss, gradient of the hidden states, gradient of the head unless it is frozen]."""
     h = inputs[0].detach().requires_grad_()
     w = inputs[1].detach().requires_grad_(not frozen)
-    value = loss(h, w, *inputs[2:])
-    value.backward()
+    with getattr(loss, "around", contextlib.nullcontext)():
+        value = loss(h, w, *inputs[2:])
+        value.backward()
     return [value.detach(), *(x.grad for x in (h, w) if x.grad is not None)]
 
 

@@ -1,7 +1,7 @@
 """What a benchmark run found, for people: rows, a table, a plot.
 
-    python benchmarks/summary.py RUN.json                        # prints the table
-    python benchmarks/summary.py RUN.json --save NAME            # keeps rows and plot in results/
+    python -m benchmarks.summary RUN.json                # prints the table
+    python -m benchmarks.summary RUN.json --save NAME    # keeps rows and plot in results/
 
 RUN.json comes from `pytest --benchmark-json`. A row holds the device, versions, commit, the
 benchmark's own facts (`extra_info`) and the seconds of its rounds; `results/NAME.json` is a list

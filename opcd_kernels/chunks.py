@@ -45,7 +45,8 @@ def empty_result(
 ) -> Result:
     """A result's tensors, uninitialised."""
     wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    n, (rows, d) = len(student_hidden), student_weight.shape
+    # Sizes may be symbolic here: len() would make torch.compile specialise on them.
+    n, (rows, d) = student_hidden.shape[0], student_weight.shape
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return student_hidden.new_empty(shape, dtype=dtype)
@@ -81,7 +82,9 @@ def loss_and_gradients(
     if len(student_hidden) == 0:
         return Result(*(x.zero_() for x in result))
     products = products_for(device, compute_dtype)
-    w_s, w_t = products.head(student_weight[:v]), products.head(teacher_weight[:v])
+    w_s = products.head(student_weight[:v])
+    shared = _is_same(student_weight, teacher_weight)
+    w_t = w_s if shared else products.head(teacher_weight[:v])
     b_s, b_t = (None if b is None else b[:v].contiguous() for b in (student_bias, teacher_bias))
     kept, weights = _kept_tokens(token_weights, device)
     if kept is not None:
@@ -91,7 +94,8 @@ def loss_and_gradients(
     # The weights enter the products relative to the largest: 1/N would underflow in fp16.
     n = len(weights)
     largest = weights.abs().max() if n else weights.new_zeros(())
-    scale = result.scale.copy_(torch.exp2(torch.frexp(largest).exponent.to(largest.dtype)))
+    exponent = torch.frexp(largest).exponent.clamp(max=127)
+    scale = result.scale.copy_(torch.exp2(exponent.to(largest.dtype)))
     factors = weights / scale / options.temperature
     result.grad_bias.zero_()
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
@@ -126,6 +130,13 @@ def loss_and_gradients(
         (weights * (result.per_token if kept is None else result.per_token[kept])).sum()
     )
     return result
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one matrix in memory: a head that student and teacher share."""
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (
+        *(b.data_ptr(), b.shape, b.stride(), b.dtype),
+    )
 
 
 def _rows(backend: str, v: int) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], int]:

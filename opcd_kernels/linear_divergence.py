@@ -17,6 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opcd_kernels.arguments import (
+    check_choice,
+    check_count,
+    check_head,
+    check_number,
+    check_pair,
+    checked_token_weights,
+    checked_vocab_size,
+)
 from opcd_kernels.chunks import Gradients, Result, empty_result, loss_and_gradients
 from opcd_kernels.options import DIVERGENCES, Options
 
@@ -35,7 +44,7 @@ class LinearDivergence(NamedTuple):
 
 
 def linear_divergence(
-    student_hidden: Tensor,  # (N, D_s) or (B, T, D_s)
+    student_hidden: Tensor,  # (N, D_s) or (B, T, D_s), which is flattened
     student_weight: Tensor,  # (V_s, D_s)
     teacher_hidden: Tensor,  # (N, D_t) or (B, T, D_t); no gradient
     teacher_weight: Tensor,  # (V_t, D_t); no gradient
@@ -56,14 +65,14 @@ def linear_divergence(
 
     Equals ``reference.divergence`` of ``reference.logits`` of both models, weighted and summed.
     ``token_weights`` is the only reduction: a mask, a per-sequence mean, a global token count are
-    all one vector. A token of weight 0 is left out: its hidden states may be anything, its outputs
-    are 0. Weights on the CPU save all of its work; weights on a GPU are not waited for, and save
-    all but its products. ``vocab_size`` uses the first rows of both heads and is required where
-    their numbers of rows differ. A sharded head (DTensor, FSDP2) is gathered once a call and its
-    gradient averaged over the mesh, as FSDP averages.
+    all one vector; it has no gradient. A token of weight 0 is left out: its hidden states may be
+    anything, its outputs are 0. Weights on the CPU save all of its work; weights on a GPU are not
+    waited for, and save all but its products. ``vocab_size`` uses the first rows of both heads and
+    is required where their numbers of rows differ. A sharded head (DTensor, FSDP2) is gathered
+    once a call and its gradient averaged over the mesh, as FSDP averages.
 
-    Numerics: operands in the inputs' dtype (or autocast's), products accumulated and kept in fp32,
-    the head's gradient accumulated in fp32. A token that the teacher holds impossible and the
+    Numerics: operands in the student's dtype (or autocast's), products accumulated and kept in
+    fp32, the head's gradient accumulated in fp32. A token that the teacher holds impossible and the
     student does not has divergence inf. fp64 inputs compute in fp64 throughout. Gradients are
     formed during the forward pass, so a second derivative is not available.
 
@@ -76,35 +85,24 @@ def linear_divergence(
     """
     student_weight, student_bias = _gathered(student_weight), _gathered(student_bias)
     teacher_weight, teacher_bias = _gathered(teacher_weight), _gathered(teacher_bias)
-    for name, x in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
-        if hasattr(x, "full_tensor"):
-            raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass x.to_local()")
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden must hold the same tokens as student_hidden "
-            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}; pass the "
-            f"hidden states of the same positions"
-        )
-    _check_head("student", student_hidden, student_weight, student_bias)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    vocab_size = _check_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
-    _check_choice("divergence", divergence, DIVERGENCES)
-    _check_choice("backend", backend, BACKENDS)
-    if not 0 < beta < 1:
+    check_number("temperature", temperature)
+    for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
+        if value is not None:
+            check_number(name, value)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("backend", backend, BACKENDS)
+    if divergence == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use a KL instead")
-    for name, value in (
-        ("temperature", temperature),
-        ("student_softcap", student_softcap),
-        ("teacher_softcap", teacher_softcap),
-        ("chunk_tokens", chunk_tokens),
-    ):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    if chunk_tokens is not None:
+        check_count("chunk_tokens", chunk_tokens)
+    check_head("student", student_hidden, student_weight, student_bias)
+    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_pair(student_hidden, teacher_hidden)
+    vocab_size = checked_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    weights = checked_token_weights(token_weights, student_hidden)
 
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    wide = torch.float64 if h_s.dtype == torch.float64 else torch.float32
-    weights = _checked_token_weights(token_weights, h_s, wide)
     loss, per_token, entropy, *_ = _operator(
         h_s,
         student_weight,
@@ -138,66 +136,6 @@ def _gathered(x: Any) -> Any:
 
     mean = [Partial("avg")] * x.device_mesh.ndim
     return x.full_tensor(grad_placements=mean)
-
-
-def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{name}_weight must be (V, D={hidden.shape[-1]}) like {name}_hidden, got "
-            f"{tuple(weight.shape)}; pass the whole lm_head weight, untransposed"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{name}_bias must be (V={weight.shape[0]},), got {tuple(bias.shape)}; "
-            f"pass the bias of the same lm_head"
-        )
-    if not hidden.is_floating_point() or not weight.is_floating_point():
-        raise ValueError(
-            f"{name}_hidden and {name}_weight must be floating point, got "
-            f"{hidden.dtype} and {weight.dtype}; dequantize the head first"
-        )
-    if hidden.device != weight.device:
-        raise ValueError(
-            f"{name}_hidden and {name}_weight must be on one device, got "
-            f"{hidden.device} and {weight.device}; move one of them"
-        )
-
-
-def _check_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: int) -> int:
-    smaller = min(student_rows, teacher_rows)
-    if vocab_size is None and student_rows != teacher_rows:
-        raise ValueError(
-            f"teacher_weight must have V={student_rows} rows like student_weight, got "
-            f"{teacher_rows}; pass vocab_size={smaller} to use the shared rows"
-        )
-    if vocab_size is not None and not 1 <= vocab_size <= smaller:
-        raise ValueError(
-            f"vocab_size must be between 1 and {smaller}, the smaller head, got {vocab_size}; "
-            f"pass the size of the tokenizer"
-        )
-    return vocab_size or student_rows
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _checked_token_weights(token_weights: Tensor | None, h_s: Tensor, wide: torch.dtype) -> Tensor:
-    n = len(h_s)
-    if token_weights is None:
-        return torch.full((n,), 1 / max(n, 1), dtype=wide, device=h_s.device)
-    if token_weights.numel() != n:
-        raise ValueError(
-            f"token_weights must hold one weight for each of the {n} tokens, got "
-            f"{tuple(token_weights.shape)}; flatten it the way student_hidden is"
-        )
-    if token_weights.device not in (h_s.device, torch.device("cpu")):
-        raise ValueError(
-            f"token_weights must be on {h_s.device} like student_hidden, or on the CPU, got "
-            f"{token_weights.device}; move it"
-        )
-    return token_weights.detach().reshape(-1).to(wide)
 
 
 def _compute_dtype(h_s: Tensor, w_s: Tensor) -> torch.dtype:
@@ -299,13 +237,13 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad · factor, rounded to `dtype` once, without a wide copy of the whole."""
-    if grad.dtype == dtype:
+    """grad · factor in the factor's precision, rounded to `dtype` once, a part at a time."""
+    if grad.dtype == dtype == factor.dtype:
         return grad * factor
     out = torch.empty_like(grad, dtype=dtype)
-    rows = max(1, _SCALED_BYTES * len(grad) // max(1, grad.nbytes))
-    for part, wide in zip(out.split(rows), grad.split(rows), strict=True):
-        part.copy_(wide * factor)
+    rows = max(1, _SCALED_BYTES // (factor.dtype.itemsize * max(1, grad[:1].numel())))
+    for part, source in zip(out.split(rows), grad.split(rows), strict=True):
+        part.copy_(source.to(factor.dtype) * factor)
     return out
 
 

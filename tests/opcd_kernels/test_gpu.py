@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opcd_kernels import linear_divergence
+from opcd_kernels.chunks import default_chunk_tokens
 from tests.opcd_kernels.problems import error
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +32,7 @@ def scratch(tensors: tuple[Tensor, ...]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    linear_divergence(*tensors)
+    linear_divergence(*tensors, chunk_tokens=2048)
     torch.cuda.synchronize()
     gradients = tensors[0].nbytes + 2 * tensors[1].nbytes
     return torch.cuda.max_memory_allocated() - before - gradients
@@ -42,6 +43,12 @@ def strict_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_default_chunk_is_sized_by_memory() -> None:
+    tokens = default_chunk_tokens(torch.device("cuda"), V)
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert 0.025 * total < 8 * tokens * V <= 0.03 * total
 
 
 def test_scratch_does_not_grow_with_the_number_of_tokens() -> None:

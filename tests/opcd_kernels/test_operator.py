@@ -1,9 +1,11 @@
 """The operator behind the loss: its work, its backward, torch.compile, its errors."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,6 +102,56 @@ def test_second_derivatives_raise() -> None:
         torch.autograd.grad(loss, h, create_graph=True)
 
 
+def test_transposed_token_weights_are_refused() -> None:
+    t = {k: v.view(2, 6, -1) if k.endswith("hidden") else v for k, v in problem(n=12).items()}
+    with pytest.raises(ValueError, match=r"shape \(2, 6\) or \(12,\), got \(6, 2\)"):
+        linear_divergence(**t, token_weights=torch.ones(6, 2))
+
+
+def test_threads_leave_the_precision_of_other_products_alone() -> None:
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(setting, "fp32_precision", None)
+    t = {k: v.bfloat16() for k, v in problem(n=32, v=500).items()}
+
+    def work(_: int) -> float:
+        return sum(linear_divergence(**t).loss.item() for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = set(pool.map(work, range(4)))
+    assert len(results) == 1
+    assert getattr(setting, "fp32_precision", None) == before
+
+
+def test_the_largest_token_weights_keep_gradients_finite() -> None:
+    t = {k: v.float() for k, v in problem().items()}
+    w = t["student_weight"].requires_grad_()
+    linear_divergence(**t, token_weights=torch.full((7,), 3e38) * 1e-3).loss.backward()
+    large = w.grad.clone()
+    w.grad = None
+    linear_divergence(**t, token_weights=torch.ones(7)).loss.backward()
+    assert error(large / 3e35, w.grad) < 1e-5
+    w.grad = None
+    weights = torch.full((7,), 3e38)
+    linear_divergence(**t, token_weights=weights).loss.mul(1e-30).backward()
+    assert torch.isfinite(w.grad).all()
+
+
+def test_torch_compile_does_not_recompile_for_every_number_of_tokens() -> None:
+    t = problem(n=12)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(h: Tensor, w: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+        return linear_divergence(h, w, h_t, w_t).loss
+
+    w = t["student_weight"].requires_grad_()
+    for n in range(3, 12):
+        loss = step(t["student_hidden"][:n], w, t["teacher_hidden"][:n], t["teacher_weight"])
+        loss.backward()
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_sees_one_operation(dynamic: bool) -> None:
     t = problem(n=12)
@@ -155,22 +207,41 @@ def test_torch_library_accepts_the_operator() -> None:
     ("change", "message"),
     [
         ({"teacher_hidden": torch.ones(6, 12)}, "same tokens"),
+        ({"teacher_hidden": torch.ones(7, 12).double()}, "both be fp64 or neither"),
         ({"student_weight": torch.ones(8, 51)}, "untransposed"),
         ({"student_weight": torch.ones(0)}, "whole lm_head weight"),
+        ({"student_weight": torch.ones(51, 8).double()}, "both be fp64 or neither"),
+        ({"student_weight": torch.ones(51, 8, dtype=torch.float8_e4m3fn)}, "dequantize"),
+        ({"student_weight": torch.ones(0, 8), "teacher_weight": torch.ones(0, 12)}, "one row"),
+        ({"student_weight": [[1.0]]}, "student_weight must be a tensor, got list"),
         ({"teacher_weight": torch.ones(60, 12)}, "vocab_size=51"),
         ({"vocab_size": 52}, "between 1 and 51"),
+        ({"vocab_size": 20.0}, "must be an integer"),
         ({"token_weights": torch.ones(6)}, "7 tokens"),
+        ({"token_weights": [1.0] * 7}, "token_weights must be a tensor"),
         ({"divergence": "kl"}, "reverse_kl, forward_kl, jsd"),
-        ({"beta": 1.0}, "strictly between"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"student_softcap": -1.0}, "student_softcap must be positive"),
+        ({"divergence": "jsd", "beta": 1.0}, "strictly between"),
+        ({"temperature": 0.0}, "temperature must be a positive finite number"),
+        ({"temperature": None}, "temperature must be a positive finite number"),
+        ({"temperature": torch.ones(())}, "temperature must be a positive finite number"),
+        ({"student_softcap": -1.0}, "student_softcap must be a positive finite number"),
+        ({"teacher_softcap": float("inf")}, "teacher_softcap must be a positive finite number"),
         ({"student_bias": torch.ones(3)}, "student_bias must be"),
         ({"backend": "fast"}, "backend must be"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be a positive integer"),
+        ({"chunk_tokens": 2.0}, "chunk_tokens must be a positive integer"),
         ({"student_hidden": torch.ones(7, 8, dtype=torch.int8)}, "floating point"),
         ({"teacher_hidden": torch.ones(7, 12, device="meta")}, "one device"),
+        (
+            {
+                "teacher_hidden": torch.ones(7, 12, device="meta"),
+                "teacher_weight": torch.ones(51, 12, device="meta"),
+            },
+            "student and teacher must be on one device",
+        ),
+        ({"teacher_bias": torch.ones(51, device="meta")}, "one device"),
         ({"token_weights": torch.ones(7, device="meta")}, "or on the CPU"),
-        ({"student_hidden": torch.ones(7, 8).double(), "backend": "triton"}, "on a GPU"),
+        ({"backend": "triton", **{k: v.double() for k, v in problem().items()}}, "on a GPU"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict, message: str) -> None:

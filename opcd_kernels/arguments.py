@@ -1,0 +1,125 @@
+"""What must fit together before anything is computed; every error says what to do."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, torch.Tensor) or value is None or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for kind, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is None and kind == "bias":
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name}_{kind} must be a tensor, got {type(x).__name__}")
+        if hasattr(x, "full_tensor"):
+            raise ValueError(
+                f"{name}_{kind} must be a plain tensor, got a DTensor; pass x.to_local()"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}_{kind} must be floating point, in bf16, fp16, fp32 or fp64, got "
+                f"{x.dtype}; dequantize it first"
+            )
+        if x.device != hidden.device:
+            raise ValueError(
+                f"{name}_hidden and {name}_{kind} must be on one device, got {hidden.device} and "
+                f"{x.device}; move one of them"
+            )
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}_weight must be (V, D) with the D of {name}_hidden {tuple(hidden.shape)}, got "
+            f"{tuple(weight.shape)}; pass the whole lm_head weight, untransposed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}_bias must be (V={weight.shape[0]},), got {tuple(bias.shape)}; "
+            f"pass the bias of the same lm_head"
+        )
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise ValueError(
+            f"{name}_hidden and {name}_weight must both be fp64 or neither, got {hidden.dtype} and "
+            f"{weight.dtype}; convert one of them"
+        )
+
+
+def check_pair(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden must hold the same tokens as student_hidden "
+            f"{tuple(student_hidden.shape[:-1])}, got {tuple(teacher_hidden.shape[:-1])}; pass the "
+            f"hidden states of the same positions"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"student and teacher must be on one device, got {student_hidden.device} and "
+            f"{teacher_hidden.device}; move the teacher's hidden states and head"
+        )
+    if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
+        raise ValueError(
+            f"student and teacher must both be fp64 or neither, got {student_hidden.dtype} and "
+            f"{teacher_hidden.dtype}; convert one of them"
+        )
+
+
+def checked_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: int) -> int:
+    smaller = min(student_rows, teacher_rows)
+    if smaller < 1:
+        raise ValueError("student_weight and teacher_weight must have at least one row, got none")
+    if vocab_size is None and student_rows != teacher_rows:
+        raise ValueError(
+            f"teacher_weight must have V={student_rows} rows like student_weight, got "
+            f"{teacher_rows}; pass vocab_size={smaller} to use the shared rows"
+        )
+    if vocab_size is None:
+        return student_rows
+    if not _is_integer(vocab_size) or not 1 <= vocab_size <= smaller:
+        raise ValueError(
+            f"vocab_size must be an integer between 1 and {smaller}, the smaller head, got "
+            f"{vocab_size!r}; pass the size of the tokenizer"
+        )
+    return vocab_size
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def checked_token_weights(token_weights: Tensor | None, student_hidden: Tensor) -> Tensor:
+    """(N,) in fp32, or fp64 for fp64."""
+    shape, device = student_hidden.shape[:-1], student_hidden.device
+    n = shape.numel()
+    wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    if token_weights is None:
+        return torch.full((n,), 1 / max(n, 1), dtype=wide, device=device)
+    if not isinstance(token_weights, torch.Tensor):
+        raise ValueError(f"token_weights must be a tensor, got {type(token_weights).__name__}")
+    if token_weights.shape != shape and token_weights.shape != (n,):
+        raise ValueError(
+            f"token_weights must hold one weight for each of the {n} tokens, of shape "
+            f"{tuple(shape)} or ({n},), got {tuple(token_weights.shape)}; shape it like the tokens"
+        )
+    if token_weights.device not in (device, torch.device("cpu")):
+        raise ValueError(
+            f"token_weights must be on {device} like student_hidden, or on the CPU, got "
+            f"{token_weights.device}; move it"
+        )
+    return token_weights.detach().reshape(-1).to(wide)
