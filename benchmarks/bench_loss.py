@@ -129,7 +129,8 @@ def test_loss(
         synchronize()
 
     neighbours()
-    floor.clear(), ours.clear()
+    floor.clear()
+    ours.clear()
     benchmark.pedantic(call, setup=neighbours, rounds=ROUNDS, warmup_rounds=1)
     median = benchmark.stats.stats.median
     n, d, v = shape

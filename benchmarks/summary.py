@@ -4,8 +4,8 @@
     python -m benchmarks.summary RUN.json --save NAME    # keeps rows and plot in results/
 
 RUN.json comes from `pytest --benchmark-json`. A row holds the device, versions, commit, the
-benchmark's own facts (`extra_info`) and the seconds of its rounds; `results/NAME.json` is a list
-of such rows, `results/NAME-QUESTION.svg` draws the medians.
+benchmark's own facts (`extra_info`) and the seconds of its rounds; `results/QUESTION-NAME.json` is a
+list of such rows, the SVG beside it draws the medians.
 """
 
 import argparse
@@ -133,12 +133,13 @@ def main() -> None:
         parser.exit(1, "nothing was measured: see why the benchmarks were skipped above\n")
     print(table(rows))
     if arguments.save:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        (RESULTS / f"{arguments.save}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         for question in dict.fromkeys(row["question"] for row in rows):
             chosen = [row for row in rows if row["question"] == question]
-            draw(chosen, RESULTS / f"{arguments.save}-{question}.svg")
-        print(f"\nwritten to {RESULTS}")
+            file = RESULTS / f"{question}-{arguments.save}.json"
+            lines = ",\n".join(json.dumps(row) for row in chosen)
+            file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            draw(chosen, file.with_suffix(".svg"))
+            print(f"\nwritten: {file} and its plot")
 
 
 if __name__ == "__main__":
