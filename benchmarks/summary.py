@@ -4,8 +4,8 @@
     python -m benchmarks.summary RUN.json --save NAME    # keeps rows and plot in results/
 
 RUN.json comes from `pytest --benchmark-json`. A row holds the device, versions, commit, the
-benchmark's own facts (`extra_info`) and the seconds of its rounds; `results/QUESTION-NAME.json` is a
-list of such rows, the SVG beside it draws the medians.
+benchmark's own facts (`extra_info`) and the seconds of its rounds; `results/QUESTION-NAME.json` is
+a list of such rows, the SVG beside it draws the medians.
 """
 
 import argparse
@@ -83,12 +83,12 @@ def table(rows: list[dict]) -> str:
     for (question, name), group in cases(rows):
         facts = [k for k in FACTS if any(row.get(k) is not None for row in group)]
         lines += ["", f"{question}: {name}"]
-        lines.append("  ".join([f"{'':16}", "median_s", *(f"{k:>14}" for k in facts)]))
+        lines.append("  ".join([f"{'':18}", "median_s", *(f"{k:>14}" for k in facts)]))
         for row in group:
             cells = ("" if row.get(k) is None else str(row[k]) for k in facts)
             label = row.get("provider", row["question"])
             lines.append(
-                "  ".join([f"{label:16}", f"{row['median_s']:8.4g}", *(f"{c:>14}" for c in cells)])
+                "  ".join([f"{label:18}", f"{row['median_s']:8.4g}", *(f"{c:>14}" for c in cells)])
             )
     return "\n".join(lines)
 
