@@ -72,8 +72,11 @@ class TrainConfig:
     """LoRA's scale is lora_alpha / lora_rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    sequences_per_pass: int = 16
-    """Sequences in one forward pass of teacher and student; memory only, never the result."""
+    max_tokens_per_pass: int = 4096
+    """New tokens in one forward pass of teacher and student, pads included (a longer sequence is a
+    pass alone); memory only, never the result."""
+    prefix_cache_mib: int = 2048
+    """Memory for the keys and values of several contexts; the least recently used go first."""
     rollout_batch_size: int = 32
     """Sequences that are sampled at once."""
 
@@ -96,7 +99,7 @@ class TrainConfig:
                 "prompts_per_step",
                 "completions_per_prompt",
                 "max_completion_tokens",
-                "sequences_per_pass",
+                "max_tokens_per_pass",
                 "rollout_batch_size",
                 "validate_every",
                 "save_every",
@@ -104,7 +107,9 @@ class TrainConfig:
                 "divergence_prompts",
             ),
             1,
-        ) | dict.fromkeys(("warmup_steps", "lora_rank", "weight_decay", "seed"), 0)
+        ) | dict.fromkeys(
+            ("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"), 0
+        )
         for name in ("output_dir", "context", "prompts", "model", "scorer"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")

@@ -19,6 +19,7 @@ class Example:
     messages: tuple[Message, ...]
     answers: tuple[str, ...]
     source: str  # "file:line", for error messages
+    context: str = ""  # the name of the context that belongs to it, where there are several
 
     @property
     def text(self) -> str:
@@ -26,32 +27,50 @@ class Example:
         return self.messages[-1]["content"]
 
 
-def read_context(path: str) -> list[Message]:
-    """The context as chat messages: .txt and .md are one system message, .json a list of messages.
+def read_contexts(path: str) -> dict[str, list[Message]]:
+    """The contexts as chat messages by name; one alone has the name "".
+
+    .txt and .md are one system message, .json is a list of messages, or several contexts:
+    ``{"name": [messages], "other": "a system message"}``.
 
     Raises InputError for a missing or empty file, another suffix, broken JSON or an unknown role.
     """
     text = _read(path, "context")
     suffix = Path(path).suffix.lower()
     if suffix in (".txt", ".md"):
-        return [{"role": "system", "content": text.strip()}]
+        return {"": _context(text, path)}
     if suffix != ".json":
         raise InputError(
             f"context must be a .txt, .md (one system message) or .json file (a list of chat "
             f"messages), got {path!r}; rename or convert it"
         )
     try:
-        messages = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}: context must be valid JSON, got {error.msg} at column "
             f"{error.colno}; correct that line"
         ) from error
-    context = _messages(messages, path)
+    if not isinstance(value, dict):
+        return {"": _context(value, path)}
+    if not value or not all(name.strip() for name in value):
+        raise InputError(
+            f"{path}: several contexts must have a name each, got names {sorted(value)}; write "
+            f'{{"name": [messages], ...}}'
+        )
+    return {name: _context(messages, f"{path}: {name}") for name, messages in value.items()}
+
+
+def _context(value: Any, source: str) -> list[Message]:
+    if isinstance(value, str) and value.strip():
+        _check_unicode(value, source)
+        return [{"role": "system", "content": value.strip()}]
+    context = _messages(value, source)
     if context[-1]["role"] == "user":
         raise InputError(
-            f"{path}: a context must end with a system or an assistant message, so that the prompt "
-            f"can follow it, got a user message at the end; remove it or add the answer to it"
+            f"{source}: a context must end with a system or an assistant message, so that the "
+            f"prompt can follow it, got a user message at the end; remove it or add the answer "
+            f"to it"
         )
     return context
 
@@ -80,13 +99,24 @@ def read_examples(path: str, answers_required: bool) -> list[Example]:
     return examples
 
 
-def check_disjoint(parts: dict[str, list[Example]], context: list[Message]) -> None:
+def check_contexts(parts: dict[str, list[Example]], contexts: dict[str, list[Message]]) -> None:
+    """Raise InputError if an example names none of several contexts, or one where there is none."""
+    for example in (e for examples in parts.values() for e in examples):
+        if example.context not in contexts:
+            names = ", ".join(sorted(filter(None, contexts)))
+            what = f'"context" must be one of {names}' if names else 'there must be no "context"'
+            fix = "name one" if names else "leave it out, or give the contexts a name each"
+            raise InputError(f"{example.source}: {what}, got {example.context!r}; {fix}")
+
+
+def check_disjoint(parts: dict[str, list[Example]], contexts: dict[str, list[Message]]) -> None:
     """Raise InputError if a prompt stands in two parts, or an evaluation prompt in the context.
 
     A scorecard on prompts that were trained on, or shown to the teacher, would flatter.
     """
     seen = {
         _normalised(m["content"]): "a demonstration of the context"
+        for context in contexts.values()
         for m in context
         if m["role"] == "user"
     }
@@ -167,7 +197,10 @@ def _example(record: Any, source: str, answers_required: bool) -> Example:
             f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
             f"got keys {sorted(record)}; add it, or use the line as a training prompt"
         )
-    return Example(tuple(messages), tuple(answers), source)
+    context = record.get("context", "")
+    if not isinstance(context, str) or ("context" in record and not context.strip()):
+        raise InputError(f'{source}: "context" must be the name of one, got {context!r}')
+    return Example(tuple(messages), tuple(answers), source, context)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import torch
 
 from opcd.chat import Chat
 from opcd.config import TrainConfig
-from opcd.lm import completion_hidden, head_of
+from opcd.lm import batches_by_tokens, head_of
 from opcd.objective import head_divergence
+from opcd.plan import Plan, find_plan, planned_hidden
 from opcd.rollout import Rollout, SamplingParams, TransformersEngine
 from opcd.task import Prompt, Task, spread
-from opcd.teacher import SharedPrefixTeacher, cache_is_exact
+from opcd.teacher import SharedPrefixTeacher
 
 COLUMNS = ("base", "prompted", "distilled", "distilled_prompted")
 
@@ -69,7 +70,7 @@ def held_out_divergence(
     teacher: SharedPrefixTeacher,
     prompts: Sequence[Prompt],
     config: TrainConfig,
-    share_prefix: bool = True,
+    plan: Plan,
 ) -> float:
     """Mean reverse KL to the teacher, nats per token, on completions that the student samples.
 
@@ -78,26 +79,31 @@ def held_out_divergence(
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        engine = TransformersEngine(student, config.rollout_batch_size, share_prefix)
+        engine = TransformersEngine(student, config.rollout_batch_size, plan.shares_prefix)
         rollouts = engine.generate(
             [p.student_ids for p in prompts],
             SamplingParams(config.max_completion_tokens, config.temperature),
         )
     completions = [r.completion_token_ids for r in rollouts]
-    scored = teacher.score([p.teacher_ids for p in prompts], completions)
-    total, tokens, size = 0.0, 0, config.sequences_per_pass
-    for start in range(0, len(prompts), size):
-        batch = slice(start, start + size)
-        ours = completion_hidden(
-            student, [p.student_ids for p in prompts[batch]], completions[batch]
+    scored = teacher.score(
+        [p.teacher_ids for p in prompts], completions, [p.context for p in prompts]
+    )
+    theirs = scored.hidden.split([len(c) for c in completions])
+    total = 0.0
+    lengths = [len(p.student_ids) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
+        ours = planned_hidden(
+            student, [prompts[i].student_ids for i in batch], [completions[i] for i in batch], plan
         )
-        theirs = scored.hidden[tokens : tokens + len(ours)]
         out = head_divergence(
-            ours, head_of(student), theirs, teacher.head, temperature=config.temperature
+            ours,
+            head_of(student),
+            torch.cat([theirs[i] for i in batch]),
+            teacher.head,
+            temperature=config.temperature,
         )
         total += out.per_token.sum().item()
-        tokens += len(ours)
-    return total / tokens
+    return total / sum(map(len, completions))
 
 
 def evaluate(
@@ -113,9 +119,7 @@ def evaluate(
 
     Without a distilled model its columns are null. `say` is told what is being measured.
     """
-    share = teacher.shares_prefix
-    if config.teacher:
-        share = cache_is_exact(base, task.prefix_ids)
+    plan = find_plan(base, task.a_prefix) if config.teacher else teacher.plan
     card: dict[str, Any] = dict.fromkeys(COLUMNS)
     answers: list[dict[str, Any]] = [
         {"prompt": list(p.example.messages), "accepted": list(p.example.answers)} for p in task.test
@@ -128,16 +132,16 @@ def evaluate(
         with_context = "prompted" if name == "base" else "distilled_prompted"
         for column, prompt_ids in (
             (name, [p.student_ids for p in task.test]),
-            (with_context, [task.prefix_ids + p.teacher_ids for p in task.test]),
+            (with_context, [task.prompted_ids(p) for p in task.test]),
         ):
             say(column)
-            rollouts = answer(model, prompt_ids, config, share)
+            rollouts = answer(model, prompt_ids, config, plan.shares_prefix)
             card[column], right = measure(rollouts, task.test, task, chat)
             for row, rollout, ok in zip(answers, rollouts, right, strict=True):
                 row[column] = chat.decode(rollout.completion_token_ids)
                 row[f"{column}_right"] = ok
         say(f"divergence {when}")
-        divergence[when] = held_out_divergence(model, teacher, held_out, config, share)
+        divergence[when] = held_out_divergence(model, teacher, held_out, config, plan)
     card["internalised"] = (
         internalised(*(card[c]["accuracy"] for c in ("base", "prompted", "distilled")))
         if distilled is not None

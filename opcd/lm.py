@@ -1,16 +1,13 @@
 """What the method needs of a causal language model: its hidden states, its head, its limits."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opcd.errors import InputError
-
-if TYPE_CHECKING:
-    from opcd.prefix import SharedPrefix
 
 
 class Head(NamedTuple):
@@ -57,21 +54,34 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
-    """Raise InputError if sequence lengths lie on both sides of where rotary frequencies change.
+def _changing_rope(config: PretrainedConfig) -> tuple[str | None, int]:
+    """Kind of the rotary embeddings and the length behind which their frequencies are others.
 
-    transformers then takes the frequencies from the longest row of a pass, so that a sequence's
-    hidden states depend on its neighbours.
+    transformers takes them from the longest row of a pass, so that a sequence's hidden states
+    depend on its neighbours. The kind is None where frequencies are fixed.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = rope.get("rope_type")
     limit = (
         rope.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
         or getattr(text, "max_position_embeddings", None)
+        or 0
     )
-    if kind in ("dynamic", "longrope") and limit and shortest <= limit < longest:
+    kind = rope.get("rope_type")
+    return (kind if kind in ("dynamic", "longrope") and limit else None), limit
+
+
+def rope_differs(config: PretrainedConfig, prefix_length: int, longest: int) -> bool:
+    """Whether a prefix gets other rotary frequencies alone than in sequences up to `longest`."""
+    kind, limit = _changing_rope(config)
+    return kind is not None and longest > limit and (kind == "dynamic" or prefix_length <= limit)
+
+
+def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
+    """Raise InputError if sequence lengths lie on both sides of where rotary frequencies change."""
+    kind, limit = _changing_rope(config)
+    if kind is not None and shortest <= limit < longest:
         raise InputError(
             f"with rotary embeddings of type {kind} all sequences must lie on one side of "
             f"{limit} tokens, got {shortest} to {longest} with their completions; shorten the "
@@ -112,47 +122,21 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def completion_hidden(
-    model: torch.nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    prefix: "SharedPrefix | None" = None,
-) -> Tensor:  # (N, D), N = sum of completion lengths
-    """The hidden states that predict each completion token, packed in the order given.
-
-    They are ready for the head's weight: a scale that the model puts on its logits is applied.
-    One padded pass. Rows are padded on the right, so under causal attention no real position sees
-    a pad and no mask is needed. The last completion token predicts nothing and is left out.
-    """
-    lm = causal_lm(model)
-    sequences = [[*p, *c][:-1] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    input_ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
-    for row, sequence in zip(input_ids, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    rows: list[int] = []
-    columns: list[int] = []
-    for b, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        rows += [b] * len(c)
-        columns += range(len(p) - 1, len(p) - 1 + len(c))
-
-    start = len(prefix) if prefix is not None else 0
-    positions = torch.arange(start, start + input_ids.shape[1], device=lm.device)
-    cache = prefix.expand(len(sequences)) if prefix is not None else None
-    output = transformer(model)(
-        input_ids=input_ids.to(lm.device),
-        position_ids=positions[None],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    hidden = output.last_hidden_state[
-        torch.tensor(rows, device=lm.device), torch.tensor(columns, device=lm.device)
-    ]
-    scale = head_of(model).scale
-    return hidden if scale == 1 else hidden * scale
-
-
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of at most `size`, neighbours in length together, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches whose rows, padded to the longest, hold at most `max_tokens`.
+
+    Neighbours in length together, longest first; a longer sequence makes a batch alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.lm import batches_by_length, completion_hidden, head_of
+from opcd.lm import batches_by_tokens, head_of
 from opcd.objective import head_divergence
-from opcd.prefix import common_prefix
+from opcd.plan import Plan, planned_hidden
 from opcd.rollout import Rollout, RolloutEngine, SamplingParams
 from opcd.task import Prompt
 from opcd.teacher import SharedPrefixTeacher
@@ -33,7 +33,7 @@ class Distiller:
         engine: RolloutEngine,
         config: TrainConfig,
         compute_dtype: torch.dtype,
-        share_prefix: bool = True,
+        plan: Plan,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -49,7 +49,7 @@ class Distiller:
         )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
-        self.share_prefix = share_prefix  # what prompts start with is computed once
+        self.plan = plan  # of the student's passes
         self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -88,31 +88,29 @@ class Distiller:
         scored = self.teacher.score(
             [p.teacher_ids for p in prompts for _ in range(n)],
             [r.completion_token_ids for r in rollouts],
+            [p.context for p in prompts for _ in range(n)],
         )
         return list(scored.hidden.split(scored.cu_seqlens.diff().tolist()))
 
     def update(
         self, rollouts: Sequence[Rollout], teacher_hidden: Sequence[Tensor]
     ) -> dict[str, float]:
-        """One optimizer step on the divergence; the same whatever `sequences_per_pass` is."""
+        """One optimizer step on the divergence; the same whatever `max_tokens_per_pass` is."""
         config = self.config
         weights = token_weights([len(r.completion_token_ids) for r in rollouts], config)
         totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
-        for batch in batches_by_length(
+        for batch in batches_by_tokens(
             [len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rollouts],
-            config.sequences_per_pass,
+            config.max_tokens_per_pass,
         ):
-            prompt_ids = [rollouts[i].prompt_token_ids for i in batch]
-            completion_ids = [rollouts[i].completion_token_ids for i in batch]
             with self.autocast():
-                # A cache and recomputed activations exclude each other in transformers.
-                share = self.share_prefix and not config.gradient_checkpointing
-                prefix = common_prefix(self.student, prompt_ids) if share else None
-                start = len(prefix) if prefix is not None else 0
-                hidden = completion_hidden(
-                    self.student, [p[start:] for p in prompt_ids], completion_ids, prefix
+                hidden = planned_hidden(
+                    self.student,
+                    [rollouts[i].prompt_token_ids for i in batch],
+                    [rollouts[i].completion_token_ids for i in batch],
+                    self.plan,
                 )
                 out = head_divergence(
                     hidden,

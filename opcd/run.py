@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from opcd.models import (
     resolve_dtype,
 )
 from opcd.objective import check_head
+from opcd.plan import find_plan
 from opcd.report import (
     before_after,
     read_metrics,
@@ -46,7 +48,7 @@ from opcd.report import (
 )
 from opcd.rollout import TransformersEngine
 from opcd.task import Task, read_task_files, render_task, spread
-from opcd.teacher import SharedPrefixTeacher, cache_is_exact
+from opcd.teacher import SharedPrefixTeacher
 
 log = logging.getLogger(__name__)
 
@@ -128,21 +130,24 @@ def prepare(config: TrainConfig) -> Setup:
     if config.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
         configs.append(load_config(config.teacher))
-    chat = Chat(tokenizer, files.context, config.chat_template_args)
+    chats = {
+        name: Chat(tokenizer, context, config.chat_template_args)
+        for name, context in files.contexts.items()
+    }
     limits = [x for x in map(max_positions, configs) if x is not None]
     limit = min(limits, default=None)
-    task = render_task(files, chat, limit, config.max_completion_tokens)
+    task = render_task(files, chats, limit, config.max_completion_tokens)
     prompts = [*task.train, *task.validation, *task.test]
     for model_config in configs:
         for lengths in (
             [len(p.student_ids) for p in prompts],
-            [len(task.prefix_ids) + len(p.teacher_ids) for p in prompts],
+            [len(task.prompted_ids(p)) for p in prompts],
         ):
             longest = max(lengths) + config.max_completion_tokens
             check_rope(model_config, min(lengths) + 1, longest)
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    return Setup(resolved, task, chat, tokenizer, device, dtype)
+    return Setup(resolved, task, next(iter(chats.values())), tokenizer, device, dtype)
 
 
 def _check_folder(config: TrainConfig, resume: bool) -> Path:
@@ -253,7 +258,6 @@ def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
 def build_distiller(config: TrainConfig, setup: Setup) -> Distiller:
     """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
     torch.manual_seed(config.seed)
-    prefix_ids = setup.task.prefix_ids
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     if config.lora_rank:
         lora = LoraConfig(
@@ -272,10 +276,25 @@ def build_distiller(config: TrainConfig, setup: Setup) -> Distiller:
         scorer = _load(config.teacher or config.model, setup, setup.dtype)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher = SharedPrefixTeacher(scorer, prefix_ids, config.sequences_per_pass, frozen)
-    share = cache_is_exact(student, prefix_ids) if config.teacher else teacher.shares_prefix
-    engine = TransformersEngine(student, config.rollout_batch_size, share)
-    return Distiller(student.eval(), teacher, engine, config, setup.dtype, share)
+    teacher = _teacher(scorer, setup, frozen)
+    plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
+    engine = TransformersEngine(student, config.rollout_batch_size, plan.shares_prefix)
+    return Distiller(student.eval(), teacher, engine, config, setup.dtype, plan)
+
+
+def _teacher(
+    model: torch.nn.Module,
+    setup: Setup,
+    frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> SharedPrefixTeacher:
+    config = setup.config
+    return SharedPrefixTeacher(
+        model,
+        setup.task.prefixes,
+        config.max_tokens_per_pass,
+        frozen,
+        prefix_cache_bytes=config.prefix_cache_mib * 2**20,
+    )
 
 
 def _load(name: str, setup: Setup, dtype: torch.dtype) -> Any:
@@ -312,14 +331,14 @@ def _validate(distiller: Distiller, setup: Setup, config: TrainConfig) -> dict[s
     begin = time.perf_counter()
     with distiller.autocast():
         ids = [p.student_ids for p in prompts]
-        rollouts = answer(distiller.student, ids, config, distiller.share_prefix)
+        rollouts = answer(distiller.student, ids, config, distiller.plan.shares_prefix)
         column, _ = measure(rollouts, prompts, setup.task, setup.chat)
         divergence = held_out_divergence(
             distiller.student,
             distiller.teacher,
             spread(prompts, config.divergence_prompts),
             config,
-            distiller.share_prefix,
+            distiller.plan,
         )
     return {
         "accuracy": column["accuracy"],
@@ -373,7 +392,7 @@ def _score(
 ) -> None:
     """Measure, print and write scorecard.json, answers.jsonl and report.md."""
     frozen = _load(config.teacher, setup, setup.dtype) if config.teacher else base
-    teacher = SharedPrefixTeacher(frozen, setup.task.prefix_ids, config.sequences_per_pass)
+    teacher = _teacher(frozen, setup)
     with tqdm(total=6 if distilled is not None else 3, desc="evaluate", leave=False) as bar:
 
         def say(what: str) -> None:
@@ -393,19 +412,22 @@ def _score(
 
 def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None:
     task = setup.task
-    if len(task.prefix_ids) < 0.8 * task.prompt_tokens_saved:
+    shared = fmean(len(task.prefixes[p.context]) for p in task.test or task.train)
+    if shared < 0.8 * task.prompt_tokens_saved:
         log.warning(
-            "only %d of about %.0f context tokens stand in front of all prompts: the chat template "
-            "puts the rest elsewhere, and it is computed with every sequence",
-            len(task.prefix_ids),
+            "only %.0f of about %.0f context tokens stand in front of all prompts: the chat "
+            "template puts the rest elsewhere, and it is computed with every sequence",
+            shared,
             task.prompt_tokens_saved,
         )
     trained = sum(p.numel() for p in distiller.parameters)
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "every weight"
-    often = "once" if distiller.teacher.shares_prefix else "with every sequence"
+    plan = distiller.teacher.plan
+    often = "once" if plan.shares_prefix else "with every sequence"
+    several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
     print(
-        f"context   {len(task.prefix_ids)} tokens, computed {often} "
-        f"({distiller.teacher.plan.reason})\n"
+        f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
+        f"{plan.backend} ({plan.reason})\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "

@@ -1,27 +1,24 @@
-"""The teacher: a frozen model that scores completions behind one shared prefix."""
+"""The teacher: a frozen model that scores completions behind shared prefixes."""
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opcd.lm import batches_by_length, completion_hidden, head_of
-from opcd.objective import head_divergence
-from opcd.prefix import SharedPrefix, UnsupportedCacheError
+from opcd.errors import InputError
+from opcd.hidden import completion_hidden
+from opcd.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_differs
+from opcd.plan import Plan, find_plan
+from opcd.prefix import SharedPrefix
+from opcd.prefix_cache import PrefixCache, StalePrefixError, weights_version
 
 log = logging.getLogger(__name__)
 
-
-class Plan(NamedTuple):
-    """How the teacher scores, and why."""
-
-    mode: str  # "cached": the prefix is computed once; "recompute": with every sequence
-    backend: str
-    reason: str
+ONLY = ""  # the name of the context where there is one
 
 
 class Scored(NamedTuple):
@@ -32,103 +29,137 @@ class Scored(NamedTuple):
 
 
 class SharedPrefixTeacher:
-    """Scores completions with `prefix_ids` in front of every prompt, computing the prefix once.
+    """Scores completions behind the token prefix of their context, computing each prefix once.
 
-    On construction two short sequences are scored with and without the cache. Where they differ by
-    more than the dtype's noise, every sequence is computed in full and `plan` says so.
+    `prefix_ids` is one prefix, or several by the name of their context. On construction two short
+    sequences are scored in every way that could be faster than full passes; `plan` is the fastest
+    that agrees with those within the dtype's noise.
 
     `frozen` is entered around every pass; with it teacher and student can be one module, e.g.
-    ``frozen=peft_model.disable_adapter``. The weights must not change while the teacher is in use.
-    ``shared=False`` computes every sequence in full: slow, and the yardstick.
+    ``frozen=peft_model.disable_adapter``. `max_tokens_per_pass` bounds a pass's new tokens, and
+    `prefix_cache_bytes` what is kept of prefixes that were not used last. ``shared=False``
+    computes every sequence in full: slow, and the yardstick.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        prefix_ids: Sequence[int],
-        sequences_per_pass: int = 16,
+        prefix_ids: Sequence[int] | Mapping[str, Sequence[int]],
+        max_tokens_per_pass: int = 4096,
         frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         shared: bool = True,
+        prefix_cache_bytes: int = 2**31,
     ) -> None:
         self.model = model
         self.head = head_of(model)
-        self._prefix_ids = list(prefix_ids)
-        self._sequences_per_pass = sequences_per_pass
+        several = prefix_ids if isinstance(prefix_ids, Mapping) else {ONLY: prefix_ids}
+        self._prefix_ids = {name: list(ids) for name, ids in several.items()}
+        self._max_tokens_per_pass = max_tokens_per_pass
         self._frozen = frozen
-        self._prefix: SharedPrefix | None = None
+        self._prefixes = PrefixCache(model, prefix_cache_bytes)
         self.plan = Plan("recompute", "padded rows", "asked for")
-        if shared:
-            with torch.no_grad(), frozen():
-                self.plan = self._record()
-        if shared and self.plan.mode == "recompute":
+        with torch.no_grad(), frozen():
+            if shared:
+                name, ids = next(iter(self._prefix_ids.items()))
+                self.plan = find_plan(model, ids, lambda: self._prefixes.get(name, ids))
+            self._version = weights_version(model)
+        if shared and not self.plan.shares_prefix:
             log.warning("the context is computed with every sequence: %s", self.plan.reason)
         log.debug("teacher: %s with %s, %s", *self.plan)
 
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether the prefix is computed once: the architecture's cache is exact."""
-        return self._prefix is not None
+    def refresh(self) -> None:
+        """Take the model's weights as they now are: prefixes are computed again when needed."""
+        self._prefixes.clear()
+        with self._frozen():
+            self._version = weights_version(self.model)
 
     @torch.no_grad()
     def score(
         self,
         prompt_ids: Sequence[Sequence[int]],
         completion_ids: Sequence[Sequence[int]],
+        contexts: Sequence[str] | None = None,
     ) -> Scored:
         """Hidden states behind the prefix; `prompt_ids` are the teacher's, without the prefix.
 
-        Raises ValueError for an empty prompt or completion: each prompt keeps at least one token
-        behind the prefix, which predicts the first completion token.
+        `contexts` names the context of each sequence where there are several. The results come in
+        the order given, whatever the passes.
+
+        Raises InputError for an empty prompt or completion (each prompt keeps at least one token
+        behind the prefix, which predicts the first completion token), for a context that the
+        teacher was not given, and for a sequence beyond the model's positions; StalePrefixError if
+        the weights or the adapter's state are not those that the teacher was made with.
         """
-        for name, sequences in (("prompt", prompt_ids), ("completion", completion_ids)):
-            if not all(sequences):
-                raise ValueError(
-                    f"every {name} must hold at least one token, got an empty one; leave its last "
-                    f"token out of the prefix, or drop the sequence"
-                )
+        names = self._check(prompt_ids, completion_ids, contexts)
         lengths = [len(c) for c in completion_ids]
-        totals = [len(p) + n for p, n in zip(prompt_ids, lengths, strict=True)]
         parts: dict[int, Tensor] = {}
         with self._frozen():
-            for batch in batches_by_length(totals, self._sequences_per_pass):
-                hidden = self._hidden(
-                    [prompt_ids[i] for i in batch], [completion_ids[i] for i in batch]
+            if self.plan.shares_prefix and weights_version(self.model) != self._version:
+                raise StalePrefixError(
+                    "the teacher must stay as it was when its prefix was computed, but its weights "
+                    "or its adapter's state have changed; pass frozen=model.disable_adapter if the "
+                    "student is the same module, or call refresh() to score with the new weights"
                 )
-                parts.update(zip(batch, hidden.split([lengths[i] for i in batch]), strict=True))
+            for name in dict.fromkeys(names):
+                members = [i for i, other in enumerate(names) if other == name]
+                totals = [len(prompt_ids[i]) + lengths[i] for i in members]
+                prefix, in_full = self._prefix(name, max(totals))
+                size = [total + len(in_full) for total in totals]
+                for batch in batches_by_tokens(size, self._max_tokens_per_pass):
+                    chosen = [members[i] for i in batch]
+                    hidden = completion_hidden(
+                        self.model,
+                        [[*in_full, *prompt_ids[i]] for i in chosen],
+                        [completion_ids[i] for i in chosen],
+                        prefix,
+                        packed=self.plan.packed and prefix is not None,
+                    )
+                    split = hidden.split([lengths[i] for i in chosen])
+                    parts.update(zip(chosen, split, strict=True))
         weight = self.head.weight
         ordered = [parts[i] for i in range(len(lengths))]
         packed = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(weight.device)
         return Scored(packed, cu_seqlens)
 
-    def _hidden(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> Tensor:
-        if self._prefix is not None:
-            return completion_hidden(self.model, prompt_ids, completion_ids, self._prefix)
-        whole = [[*self._prefix_ids, *p] for p in prompt_ids]
-        return completion_hidden(self.model, whole, completion_ids)
+    def _prefix(self, name: str, longest: int) -> tuple[SharedPrefix | None, list[int]]:
+        """The recorded prefix; or the tokens that each sequence must start with instead.
 
-    def _record(self) -> Plan:
-        """Record the prefix, score two short sequences both ways, and keep it if they agree."""
-        ids = self._prefix_ids
-        probes = [ids[-1:], (ids[-5:-2] or ids[:1])], [ids[:3], ids[:7]]
-        full = self._hidden(*probes)
-        try:
-            self._prefix = SharedPrefix(self.model, ids)
-        except UnsupportedCacheError as error:
-            return Plan("recompute", "padded rows", str(error))
-        cached = self._hidden(*probes)
-        divergence = head_divergence(cached, self.head, full, self.head).per_token.max().item()
-        bound = 1e-4 if cached.dtype == torch.float32 else 0.05
-        if not divergence <= bound:
-            self._prefix = None
-            reason = f"cached and full passes differ by {divergence:.2g} nats a token"
-            return Plan("recompute", "padded rows", f"{reason}, more than {bound:g}")
-        reason = f"a full pass gives the same to {divergence:.1g} nats a token"
-        return Plan("cached", "padded rows, expanded DynamicCache", reason)
+        Some rotary frequencies depend on the longest position of a pass: a prefix can be computed
+        by itself where that changes none of them.
+        """
+        ids = self._prefix_ids[name]
+        config = causal_lm(self.model).config
+        if not self.plan.shares_prefix or rope_differs(config, len(ids), len(ids) + longest):
+            return None, ids
+        return self._prefixes.get(name, ids), []
 
-
-def cache_is_exact(model: torch.nn.Module, prefix_ids: Sequence[int]) -> bool:
-    """Whether passes behind a recorded prefix equal full passes on this model."""
-    return SharedPrefixTeacher(model, prefix_ids).shares_prefix
+    def _check(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        contexts: Sequence[str] | None,
+    ) -> list[str]:
+        """The name of each sequence's context."""
+        for what, sequences in (("prompt", prompt_ids), ("completion", completion_ids)):
+            if not all(sequences):
+                raise InputError(
+                    f"every {what} must hold at least one token, got an empty one; leave its last "
+                    f"token out of the prefix, or drop the sequence"
+                )
+        names = list(contexts) if contexts is not None else [ONLY] * len(prompt_ids)
+        if unknown := set(names) - set(self._prefix_ids):
+            raise InputError(
+                f"contexts must be among {sorted(self._prefix_ids)}, got {sorted(unknown)}; name "
+                f"one for each sequence"
+            )
+        limit = max_positions(causal_lm(self.model).config)
+        for name, prompt, completion in zip(names, prompt_ids, completion_ids, strict=True):
+            total = len(self._prefix_ids[name]) + len(prompt) + len(completion)
+            if limit is not None and total > limit:
+                raise InputError(
+                    f"context, prompt and completion must fit the teacher's {limit} positions, got "
+                    f"{len(self._prefix_ids[name])} + {len(prompt)} + {len(completion)} tokens; "
+                    f"shorten the context or the completions"
+                )
+        return names

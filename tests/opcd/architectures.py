@@ -24,6 +24,11 @@ ARCHITECTURES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
     "mistral-sliding": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 9}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
     "gemma2-softcap": (
@@ -35,6 +40,16 @@ ARCHITECTURES = {
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt-oss-sinks": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
     "granite-scaled": (
         "GraniteConfig",
@@ -59,6 +74,18 @@ ARCHITECTURES = {
             "mlp_only_layers": [0, 1],
         },
     ),
+    "bamba-hybrid": (
+        "BambaConfig",
+        "BambaForCausalLM",
+        {
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 8}),
 }
 
 

@@ -46,7 +46,7 @@ def scored(settings: dict) -> tuple[dict, list]:
         distilled.lm_head.weight.zero_()
         distilled.lm_head.weight[letter] = embed[newline] * 10
         distilled.lm_head.weight[eos_token_ids(distilled)[0]] = embed[letter] * 10
-    teacher = SharedPrefixTeacher(base, setup.task.prefix_ids)
+    teacher = SharedPrefixTeacher(base, setup.task.prefixes)
     return evaluate(base, distilled, teacher, setup.task, setup.chat, config)
 
 

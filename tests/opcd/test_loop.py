@@ -1,5 +1,6 @@
 """One step and many: gradients that do not depend on the passes, and a divergence that falls."""
 
+import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +16,7 @@ from opcd.loop import Distiller, rate_factor, step_prompts, token_weights
 from opcd.run import build_distiller, prepare
 from opcd.teacher import SharedPrefixTeacher
 from opcd_kernels import reference
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
 
 def distiller(settings: dict, **overrides: object) -> tuple[Distiller, TrainConfig, object]:
@@ -52,18 +53,18 @@ def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 )
 def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dict) -> None:
     d, config, task = distiller(settings, steps=25, **overrides)
-    before = held_out_divergence(d.student, d.teacher, task.test, config)
+    before = held_out_divergence(d.student, d.teacher, task.test, config, d.plan)
     for step in range(25):
         d.step(step_prompts(task.train, step, config))
-    after = held_out_divergence(d.student, d.teacher, task.test, config)
+    after = held_out_divergence(d.student, d.teacher, task.test, config, d.plan)
     assert after < 0.7 * before, (before, after)
 
 
 @pytest.mark.parametrize("average_over", ["tokens", "sequences"])
 def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str) -> None:
     grads = []
-    for size in (1, 3, 16):
-        d, config, task = distiller(settings, sequences_per_pass=size, average_over=average_over)
+    for size in (1, 300, 4096):
+        d, config, task = distiller(settings, max_tokens_per_pass=size, average_over=average_over)
         prompts = step_prompts(task.train, 0, config)
         torch.manual_seed(3)
         rollouts = d.rollout(prompts)
@@ -89,7 +90,7 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
         logits = []
         for model, start in (
             (d.student, prompt.student_ids),
-            (d.teacher.model, task.prefix_ids + prompt.teacher_ids),
+            (d.teacher.model, task.prompted_ids(prompt)),
         ):
             out = model(input_ids=torch.tensor([[*start, *completion]]), use_cache=False)
             logits.append(out.logits[0, len(start) - 1 : -1] / config.temperature)
@@ -151,6 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dic
     before = [p.clone() for p in d.parameters]
     with torch.no_grad():
         d.teacher.head.weight[3] = torch.nan
+    d.teacher.refresh()
     with pytest.raises(InputError, match=r"loss must be finite.*step 1"):
         d.step(step_prompts(task.train, 0, config))
     assert all(torch.equal(a, b) for a, b in zip(before, d.parameters, strict=True))
@@ -188,8 +190,8 @@ def test_dropout_is_off(settings: dict, tmp_path: Path, gradient_checkpointing: 
     )
     prompts = step_prompts(task.train, 0, config)
     rollouts = d.rollout(prompts)
-    d.teacher = SharedPrefixTeacher(d.teacher.model, task.prefix_ids, shared=False)
-    d.teacher._prefix_ids = []
+    d.teacher = SharedPrefixTeacher(d.teacher.model, task.a_prefix, shared=False)
+    d.teacher._prefix_ids = {"": []}
     hidden = d.score([p._replace(teacher_ids=p.student_ids) for p in prompts], rollouts)
     assert d.update(rollouts, hidden)["divergence"] < 1e-9
 
@@ -214,7 +216,34 @@ def test_another_teacher(settings: dict, tmp_path: Path) -> None:
     tiny_llama(seed=5, hidden_size=48, vocab_size=270).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     d, config, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)
-    before = held_out_divergence(d.student, d.teacher, task.test, config)
+    before = held_out_divergence(d.student, d.teacher, task.test, config, d.plan)
     for step in range(20):
         d.step(step_prompts(task.train, step, config))
-    assert held_out_divergence(d.student, d.teacher, task.test, config) < 0.7 * before
+    assert held_out_divergence(d.student, d.teacher, task.test, config, d.plan) < 0.7 * before
+
+
+def test_prompts_with_contexts_of_their_own(settings: dict, tmp_path: Path) -> None:
+    """Each prompt is scored behind its own context, and the divergence to both falls."""
+    contexts = {"vowel": "Answer with a vowel.", "digit": "Answer with one digit, no more."}
+    (tmp_path / "contexts.json").write_text(json.dumps(contexts))
+    for name, words in (("prompts", "red blue pink teal"), ("test", "cat dog")):
+        rows = [
+            {"prompt": word, "answer": word[0], "context": list(contexts)[i % 2]}
+            for i, word in enumerate(words.split())
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    own = {"context": str(tmp_path / "contexts.json"), "validation_data": None, "steps": 20}
+    d, config, task = distiller(settings, **own)
+    assert set(task.prefixes) == set(contexts)
+    prompts = step_prompts(task.train, 0, config)
+    rollouts = d.rollout(prompts)
+    for prompt, rollout, hidden in zip(prompts, rollouts, d.score(prompts, rollouts), strict=True):
+        ids = torch.tensor([task.prompted_ids(prompt) + rollout.completion_token_ids])
+        with torch.no_grad():
+            expected = d.teacher.model.model(ids, use_cache=False).last_hidden_state[0]
+        n = len(rollout.completion_token_ids)
+        assert torch.allclose(hidden, expected[-n - 1 : -1], atol=1e-4)
+    before = held_out_divergence(d.student, d.teacher, task.test, config, d.plan)
+    for step in range(20):
+        d.step(step_prompts(task.train, step, config))
+    assert held_out_divergence(d.student, d.teacher, task.test, config, d.plan) < 0.7 * before

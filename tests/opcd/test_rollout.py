@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from opcd.lm import eos_token_ids, stop_at
+from opcd.plan import find_plan
 from opcd.rollout import SamplingParams, TransformersEngine
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
@@ -34,7 +35,9 @@ def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> N
     model = build(name)
     shared = list(range(60, 90))
     prompts = [[*shared, 5], [*shared, 6, 7, 8], [*shared, 9, 10], [*shared, 11, 12]]
-    rollouts = TransformersEngine(model, batch_size=3).generate(prompts, GREEDY)
+    share = find_plan(model, shared).shares_prefix
+    assert share == (name != "mamba")
+    rollouts = TransformersEngine(model, 3, share).generate(prompts, GREEDY)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         assert rollout.prompt_token_ids == prompt
         assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)

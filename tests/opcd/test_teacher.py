@@ -7,10 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from opcd.attention import Packing
 from opcd.errors import InputError
-from opcd.lm import head_of
+from opcd.hidden import completion_hidden
+from opcd.lm import head_of, rope_differs
 from opcd.objective import check_head, head_divergence
+from opcd.plan import Plan, planned_hidden
 from opcd.prefix import SharedPrefix
+from opcd.prefix_cache import PrefixCache, StalePrefixError
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
@@ -37,17 +41,18 @@ def divergence(model: torch.nn.Module, hidden: torch.Tensor, expected: torch.Ten
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cached_equals_each_sequence_alone(name: str) -> None:
+def test_scored_hidden_states_equal_each_sequence_alone(name: str) -> None:
+    """In one pass and in many, with the results in the order given."""
     model = build(name)
     check_head(model, PREFIX[:8])
-    teacher = SharedPrefixTeacher(model, PREFIX, sequences_per_pass=3)
-    scored = teacher.score(PROMPTS, COMPLETIONS)
     expected = alone(model) * head_of(model).scale
-    assert teacher.plan.mode == "cached", teacher.plan
-    assert scored.cu_seqlens.tolist() == [0, 4, 6, 7, 22]
-    assert divergence(model, scored.hidden, expected) < 1e-6
-    again = teacher.score(PROMPTS, COMPLETIONS)
-    assert torch.equal(again.hidden, scored.hidden), "scoring changed the recorded prefix"
+    for max_tokens in (4096, 24, 1):
+        teacher = SharedPrefixTeacher(model, PREFIX, max_tokens)
+        scored = teacher.score(PROMPTS, COMPLETIONS)
+        assert scored.cu_seqlens.tolist() == [0, 4, 6, 7, 22]
+        assert divergence(model, scored.hidden, expected) < 1e-6
+        again = teacher.score(PROMPTS, COMPLETIONS)
+        assert torch.equal(again.hidden, scored.hidden), "scoring changed the recorded prefix"
 
 
 def test_uncached_equals_each_sequence_alone() -> None:
@@ -57,19 +62,47 @@ def test_uncached_equals_each_sequence_alone() -> None:
     assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
 
 
-def test_the_prefix_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama", "mpt-alibi"])
+def test_passes_hold_new_tokens_only_and_no_more_than_allowed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    teacher = SharedPrefixTeacher(model, PREFIX, max_tokens_per_pass=18)
+    shapes = []
+    body = model.base_model
+    forward = body.forward
+
+    def record(**kwargs: object) -> object:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(**kwargs)
+
+    monkeypatch.setattr(body, "forward", record)
+    teacher.score(PROMPTS, COMPLETIONS)
+    # 17, 7, 7 and 3 tokens; the last token of a sequence predicts nothing and is left out.
+    between = {"llama": (1, 12), "mpt-alibi": (2, 6)}
+    assert shapes == [(1, 16), between[name], (1, 2)]
+
+
+def test_attention_is_switched_for_the_pass_alone() -> None:
     model = tiny_llama()
     teacher = SharedPrefixTeacher(model, PREFIX)
-    lengths = []
-    forward = model.model.forward
-
-    def record(*args: object, **kwargs: object) -> object:
-        lengths.append(kwargs["input_ids"].shape[1])
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model.model, "forward", record)
+    assert teacher.plan.mode == "packed"
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(
+        lambda *_: seen.append(model.config._attn_implementation)
+    )
     teacher.score(PROMPTS, COMPLETIONS)
-    assert max(lengths) < len(PREFIX)
+    assert seen == ["opcd_packed"]
+    assert model.config._attn_implementation == "sdpa"
+    handle.remove()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        teacher.score(PROMPTS, COMPLETIONS)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_cache_that_lies_is_not_used(
@@ -78,8 +111,8 @@ def test_a_cache_that_lies_is_not_used(
     model = tiny_llama()
     expand = SharedPrefix.expand
 
-    def broken(self: SharedPrefix, batch_size: int) -> object:
-        cache = expand(self, batch_size)
+    def broken(self: SharedPrefix, batch_size: int, passes: int | None = None) -> object:
+        cache = expand(self, batch_size, passes)
         cache.layers[0].keys = cache.layers[0].keys.roll(1, -2)
         return cache
 
@@ -90,6 +123,85 @@ def test_a_cache_that_lies_is_not_used(
     assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
 
 
+def test_packed_rows_that_leak_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    offsets = Packing.__init__
+
+    def broken(self: Packing, *arguments: object) -> None:
+        offsets(self, *arguments)
+        self.offsets = torch.arange(len(self.offsets))
+
+    monkeypatch.setattr(Packing, "__init__", broken)
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    assert teacher.plan.mode == "padded"
+    assert "more than 0.0001" in teacher.plan.reason
+    assert "padded, not packed" in caplog.text
+    assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
+
+
+def test_a_layer_that_goes_its_own_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that drops its keywords, and one that does not ask for the attention by name."""
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(
+        attention, "forward", lambda *a, packed_pass=None, **k: forward(*a, **k), raising=True
+    )
+    plan = SharedPrefixTeacher(model, PREFIX).plan
+    assert plan.mode == "padded"
+    assert "must hand its keywords on" in plan.reason
+
+    def by_hand(*a: object, **k: object) -> object:
+        model.config._attn_implementation = "sdpa"
+        return forward(*a, **k)
+
+    monkeypatch.setattr(attention, "forward", by_hand)
+    plan = SharedPrefixTeacher(model, PREFIX).plan
+    assert plan.mode == "padded"
+    assert "got 1 of 2" in plan.reason
+
+
+def test_rotary_frequencies_that_depend_on_length() -> None:
+    """The prefix alone lies below the limit, every sequence above it."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [9.0] * 4,
+        "original_max_position_embeddings": 41,
+    }
+    model = tiny_llama(rope_parameters=rope)
+    teacher = SharedPrefixTeacher(model, PREFIX[:38])
+    prompts, completions = [[5, 6, 7, 8], [9, 8, 7, 6]], [[3, 4], [5, 3]]
+    rows = [PREFIX[:38] + p + c for p, c in zip(prompts, completions, strict=True)]
+    with torch.no_grad():
+        hidden = model.model(torch.tensor(rows), use_cache=False).last_hidden_state
+    expected = hidden[:, -3:-1].flatten(0, 1)
+    assert divergence(model, teacher.score(prompts, completions).hidden, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "longest", "differs"),
+    [
+        ("default", 10, 1000, False),
+        ("longrope", 10, 41, False),
+        ("longrope", 41, 42, True),
+        ("longrope", 42, 1000, False),
+        ("dynamic", 10, 41, False),
+        ("dynamic", 42, 1000, True),
+    ],
+)
+def test_where_a_prefix_alone_has_other_rotary_frequencies(
+    kind: str, prefix: int, longest: int, differs: bool
+) -> None:
+    config = tiny_llama().config
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 41}
+    assert rope_differs(config, prefix, longest) == differs
+
+
 def test_an_architecture_without_a_cache_is_computed_in_full() -> None:
     torch.manual_seed(0)
     config = RwkvConfig(
@@ -98,7 +210,7 @@ def test_an_architecture_without_a_cache_is_computed_in_full() -> None:
     model = RwkvForCausalLM(config).eval()
     teacher = SharedPrefixTeacher(model, PREFIX)
     assert teacher.plan.mode == "recompute"
-    assert not teacher.shares_prefix
+    assert not teacher.plan.shares_prefix
     assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
 
 
@@ -113,6 +225,100 @@ def test_the_student_with_its_adapter_off_is_the_teacher() -> None:
     assert divergence(plain, on.hidden, expected) > 1e-2
 
 
+def test_a_prefix_of_other_weights_is_an_error() -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    before = teacher.score(PROMPTS, COMPLETIONS).hidden
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1
+    with pytest.raises(StalePrefixError, match="must stay as it was when its prefix was computed"):
+        teacher.score(PROMPTS, COMPLETIONS)
+    teacher.refresh()
+    after = teacher.score(PROMPTS, COMPLETIONS).hidden
+    assert divergence(model, after, alone(model)) < 1e-6
+    assert divergence(model, after, before) > 1e-3
+
+
+def test_a_forgotten_or_trained_adapter_is_an_error() -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    student = get_peft_model(tiny_llama(), lora).eval()
+    off = SharedPrefixTeacher(student, PREFIX, frozen=student.disable_adapter)
+    on = SharedPrefixTeacher(student, PREFIX)
+    expected = off.score(PROMPTS, COMPLETIONS).hidden
+    with student.disable_adapter(), pytest.raises(StalePrefixError, match="adapter's state"):
+        on.score(PROMPTS, COMPLETIONS)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
+    student(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    assert torch.equal(off.score(PROMPTS, COMPLETIONS).hidden, expected), "the adapter is off"
+    with pytest.raises(StalePrefixError, match="adapter's state"):
+        on.score(PROMPTS, COMPLETIONS)
+
+
+def test_several_contexts_in_one_batch() -> None:
+    model = tiny_llama()
+    other = PREFIX[::-1][:25]
+    teacher = SharedPrefixTeacher(model, {"a": PREFIX, "b": other})
+    names = ["b", "a", "b", "a"]
+    hidden = teacher.score(PROMPTS, COMPLETIONS, names).hidden
+    rows = hidden.split([len(c) for c in COMPLETIONS])
+    for i, name in enumerate(names):
+        single = SharedPrefixTeacher(model, {"a": PREFIX, "b": other}[name])
+        expected = single.score(PROMPTS[i : i + 1], COMPLETIONS[i : i + 1]).hidden
+        assert divergence(model, rows[i], expected) < 1e-6
+    with pytest.raises(InputError, match=r"contexts must be among \['a', 'b'\], got \['c'\]"):
+        teacher.score(PROMPTS, COMPLETIONS, ["a", "b", "c", "a"])
+    with pytest.raises(InputError, match="name one for each"):
+        teacher.score(PROMPTS, COMPLETIONS)
+
+
+def test_prefixes_are_kept_within_their_budget_the_last_used_longest() -> None:
+    model = tiny_llama()
+    one = SharedPrefix(model, PREFIX).nbytes
+    assert one == 2 * 2 * 2 * 8 * 4 * len(PREFIX)  # layers, keys and values, heads, width, fp32
+    cache = PrefixCache(model, budget_bytes=2 * one)
+    a = cache.get("a", PREFIX)
+    cache.get("b", PREFIX)
+    assert cache.get("a", PREFIX) is a, "computed once"
+    cache.get("c", PREFIX)
+    assert cache.names == ["a", "c"]
+    assert cache.nbytes == 2 * one
+    assert PrefixCache(model, 0).get("a", PREFIX).token_ids == PREFIX
+
+
+def test_sequences_beyond_the_positions_are_refused() -> None:
+    teacher = SharedPrefixTeacher(tiny_llama(max_position_embeddings=50), PREFIX)
+    with pytest.raises(InputError, match=r"must fit the teacher's 50 positions, got 40 \+ 8 \+ 3"):
+        teacher.score([[5] * 8], [[6] * 3])
+
+
+@pytest.mark.parametrize("plan_mode", ["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_through_the_packed_row_equal_those_of_each_sequence_alone(
+    plan_mode: str, dtype: torch.dtype
+) -> None:
+    """Prompts that start alike, so that the gradient also flows into the shared start."""
+    model = tiny_llama().requires_grad_(True)
+    prompts = [PREFIX + p for p in PROMPTS]
+    grads = []
+    for packed in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if packed:
+                hidden = planned_hidden(model, prompts, COMPLETIONS, Plan(plan_mode, "", ""))
+            else:
+                single = [
+                    completion_hidden(model, [p], [c])
+                    for p, c in zip(prompts, COMPLETIONS, strict=True)
+                ]
+                hidden = torch.cat(single)
+        hidden.float().pow(3).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) > 10
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * a.norm()
+
+
 def test_heads_that_the_loss_cannot_use_are_refused() -> None:
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda *x: x[-1] * 1.1)
@@ -125,15 +331,15 @@ def test_heads_that_the_loss_cannot_use_are_refused() -> None:
 
 def test_empty_sequences_are_refused() -> None:
     teacher = SharedPrefixTeacher(tiny_llama(), PREFIX)
-    with pytest.raises(ValueError, match="every prompt must hold at least one token"):
+    with pytest.raises(InputError, match="every prompt must hold at least one token"):
         teacher.score([[]], [[1]])
-    with pytest.raises(ValueError, match="every completion must hold at least one token"):
+    with pytest.raises(InputError, match="every completion must hold at least one token"):
         teacher.score([[1]], [[]])
 
 
 def test_bf16_teacher_agrees_within_its_noise() -> None:
     model = tiny_llama().bfloat16()
     teacher = SharedPrefixTeacher(model, PREFIX)
-    assert teacher.plan.mode == "cached"
+    assert teacher.plan.mode == "packed"
     hidden = teacher.score(PROMPTS, COMPLETIONS).hidden
     assert divergence(model, hidden, alone(model)) < 0.05

@@ -1,0 +1,72 @@
+"""Recorded prefixes within a memory budget, and what tells that a model's weights have changed."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from opcd.errors import InputError
+from opcd.prefix import SharedPrefix
+
+
+class StalePrefixError(InputError):
+    """The weights behind a recorded prefix are no longer those of the model."""
+
+
+class PrefixCache:
+    """Prefixes of one model by name; of more than `budget_bytes` the least recently used go first.
+
+    The one that was asked for last stays, whatever its size.
+    """
+
+    def __init__(self, model: torch.nn.Module, budget_bytes: int) -> None:
+        self._model = model
+        self._budget_bytes = budget_bytes
+        self._prefixes: OrderedDict[str, SharedPrefix] = OrderedDict()
+
+    def get(self, name: str, token_ids: Sequence[int]) -> SharedPrefix:
+        """The prefix, recorded now if it is not held."""
+        if name not in self._prefixes:
+            self._prefixes[name] = SharedPrefix(self._model, token_ids)
+        self._prefixes.move_to_end(name)
+        while len(self._prefixes) > 1 and self.nbytes > self._budget_bytes:
+            self._prefixes.popitem(last=False)
+        return self._prefixes[name]
+
+    def clear(self) -> None:
+        """Forget every prefix."""
+        self._prefixes.clear()
+
+    @property
+    def names(self) -> list[str]:
+        """What is held, the least recently used first."""
+        return list(self._prefixes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is held."""
+        return sum(prefix.nbytes for prefix in self._prefixes.values())
+
+
+def weights_version(model: torch.nn.Module) -> int:
+    """A number that changes when weights that the model now uses do, or its adapter's state.
+
+    Weights of an adapter that is off do not count. torch counts changes in place, but not those of
+    its fused optimizers, nor through ``parameter.data``: for them one number of each is looked at.
+    """
+    idle: set[int] = set()
+    states: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            off = module.disable_adapters
+            states.append((off or tuple(module.active_adapters), tuple(module.merged_adapters)))
+            if off:
+                own = [getattr(module, name) for name in module.adapter_layer_names]
+                idle.update(id(p) for part in own for p in part.parameters())
+    used = [p.detach() for p in model.parameters() if id(p) not in idle and p.numel()]
+    states += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in used]
+    samples = [p[tuple(n // 2 for n in p.shape)].double() for p in used]
+    bits = torch.stack([x.to(samples[0].device) for x in samples]).view(torch.int64)
+    return hash((*states, *bits.tolist()))

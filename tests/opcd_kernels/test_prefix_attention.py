@@ -1,0 +1,69 @@
+"""The Triton kernel, interpreted or compiled, against each sequence alone by definition."""
+
+import pytest
+import torch
+
+from opcd_kernels.prefix_attention import prefix_attention_triton
+from tests.attention_oracle import LENGTHS, VARIANTS, oracle, problem
+
+SCALE = 0.3
+DEVICES = [
+    pytest.param(
+        "cpu",
+        id="interpreted",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here"),
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel leaves out must show."""
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options)
+    )
+
+
+def assert_as_exact_as_plain(
+    device: str, dtype: torch.dtype, prefix: int, options: dict, **sizes: int
+) -> None:
+    p = problem(prefix, **sizes)
+    expected = oracle(p, SCALE, **options)
+    plain = oracle(p.to(dtype), SCALE, **options)
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
+    sinks = options.get("sinks")
+    options = options | ({"sinks": sinks.to(device)} if sinks is not None else {})
+    operands = [x.to(device, dtype) for x in p]
+    actual = prefix_attention_triton(*operands, cu_seqlens, SCALE, **options).cpu()
+    assert actual.dtype == dtype
+    error = (actual.double() - expected).abs().max().item()
+    bound = 2 * (plain.double() - expected).abs().max().item()
+    assert error <= bound + 1e-6 * expected.abs().max().item(), (error, bound)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("prefix", [0, 13, 150])
+def test_it_equals_the_definition(name: str, prefix: int, device: str) -> None:
+    assert_as_exact_as_plain(device, torch.float32, prefix, VARIANTS[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16(device: str) -> None:
+    assert_as_exact_as_plain(device, torch.bfloat16, 70, VARIANTS["everything"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 6, 8), (6, 1, 24), (6, 3, 40)])
+def test_heads_and_widths_that_are_no_powers_of_two(
+    device: str, heads: int, kv_heads: int, width: int
+) -> None:
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width}
+    assert_as_exact_as_plain(device, torch.float32, 21, VARIANTS["everything"], **sizes)
+
+
+def test_widths_that_it_cannot_hold_are_refused() -> None:
+    q, v = torch.zeros(2, 2, 16), torch.zeros(2, 2, 32)
+    with pytest.raises(ValueError, match=r"equally wide, at most 256, got 16 and 32"):
+        prefix_attention_triton(q, q, v, q, v, torch.tensor([0, 2]), 1.0)
