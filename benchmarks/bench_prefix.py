@@ -5,14 +5,12 @@ passes before it is timed. Before every round of another provider ours is timed 
 `times_ours` compares neighbours.
 
     P tokens of context, B sequences of 64 new tokens (20 of prompt; mixed: 24 to 104 in all)
-    packed          the teacher as it is
+    ours-packed     the teacher as it is
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
 """
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -33,7 +31,7 @@ PROMPT = 20
 COMPLETIONS = {"equal": [44] * 8, "mixed": [4, 12, 20, 36, 48, 64, 84, 84]}
 CASES = [(256, "mixed", 1), (1024, "equal", 1), (1024, "mixed", 1), (1024, "mixed", 2),
          (4096, "mixed", 1)]  # fmt: skip
-PROVIDERS = ("packed", "dynamic-cache", "recompute")
+PROVIDERS = ("ours-packed", "dynamic-cache", "recompute")
 TokenIds = list[list[int]]
 
 
@@ -68,12 +66,6 @@ def dynamic_cache(
     return torch.cat([row[len(s) - len(c) : len(s)] for row, s, c in ends])
 
 
-def give_back_freed_memory() -> None:
-    """Or the C library's heap, full of earlier results, hides what a call takes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -95,7 +87,7 @@ def test_teacher(
     full = SharedPrefixTeacher(model, prefix_ids, 10**9, shared=False)
     assert packed.plan.mode == "packed", packed.plan
     ways: dict[str, Callable[[], Tensor]] = {
-        "packed": lambda: packed.score(prompts, completions).hidden,
+        "ours-packed": lambda: packed.score(prompts, completions).hidden,
         "dynamic-cache": torch.no_grad()(
             lambda: dynamic_cache(model, prefix, prompts, completions)
         ),
@@ -104,7 +96,6 @@ def test_teacher(
     way, case = ways[provider], (p, kind, times)
     if case not in exact:
         exact[case] = ways["recompute"]()
-    give_back_freed_memory()
     hidden: list[Tensor] = []
     peak = peak_mib(DEVICE, lambda: hidden.append(way()))
     found = head_divergence(hidden[0], full.head, exact[case], full.head).per_token
@@ -114,7 +105,7 @@ def test_teacher(
     slow = provider == "recompute" and p * times > 1024
     benchmark.pedantic(
         lambda: seconds(way),
-        setup=lambda: ours.append(seconds(ways["packed"])),
+        setup=lambda: ours.append(seconds(ways["ours-packed"])),
         rounds=1 if slow else 5,
     )
     benchmark.extra_info |= {
@@ -125,8 +116,8 @@ def test_teacher(
         "lengths": kind,
         "dtype": str(DTYPE).removeprefix("torch."),
         "new_tokens": sum(map(len, prompts + completions)),
-        "divergence": divergence,
-        "peak_mib": peak,
-        "prefix_mib": prefix.nbytes / 2**20,
-        "times_ours": benchmark.stats.stats.median / statistics.median(ours),
+        "divergence": float(f"{divergence:.1g}"),
+        "peak_mib": None if peak is None else round(peak, 1),
+        "prefix_mib": round(prefix.nbytes / 2**20, 1),
+        "times_ours": round(benchmark.stats.stats.median / statistics.median(ours), 2),
     }

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
 
@@ -24,15 +25,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opcd_kernels import rows_triton
+from opcd_kernels import prefix_attention, rows_triton
 from opcd_kernels.options import DIVERGENCES
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def configurations() -> Iterator[dict]:
-    """The kernel's compile-time choices: plain or with every option, gradient or not."""
+class Build(NamedTuple):
+    """One configuration of one kernel."""
+
+    kernel: Any
+    facts: dict[str, Any]  # what a user chooses
+    types: dict[str, str]  # of arguments; the others are fp32 pointers, i32 or constants
+    constants: dict[str, Any]
+    threads: int
+    stages: int = 3
+
+
+def divergence_builds() -> Iterator[Build]:
+    """Plain or with every option, with a gradient or without."""
     for divergence, (gradient, dz, options) in itertools.product(
         DIVERGENCES,
         [
@@ -43,39 +55,71 @@ def configurations() -> Iterator[dict]:
             (False, "bf16", True),
         ],
     ):
-        yield {"divergence": divergence, "gradient": gradient, "dz": dz, "options": options}
+        yield Build(
+            rows_triton.divergence_rows_kernel,
+            {"divergence": divergence, "gradient": gradient, "dz": dz, "options": options},
+            {"dz_ptr": f"*{dz}"}
+            | dict.fromkeys(("beta", "rest", "softcap_s", "softcap_t", "inv_temperature"), "fp32"),
+            {
+                "DIVERGENCE": DIVERGENCES.index(divergence),
+                **dict.fromkeys(("BIAS_S", "BIAS_T", "SOFTCAP_S", "SOFTCAP_T"), options),
+                "GRADIENT": gradient,
+                "BLOCK_V": rows_triton.BLOCK_V,
+            },
+            rows_triton.THREADS,
+        )
 
 
-def compiled(configuration: dict, architecture: str) -> dict:
+def attention_builds() -> Iterator[Build]:
+    """Heads as in Gemma 2 (256 wide), Mistral (128) and gpt-oss (64, sinks), bf16."""
+    kernel = prefix_attention.prefix_attention_kernel
+    for width, group, softcap, sinks in (
+        (256, 2, True, False),
+        (128, 4, False, False),
+        (64, 8, False, True),
+    ):
+        block_g, block_d = triton.next_power_of_2(group), triton.next_power_of_2(width)
+        block_q, block_n, warps, stages = prefix_attention.tile(block_g, block_d, itemsize=2)
+        pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        yield Build(
+            kernel,
+            {"head": width, "group": group, "softcap": softcap, "sinks": sinks},
+            dict.fromkeys(pointers, "*bf16")
+            | {"cu_seqlens_ptr": "*i32", "scale": "fp32", "softcap": "fp32"},
+            {
+                "G": group,
+                "D": width,
+                "BLOCK_G": block_g,
+                "BLOCK_D": block_d,
+                "BLOCK_Q": block_q,
+                "BLOCK_N": block_n,
+                "WINDOW": True,
+                "SOFTCAP": softcap,
+                "SINKS": sinks,
+            },
+            32 * warps,
+            stages,
+        )
+
+
+def compiled(build: Build, architecture: str) -> dict:
     """Compile one configuration for one architecture and read the machine code."""
-    kernel = rows_triton.divergence_rows_kernel
-    c = configuration
-    constants = {
-        "DIVERGENCE": DIVERGENCES.index(c["divergence"]),
-        **dict.fromkeys(("BIAS_S", "BIAS_T", "SOFTCAP_S", "SOFTCAP_T"), c["options"]),
-        "GRADIENT": c["gradient"],
-        "BLOCK_V": rows_triton.BLOCK_V,
-    }
-    integers = ("stride_dz", "V", "width")
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else f"*{c['dz']}"
-        if name == "dz_ptr"
-        else "*fp32"
-        if name.endswith("_ptr")
-        else "i32"
-        if name in integers
-        else "fp32"
-        for name in kernel.arg_names
-    }
+
+    def type_of(name: str) -> str:
+        if name in build.constants:
+            return "constexpr"
+        return build.types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+
+    signature = {name: type_of(name) for name in build.kernel.arg_names}
     aligned = [
-        (i,) for i, name in enumerate(signature) if name.endswith("_ptr") or name in integers
+        (i,)
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.startswith("stride") or name in ("V", "width")
     ]
     source = ASTSource(
-        fn=kernel,
+        fn=build.kernel,
         signature=signature,
-        constexprs=constants,
+        constexprs=build.constants,
         attrs={index: [["tt.divisibility", 16]] for index in aligned},
     )
     nvidia = architecture.startswith("sm_")
@@ -84,12 +128,13 @@ def compiled(configuration: dict, architecture: str) -> dict:
         if nvidia
         else GPUTarget("hip", architecture, 64)
     )
-    warps = rows_triton.THREADS // target.warp_size
-    binary = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": build.threads // target.warp_size, "num_stages": build.stages}
+    binary = triton.compile(source, target=target, options=options)
     report = {
-        "kernel": kernel.__name__,
+        "kernel": build.kernel.__name__,
         "architecture": architecture,
-        **c,
+        **build.facts,
+        "threads": build.threads,
         "shared_bytes": binary.metadata.shared,
     }
     return report | (_nvidia(binary.asm["cubin"]) if nvidia else _amd(binary.asm["amdgcn"]))
@@ -111,7 +156,8 @@ def _nvidia(cubin: bytes) -> dict:
     return {
         "registers": registers,
         "local_bytes": stack + local,
-        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", sass)),
+        "products": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
         "barriers": len(re.findall(r"\bBAR\.SYNC", sass)),
     }
 
@@ -125,6 +171,7 @@ def _amd(assembly: str) -> dict:
         "registers": registers,
         "local_bytes": 4 * spilled + private,
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
+        "products": len(re.findall(r"\bv_mfma_", assembly)),
         "barriers": len(re.findall(r"\bs_barrier\b", assembly)),
     }
 
@@ -133,17 +180,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     as_json = parser.parse_args().json
-    widths = None
-    for architecture, configuration in itertools.product(ARCHITECTURES, configurations()):
-        report = compiled(configuration, architecture)
-        if as_json:
-            print(json.dumps(report), flush=True)
-            continue
-        if widths is None:
-            print(f"{report['kernel']}, {rows_triton.THREADS} threads a program")
-            widths = {key: max(len(key), 10) for key in report if key != "kernel"}
-            print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
-        print("  ".join(f"{report[k]!s:>{width}}" for k, width in widths.items()), flush=True)
+    for builds in (divergence_builds, attention_builds):
+        widths = None
+        for architecture, build in itertools.product(ARCHITECTURES, builds()):
+            report = compiled(build, architecture)
+            if as_json:
+                print(json.dumps(report), flush=True)
+                continue
+            if widths is None:
+                print(f"\n{report['kernel']}")
+                widths = {key: max(len(key), 10) for key in report if key != "kernel"}
+                print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
+            print("  ".join(f"{report[k]!s:>{width}}" for k, width in widths.items()), flush=True)
 
 
 if __name__ == "__main__":

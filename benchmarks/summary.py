@@ -24,8 +24,25 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn")
-CASE = ("N", "D", "V", "head", "P", "B", "dtype")  # facts that say which problem was solved
-FACTS = ("scratch_mib", "peak_mib", "gradient_error", "floor_share", "times_ours", "divergence")
+CASE = (
+    "N",
+    "D",
+    "V",
+    "head",
+    "P",
+    "B",
+    "lengths",
+    "dtype",
+)  # facts that say which problem was solved
+FACTS = (
+    "scratch_mib",
+    "peak_mib",
+    "prefix_mib",
+    "gradient_error",
+    "divergence",
+    "floor_share",
+    "times_ours",
+)
 
 
 def device_name() -> str:
@@ -65,7 +82,9 @@ def rows_of(run: dict) -> list[dict]:
 
 
 def case(row: dict) -> str:
-    return ", ".join(f"{row[k]} head" if k == "head" else f"{k} {row[k]}" for k in CASE if k in row)
+    """The problem in words."""
+    words = {"head": "{} head", "lengths": "{} lengths"}
+    return ", ".join(words.get(k, k + " {}").format(row[k]) for k in CASE if k in row)
 
 
 def cases(rows: list[dict]) -> list[tuple[tuple[str, str], list[dict]]]:

@@ -119,7 +119,8 @@ def prefix_attention(
     if backend == "triton":
         from opcd_kernels.prefix_attention import prefix_attention_triton  # needs Triton
 
-        return prefix_attention_triton(*operands, packing.cu_seqlens_int32, *shape)
+        cu_seqlens, longest = packing.cu_seqlens_int32, packing.longest
+        return prefix_attention_triton(*operands, cu_seqlens, longest, *shape)
     if backend == "aten flash, cpu":
         out, lse = _FlashCpu.apply(*operands, packing, shape.scale)
     elif backend == "plain":

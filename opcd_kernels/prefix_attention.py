@@ -146,6 +146,7 @@ def prefix_attention_triton(
     prefix_key: Tensor,  # (H_kv, S, D): the prefix's last S tokens; S may be 0
     prefix_value: Tensor,  # (H_kv, S, D)
     cu_seqlens: Tensor,  # (B + 1,) int32, where each sequence's rows start
+    longest: int,  # sequence; known on the host, so that nobody waits for cu_seqlens
     scale: float,
     window: int | None = None,  # a query sees this many positions, itself included
     softcap: float | None = None,
@@ -170,9 +171,7 @@ def prefix_attention_triton(
     block_d = max(16, triton.next_power_of_2(width))
     block_g = triton.next_power_of_2(heads // kv_heads)
     block_q, block_n, warps, stages = tile(block_g, block_d, query.element_size())
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    grid = (triton.cdiv(longest, block_q), kv_heads, len(lengths))
+    grid = (triton.cdiv(longest, block_q), kv_heads, len(cu_seqlens) - 1)
     here = contextlib.nullcontext() if INTERPRETED.value else torch.cuda.device_of(query)
     with here:
         prefix_attention_kernel[grid](
@@ -190,7 +189,6 @@ def prefix_attention_triton(
 
 
 def tile(block_g: int, block_d: int, itemsize: int) -> tuple[int, int, int, int]:
-    """BLOCK_Q, BLOCK_N, warps, stages: 64 rows or more, 128 where registers allow it."""
-    rows = 128 if block_d <= 128 and itemsize == 2 else 64
-    keys = 64 if block_d <= 128 and itemsize == 2 else 32
-    return max(1, rows // block_g), keys, 8 if rows == 128 else 4, 2
+    """BLOCK_Q, BLOCK_N, warps, stages: 128 rows where registers allow it, else 64."""
+    narrow = block_d <= 128 and itemsize == 2
+    return max(1, (128 if narrow else 64) // block_g), 64 if narrow else 32, 8, 2
