@@ -35,13 +35,8 @@ CASE = (
     "dtype",
 )  # facts that say which problem was solved
 FACTS = (
-    "scratch_mib",
-    "peak_mib",
-    "prefix_mib",
-    "gradient_error",
-    "divergence",
-    "floor_share",
-    "times_ours",
+    *("scratch_mib", "peak_mib", "prefix_mib", "gradient_error", "divergence"),
+    *("floor_share", "times_ours"),
 )
 
 

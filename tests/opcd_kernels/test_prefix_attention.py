@@ -66,4 +66,4 @@ def test_heads_and_widths_that_are_no_powers_of_two(
 def test_widths_that_it_cannot_hold_are_refused() -> None:
     q, v = torch.zeros(2, 2, 16), torch.zeros(2, 2, 32)
     with pytest.raises(ValueError, match=r"equally wide, at most 256, got 16 and 32"):
-        prefix_attention_triton(q, q, v, q, v, torch.tensor([0, 2]), 1.0)
+        prefix_attention_triton(q, q, v, q, v, torch.tensor([0, 2]), 2, 1.0)
