@@ -83,7 +83,9 @@ def planned_hidden(
     prefix = common_prefix(model, prompt_ids) if plan.shares_prefix else None
     start = len(prefix) if prefix is not None else 0
     rest = [p[start:] for p in prompt_ids]
-    return completion_hidden(model, rest, completion_ids, prefix, plan.packed)
+    # With gradients, packed attention has a fused kernel on CPUs alone.
+    fused = causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()
+    return completion_hidden(model, rest, completion_ids, prefix, plan.packed and fused)
 
 
 def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:
