@@ -59,6 +59,7 @@ class Packing:
         self.cu_seqlens_int32 = self.cu_seqlens.int()
         # (N,): how many tokens of its own sequence stand in front of each token
         self.offsets = torch.cat([torch.arange(n, device=device) for n in lengths])
+        self._bounds: dict[int, Tensor] = {}
         self.blocks: list[Block] = []
         first, start = 0, 0
         for i in range(1, len(lengths) + 1):
@@ -66,6 +67,13 @@ class Packing:
             if i == len(lengths) or 2 * lengths[i] < lengths[first]:
                 self.blocks.append(_block(start, lengths[first:i], device))
                 first, start = i, self.blocks[-1].stop
+
+    def bounds(self, length: int) -> Tensor:
+        """(2,) int32: 0 and `length`, uploaded once for all layers."""
+        if length not in self._bounds:
+            cu = self.cu_seqlens_int32
+            self._bounds[length] = torch.tensor([0, length], dtype=cu.dtype, device=cu.device)
+        return self._bounds[length]
 
 
 def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
@@ -132,9 +140,10 @@ def prefix_attention(
     return out.to(operands.query.dtype)
 
 
-def choose_backend(query: Tensor, value: Tensor, shape: Shape) -> str:
+def choose_backend(operands: Operands, shape: Shape) -> str:
     """The fastest of what computes this: a name for `Plan.backend`."""
-    grad = torch.is_grad_enabled() and query.requires_grad
+    query, value = operands.query, operands.value
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     dense = shape.window is None and shape.softcap is None
     width = query.shape[-1]
     if value.shape[-1] != width or (grad and shape.sinks is not None):
@@ -273,9 +282,9 @@ def _flash_cuda(
     out, lse = flash(query, key, value, cu, cu, (longest, longest), True, scale)
     if not s:
         return out, lse.T
-    cu_k = torch.tensor([0, s], dtype=torch.int32, device=cu.device)
+    cu_all, cu_k = packing.bounds(n), packing.bounds(s)
     k, v = prefix_key.transpose(0, 1), prefix_value.transpose(0, 1)
-    out_p, lse_p = flash(query, k, v, cu[[0, -1]], cu_k, (n, s), False, scale)
+    out_p, lse_p = flash(query, k, v, cu_all, cu_k, (n, s), False, scale)
     return _merge(out_p, lse_p.T, out, lse.T)
 
 

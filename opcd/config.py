@@ -136,6 +136,8 @@ class TrainConfig:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise TypeError(f"{type(values).__name__} instead of a mapping")
+            if "sequences_per_pass" in values:
+                raise TypeError("sequences_per_pass, which is max_tokens_per_pass (in tokens) now")
             return cls(**values)
         except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(

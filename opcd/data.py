@@ -53,10 +53,15 @@ def read_contexts(path: str) -> dict[str, list[Message]]:
         ) from error
     if not isinstance(value, dict):
         return {"": _context(value, path)}
-    if not value or not all(name.strip() for name in value):
+    if set(value) <= {"role", "content"} and value:
         raise InputError(
-            f"{path}: several contexts must have a name each, got names {sorted(value)}; write "
-            f'{{"name": [messages], ...}}'
+            f"{path}: a context must be a list of messages, got one message alone; put it in "
+            f"brackets: [{{...}}]"
+        )
+    if not value or not all(name and name == name.strip() for name in value):
+        raise InputError(
+            f"{path}: several contexts must have a name each, without spaces around it, got "
+            f'names {sorted(value)}; write {{"name": [messages], ...}}'
         )
     return {name: _context(messages, f"{path}: {name}") for name, messages in value.items()}
 

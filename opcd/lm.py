@@ -30,7 +30,15 @@ def causal_lm(model: Any) -> PreTrainedModel:
 def transformer(model: torch.nn.Module) -> Any:
     """The model below its head, whose output is the hidden states."""
     lm = causal_lm(model)
-    return lm.get_decoder() if lm.base_model is lm else lm.base_model
+    body = lm.get_decoder() if lm.base_model is lm else lm.base_model
+    if body is lm:
+        body = getattr(lm, "model", lm)
+    if body is lm:
+        raise InputError(
+            f"{type(lm).__name__} must have a body below its head (get_decoder), got none; this "
+            f"architecture is not supported"
+        )
+    return body
 
 
 def head_of(model: torch.nn.Module) -> Head:

@@ -6,6 +6,7 @@ model builds no mask. The pass travels to the function as a keyword that the lay
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from opcd.lm import causal_lm, transformer
 from opcd.prefix import SharedPrefix, UnsupportedModelError
 
 NAME = "opcd_packed"
+_SWITCH = threading.RLock()  # one thread at a time switches a model's attention
 
 
 class _Pass:
@@ -42,7 +44,7 @@ def packed_pass(
     """
     start = len(prefix) if prefix is not None else 0
     this = _Pass(packing, prefix)
-    with _attention_of(model, NAME):
+    with _SWITCH, _attention_of(model, NAME):
         output = transformer(model)(
             input_ids=input_ids,
             position_ids=(packing.offsets + start)[None],
@@ -132,13 +134,39 @@ def _attend(
     else:
         kept = (key[0, :, :0], value[0, :, :0])
     operands = Operands(new[0], new[1], new[2], *kept)
+    _check_layer(module, operands, prefix, layer, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     shape = Shape(scale, sliding_window, softcap, s_aux)
     shape = shape.within(kept[0].shape[1] + packing.longest)
-    backend = choose_backend(query, value, shape)
-    out = prefix_attention(operands, packing, shape, backend)
+    backend = choose_backend(operands, shape)
+    with torch.autocast(device, enabled=False):  # or scores and merge would be rounded
+        out = prefix_attention(operands, packing, shape, backend)
     packed_pass.backends[layer] = backend
     return out[None], None
+
+
+def _check_layer(
+    module: torch.nn.Module,
+    operands: Operands,
+    prefix: SharedPrefix | None,
+    layer: int,
+    sliding_window: int | None,
+) -> None:
+    """Raise UnsupportedModelError where what the layer says and what it recorded do not fit."""
+    if prefix is None:
+        return
+    if (recorded := prefix.window(layer)) != sliding_window:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must tell its attention the window of {recorded} positions "
+            f"to be packed, got {sliding_window}: it is in the mask alone"
+        )
+    ours = [(x.shape[1], x.shape[2]) for x in (operands.key, operands.value)]
+    theirs = [(x.shape[0], x.shape[2]) for x in (operands.prefix_key, operands.prefix_value)]
+    if ours != theirs:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must cache the keys and values that it attends to, to be "
+            f"packed, got (heads, width) {theirs} in the cache and {ours} in the pass"
+        )
 
 
 AttentionInterface.register(NAME, _attend)

@@ -75,6 +75,10 @@ class SharedPrefix:
         kept = self._cache.layers[layer]
         return kept.keys[0].to(dtype), kept.values[0].to(dtype)
 
+    def window(self, layer: int) -> int | None:
+        """The sliding window that the cache was told of for a layer; None for all positions."""
+        return getattr(self._cache.layers[layer], "sliding_window", None)
+
     def allows_pads(self, total_length: int) -> bool:
         """Whether masked pads between prefix and prompt leave a pass of that length exact.
 

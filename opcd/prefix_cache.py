@@ -18,7 +18,7 @@ class StalePrefixError(InputError):
 class PrefixCache:
     """Prefixes of one model by name; of more than `budget_bytes` the least recently used go first.
 
-    The one that was asked for last stays, whatever its size.
+    The one that was asked for last stays, whatever its size; it is recorded before others go.
     """
 
     def __init__(self, model: torch.nn.Module, budget_bytes: int) -> None:
@@ -59,9 +59,14 @@ def weights_version(model: torch.nn.Module) -> int:
     idle: set[int] = set()
     states: list[Any] = []
     for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p and id(module) not in idle:
+            states.append(module.training)
         if isinstance(module, BaseTunerLayer):
             off = module.disable_adapters
-            states.append((off or tuple(module.active_adapters), tuple(module.merged_adapters)))
+            scaling = getattr(module, "scaling", {})
+            scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
+            active = off or (tuple(module.active_adapters), scales)
+            states.append((active, tuple(module.merged_adapters)))
             if off:
                 own = [getattr(module, name) for name in module.adapter_layer_names]
                 idle.update(id(p) for part in own for p in part.parameters())

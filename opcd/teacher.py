@@ -51,8 +51,10 @@ class SharedPrefixTeacher:
         prefix_cache_bytes: int = 2**31,
     ) -> None:
         self.model = model
-        self.head = head_of(model)
+        with frozen():
+            self.head = head_of(model)
         several = prefix_ids if isinstance(prefix_ids, Mapping) else {ONLY: prefix_ids}
+        _check_prefixes(model, several)
         self._prefix_ids = {name: list(ids) for name, ids in several.items()}
         self._max_tokens_per_pass = max_tokens_per_pass
         self._frozen = frozen
@@ -96,9 +98,10 @@ class SharedPrefixTeacher:
         with self._frozen():
             if self.plan.shares_prefix and weights_version(self.model) != self._version:
                 raise StalePrefixError(
-                    "the teacher must stay as it was when its prefix was computed, but its weights "
-                    "or its adapter's state have changed; pass frozen=model.disable_adapter if the "
-                    "student is the same module, or call refresh() to score with the new weights"
+                    "the teacher must stay as it was when its prefix was computed, but its "
+                    "weights, its adapter's state or its dropout have changed; call eval(), pass "
+                    "frozen=model.disable_adapter if the student is the same module, or call "
+                    "refresh() to score with the new weights"
                 )
             for name in dict.fromkeys(names):
                 members = [i for i, other in enumerate(names) if other == name]
@@ -148,6 +151,12 @@ class SharedPrefixTeacher:
                     f"token out of the prefix, or drop the sequence"
                 )
         names = list(contexts) if contexts is not None else [ONLY] * len(prompt_ids)
+        if not len(prompt_ids) == len(completion_ids) == len(names):
+            raise InputError(
+                f"score must get a completion and a context for each prompt, got "
+                f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(names)} "
+                f"contexts"
+            )
         if unknown := set(names) - set(self._prefix_ids):
             raise InputError(
                 f"contexts must be among {sorted(self._prefix_ids)}, got {sorted(unknown)}; name "
@@ -163,3 +172,27 @@ class SharedPrefixTeacher:
                     f"shorten the context or the completions"
                 )
         return names
+
+
+def _check_prefixes(model: torch.nn.Module, prefixes: Mapping[str, Sequence[int]]) -> None:
+    lm = causal_lm(model)
+    limit, rows = max_positions(lm.config), lm.get_input_embeddings().num_embeddings
+    if not prefixes:
+        raise InputError("prefix_ids must hold at least one context, got none")
+    for name, ids in prefixes.items():
+        what = f"the prefix of context {name!r}" if name else "the prefix"
+        if not len(ids):
+            raise InputError(
+                f"{what} must hold at least one token, got none; the rendered prompts have no "
+                f"common start"
+            )
+        if not 0 <= min(ids) <= max(ids) < rows:
+            raise InputError(
+                f"{what} must hold token ids from 0 to {rows - 1}, got {min(ids)} to {max(ids)}; "
+                f"use the model's own tokenizer"
+            )
+        if limit is not None and len(ids) >= limit:
+            raise InputError(
+                f"{what} must leave room within the model's {limit} positions, got {len(ids)} "
+                f"tokens; shorten the context"
+            )

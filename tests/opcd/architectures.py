@@ -51,6 +51,24 @@ ARCHITECTURES = {
             "num_experts_per_tok": 2,
         },
     ),
+    "phimoe-window-in-mask": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {"sliding_window": 64, "num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
+    "deepseek-v3-latent": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+        },
+    ),
     "granite-scaled": (
         "GraniteConfig",
         "GraniteForCausalLM",

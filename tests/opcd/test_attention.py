@@ -88,15 +88,19 @@ def test_cuda_varlen_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_backend_is_chosen_by_what_it_can_do() -> None:
-    q, wide = torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 32)
-    assert choose_backend(q, q, Shape(1.0)) == "aten flash, cpu"
-    assert choose_backend(q, q, Shape(1.0, sinks=torch.zeros(2))) == "aten flash, cpu"
-    assert choose_backend(q, q, Shape(1.0, window=4)) == "plain"
-    assert choose_backend(q, q, Shape(1.0, softcap=4.0)) == "plain"
-    assert choose_backend(q, wide, Shape(1.0)) == "plain"
+    q, wide = torch.zeros(3, 2, 16), torch.zeros(3, 2, 32)
+    kept = torch.zeros(2, 5, 16)
+    same = Operands(q, q, q, kept, kept)
+    assert choose_backend(same, Shape(1.0)) == "aten flash, cpu"
+    assert choose_backend(same, Shape(1.0, sinks=torch.zeros(2))) == "aten flash, cpu"
+    assert choose_backend(same, Shape(1.0, window=4)) == "plain"
+    assert choose_backend(same, Shape(1.0, softcap=4.0)) == "plain"
+    assert choose_backend(Operands(q, q, wide, kept, kept), Shape(1.0)) == "plain"
     # The gradient of a sink goes through the log-sum-exp, which the fused kernel does not return.
     grad = q.clone().requires_grad_()
-    assert choose_backend(grad, q, Shape(1.0, sinks=torch.zeros(2))) == "plain"
+    sinks = Shape(1.0, sinks=torch.zeros(2))
+    for learned in (Operands(grad, q, q, kept, kept), Operands(q, grad, q, kept, kept)):
+        assert choose_backend(learned, sinks) == "plain"
     assert Shape(1.0, window=20).within(20).window is None
     assert Shape(1.0, window=20).within(21).window == 20
 
