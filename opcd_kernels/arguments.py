@@ -10,11 +10,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_number(name: str, value: float) -> None:
+    """A positive finite number."""
     if isinstance(value, torch.Tensor) or value is None or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
 def check_count(name: str, value: int) -> None:
+    """A positive integer."""
     if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
@@ -24,6 +26,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states, weight and bias of one model."""
     for kind, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is None and kind == "bias":
             continue
@@ -61,6 +64,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def check_pair(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    """Student and teacher beside each other."""
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden must hold the same tokens as student_hidden "
@@ -80,6 +84,7 @@ def check_pair(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
 
 
 def checked_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: int) -> int:
+    """V: `vocab_size`, or the number of rows that both heads have."""
     smaller = min(student_rows, teacher_rows)
     if smaller < 1:
         raise ValueError("student_weight and teacher_weight must have at least one row, got none")
@@ -99,6 +104,7 @@ def checked_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: 
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
