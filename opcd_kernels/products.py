@@ -5,7 +5,7 @@ and logits rounded to bf16 would leave noise. A GPU multiplies 16-bit operands i
 directly. Elsewhere a product returns the dtype of its operands, so they are widened to fp32, the
 head one tile at a time. For bf16 such products go to oneDNN with leave to round their operands to
 bf16: nothing is lost where they came from bf16, processors that multiply bf16 (AMX) use it, and on
-others oneDNN's fp32 kernels may still be the faster ones (2.7 times on an AMD EPYC).
+others oneDNN's fp32 kernels may still be the faster ones (`make bench`: plain-fp32-onednn).
 fp64 operands are multiplied and summed in fp64.
 """
 

@@ -68,6 +68,9 @@ def test_nothing_waits_for_the_gpu(weights_on: str) -> None:
     weights = weights if weights_on == "cpu" else weights.pin_memory().cuda(non_blocking=True)
     out = linear_divergence(*tensors, weights, student_bias=torch.zeros(5000, device="cuda"))
     out.loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
+    assert out.per_token[1::3].gt(0).all()
+    assert out.per_token[::3].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
