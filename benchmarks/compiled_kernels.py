@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opcd_kernels import prefix_attention, rows_triton
+from opcd_kernels import dual_triton, prefix_attention, rows_triton
 from opcd_kernels.options import DIVERGENCES
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -41,6 +41,7 @@ class Build(NamedTuple):
     constants: dict[str, Any]
     threads: int
     stages: int = 3
+    architectures: tuple[str, ...] = ARCHITECTURES
 
 
 def divergence_builds() -> Iterator[Build]:
@@ -102,6 +103,57 @@ def attention_builds() -> Iterator[Build]:
         )
 
 
+def dual_product_builds() -> Iterator[Build]:
+    """Two heads, or one for both models; where there is a copy engine."""
+    tile = dual_triton.Tile()
+    hidden, entries = f"{tile.tokens}, {tile.depth}", f"{tile.entries}, {tile.depth}"
+    out = f"{tile.tokens}, {tile.entries}"
+    blocks = dict.fromkeys(("hs_desc", "ht_desc"), hidden) | dict.fromkeys(
+        ("ws_desc", "wt_desc"), entries
+    )
+    blocks |= dict.fromkeys(("e_desc", "x_desc"), out)
+    for divergence, shared in itertools.product(DIVERGENCES, (False, True)):
+        yield Build(
+            dual_triton.dual_product_kernel,
+            {"divergence": divergence, "shared": shared, "tile": out},
+            {k: f"tensordesc<bf16[{block}]>" for k, block in blocks.items()}
+            | {"inv_temperature": "fp32"},
+            {
+                "DIVERGENCE": DIVERGENCES.index(divergence),
+                "SHARED": shared,
+                "STATISTICS": dual_triton.STATISTICS,
+                "BLOCK_C": tile.tokens,
+                "BLOCK_V": tile.entries,
+                "BLOCK_D": tile.depth,
+                "GROUP_C": tile.group,
+            },
+            tile.threads,
+            tile.stages,
+            ("sm_90", "sm_100"),
+        )
+
+
+def dual_rows_builds() -> Iterator[Build]:
+    """With a gradient or without."""
+    for divergence, gradient in itertools.product(DIVERGENCES, (True, False)):
+        entries = dual_triton.Tile().entries
+        yield Build(
+            dual_triton.dual_rows_kernel,
+            {"divergence": divergence, "gradient": gradient},
+            {"e_ptr": "*bf16", "x_ptr": "*bf16", "beta": "fp32", "rest": "fp32"},
+            {
+                "DIVERGENCE": DIVERGENCES.index(divergence),
+                "GRADIENT": gradient,
+                "STATISTICS": dual_triton.STATISTICS,
+                "TILES": dual_triton.ENTRIES // entries,
+                "BLOCK_V": entries,
+                "LANES": dual_triton.LANES,
+            },
+            dual_triton.THREADS,
+            architectures=("sm_90", "sm_100"),
+        )
+
+
 def compiled(build: Build, architecture: str) -> dict:
     """Compile one configuration for one architecture and read the machine code."""
 
@@ -114,7 +166,7 @@ def compiled(build: Build, architecture: str) -> dict:
     aligned = [
         (i,)
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith("stride") or name in ("V", "width")
+        if kind.startswith("*") or name.startswith("stride") or name in ("V", "width", "D_s", "D_t")
     ]
     source = ASTSource(
         fn=build.kernel,
@@ -180,9 +232,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     as_json = parser.parse_args().json
-    for builds in (divergence_builds, attention_builds):
+    kinds = (divergence_builds, dual_product_builds, dual_rows_builds, attention_builds)
+    for builds in kinds:
         widths = None
         for architecture, build in itertools.product(ARCHITECTURES, builds()):
+            if architecture not in build.architectures:
+                continue
             report = compiled(build, architecture)
             if as_json:
                 print(json.dumps(report), flush=True)

@@ -1,9 +1,13 @@
 """Loss and gradients in chunks of tokens: the logits of one chunk are all that ever exists.
 
-For each chunk both models' logits are written into two buffers that all chunks share, one pass over
-their rows gives divergence, entropy and the gradient in the student's logits, and that gradient is
+For each chunk both models' logits are formed in buffers that all chunks share, one pass over their
+rows gives divergence, entropy and the gradient in the student's logits, and that gradient is
 multiplied back into the hidden states and the head at once: four products in all, three with a
 frozen head, two without gradients.
+
+The way from hidden states to the gradient in the logits has two forms: logits in fp32 from library
+products (`rows_torch.py`, `rows_triton.py`), or one kernel that keeps the logits on the chip
+(`dual_triton.py`).
 """
 
 from collections.abc import Callable
@@ -12,12 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opcd_kernels import rows_torch
 from opcd_kernels.options import Options
-from opcd_kernels.products import products_for
+from opcd_kernels.products import Products, products_for
 
 _CPU_BUFFER_BYTES = 128 * 2**20
 _GPU_BUFFER_SHARE = 0.03  # of the device's memory
+
+# h_s (C, D_s), h_t (C, D_t), factors (C,) → per_token (C,), entropy (C,), the gradient in the
+# logits (C, V), and scratch of that size; the next call overwrites the last two.
+ChunkDivergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Gradients(NamedTuple):
@@ -73,7 +80,7 @@ def loss_and_gradients(
     options: Options,
     need: Gradients,
     compute_dtype: torch.dtype,
-    backend: str,  # "torch" or "triton"
+    backend: str,  # "torch", "triton" or "triton_dual"
     chunk_tokens: int | None,
 ) -> Result:
     """Σ token_weights · divergence, and the gradients that `need` names, in one pass."""
@@ -100,32 +107,24 @@ def loss_and_gradients(
     result.grad_bias.zero_()
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
 
-    divergence_rows_, width = _rows(backend, v)
-    chunk = _equal_chunks(n, chunk_tokens or default_chunk_tokens(device, width))
-    buffers = result.per_token.new_empty(2, min(chunk, n), width)
-    buffers[:, :, v:] = -torch.inf
-    buffers = buffers[:, :, :v]
+    chunk = _equal_chunks(n, chunk_tokens or default_chunk_tokens(device, v))
+    divergence = _form(products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), backend)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         tokens = part if kept is None else kept[part]
         h_s, h_t = student_hidden[tokens], teacher_hidden[tokens]
-        z_s, z_t = buffers[:, : len(h_s)].unbind(0)
-        products.logits_(z_s, h_s, w_s)
-        products.logits_(z_t, h_t, w_t)
-        value, entropy, dz = divergence_rows_(
-            z_s, z_t, b_s, b_t, factors[part], options, any(need), compute_dtype
-        )
+        value, entropy, dz, scratch = divergence(h_s, h_t, factors[part])
         result.per_token[tokens], result.entropy[tokens] = value, entropy
         if need.bias:
             result.grad_bias[:v] += dz.sum(0, dtype=result.grad_bias.dtype)
         if need.hidden:
             result.grad_hidden[tokens] = products.grad_hidden(
-                dz, w_s, student_hidden.dtype, scratch=z_t
+                dz, w_s, student_hidden.dtype, scratch
             )
         if need.weight:
             # A dropped token must not even multiply 0 with infinity.
             h_s = h_s.masked_fill((factors[part] == 0)[:, None], 0)
-            products.grad_weight_(result.grad_weight[:v], dz, h_s, add=start > 0, scratch=z_t)
+            products.grad_weight_(result.grad_weight[:v], dz, h_s, start > 0, scratch)
     result.loss.copy_(
         (weights * (result.per_token if kept is None else result.per_token[kept])).sum()
     )
@@ -139,13 +138,37 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _rows(backend: str, v: int) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], int]:
-    """What turns logits into divergences and gradients, and the width of the rows it wants."""
-    if backend == "torch":
-        return rows_torch.divergence_rows_, v
-    from opcd_kernels import rows_triton  # Triton has no build for some platforms
+def _form(
+    products: Products,
+    heads: tuple[Tensor, Tensor],  # (V, D_s), (V, D_t)
+    biases: tuple[Tensor | None, Tensor | None],  # (V,) each
+    tokens: int,  # of the largest chunk
+    options: Options,
+    need_grad: bool,
+    backend: str,
+) -> ChunkDivergence:
+    """What turns hidden states into divergences and the gradient in the logits."""
+    if backend == "triton_dual":  # Triton has no build for some platforms: imported where needed
+        from opcd_kernels.dual_triton import DualProduct
 
-    return rows_triton.divergence_rows_, -(-v // 64) * 64
+        return DualProduct(*heads, tokens, options, need_grad)
+    if backend == "triton":
+        from opcd_kernels.rows_triton import divergence_rows_, row_width
+    else:
+        from opcd_kernels.rows_torch import divergence_rows_, row_width
+    v = options.vocab_size
+    wide = torch.promote_types(products.dtype, torch.float32)
+    buffers = heads[0].new_empty(2, tokens, row_width(v), dtype=wide)
+    buffers[:, :, v:] = -torch.inf
+
+    def divergence(h_s: Tensor, h_t: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+        z_s, z_t = buffers[:, : len(h_s), :v].unbind(0)
+        products.logits_(z_s, h_s, heads[0])
+        products.logits_(z_t, h_t, heads[1])
+        found = divergence_rows_(z_s, z_t, *biases, factors, options, need_grad, products.dtype)
+        return *found, z_t
+
+    return divergence
 
 
 def default_chunk_tokens(device: torch.device, vocab_size: int) -> int:

@@ -11,7 +11,6 @@ opaque operation.
       JSD(β)       (1−β) p_s [(log p_s − log m) − KL(p_s ‖ m)],   m = (1−β) p_s + β p_t
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +25,10 @@ from opcd_kernels.arguments import (
     checked_token_weights,
     checked_vocab_size,
 )
+from opcd_kernels.backends import BACKENDS, check_backend, chosen_backend
 from opcd_kernels.chunks import Gradients, Result, empty_result, loss_and_gradients
 from opcd_kernels.options import DIVERGENCES, Options
 
-BACKENDS = ("auto", "torch", "triton")
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _SCALED_BYTES = 8 * 2**20  # of a gradient scaled at once
 
 
@@ -77,8 +74,10 @@ def linear_divergence(
     formed during the forward pass, so a second derivative is not available.
 
     ``chunk_tokens`` tokens at a time hold logits, 8 bytes a token and vocabulary entry; by default
-    as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` is "triton" on a GPU
-    and "torch" elsewhere unless it is named.
+    as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` names who computes
+    (`backends.py`): "torch", "triton" or "triton_dual", which keeps no logits at all, takes half
+    the memory and needs bf16 without bias and softcap; "auto" is "torch" on a CPU and on a GPU
+    whichever of the other two was measured to be faster.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit together.
     Source of the objective: arXiv 2602.12275.
@@ -100,6 +99,10 @@ def linear_divergence(
     check_pair(student_hidden, teacher_hidden)
     vocab_size = checked_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
     weights = checked_token_weights(token_weights, student_hidden)
+    compute_dtype = _compute_dtype(student_hidden, student_weight)
+    extras = (student_bias, teacher_bias, student_softcap, teacher_softcap)
+    plain = all(x is None for x in extras)
+    check_backend(backend, student_hidden.device, compute_dtype, plain)
 
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
@@ -118,8 +121,8 @@ def linear_divergence(
         teacher_softcap,
         vocab_size,
         chunk_tokens,
-        _compute_dtype(h_s, student_weight),
-        _resolved_backend(backend, h_s),
+        compute_dtype,
+        backend,
         [
             torch.is_grad_enabled() and x is not None and x.requires_grad
             for x in (h_s, student_weight, student_bias)
@@ -146,27 +149,6 @@ def _compute_dtype(h_s: Tensor, w_s: Tensor) -> torch.dtype:
     return torch.promote_types(h_s.dtype, w_s.dtype)
 
 
-def _resolved_backend(backend: str, h_s: Tensor) -> str:
-    suits = h_s.device.type == "cuda" and h_s.dtype != torch.float64
-    if backend == "auto":
-        return "triton" if _HAS_TRITON and suits else "torch"
-    if backend == "triton" and not suits and not _interpreted(h_s):
-        raise ValueError(
-            f"backend 'triton' must have tensors on a GPU, in bf16, fp16 or fp32, got {h_s.dtype} "
-            f"on {h_s.device}; pass backend='torch' or 'auto'"
-        )
-    return backend
-
-
-def _interpreted(h_s: Tensor) -> bool:
-    """Triton's interpreter runs the kernel on a CPU (TRITON_INTERPRET=1), slowly: for tests."""
-    if not _HAS_TRITON or h_s.device.type != "cpu" or h_s.dtype == torch.float64:
-        return False
-    from opcd_kernels import rows_triton
-
-    return rows_triton.INTERPRETED
-
-
 @torch.library.custom_op("opcd_kernels::linear_divergence", mutates_args=())
 def _operator(
     student_hidden: Tensor,
@@ -187,6 +169,15 @@ def _operator(
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend == "auto":  # here, where torch.compile does not trace
+        extras = (student_bias, teacher_bias, student_softcap, teacher_softcap)
+        backend = chosen_backend(
+            student_hidden.device,
+            compute_dtype,
+            all(x is None for x in extras),
+            (vocab_size, student_hidden.shape[1]),
+            "trained" if need[1] else "frozen",
+        )
     with torch.autocast(student_hidden.device.type, enabled=False):
         return loss_and_gradients(
             student_hidden,

@@ -26,6 +26,8 @@ _ADDS_TO_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 class Products(Protocol):
     """C tokens of a chunk, V rows of a head, D hidden; `dz` is the gradient in the logits."""
 
+    dtype: torch.dtype  # of the operands
+
     def head(self, weight: Tensor) -> Tensor:
         """The head as the other methods take it; once a call."""
 

@@ -20,6 +20,11 @@ _USUAL = -60.0  # log p − log q above which p e^{−r} is q to the last digit 
 _LOG_ZERO = -1e4  # stands for log p where p is 0, as exp(-1e4) is exactly: 0 · −inf is not a number
 
 
+def row_width(v: int) -> int:
+    """Columns of a row of logits."""
+    return v
+
+
 def divergence_rows_(
     student_logits: Tensor,  # (C, V) fp32 or fp64, without bias; its memory takes the gradient
     teacher_logits: Tensor,  # (C, V); its memory is used up

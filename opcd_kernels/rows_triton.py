@@ -16,9 +16,9 @@ r by the series r² (1/2 − r/6 + r²/24 − …), so no digit is lost where bo
 Memory traffic a token and vocabulary entry, in bytes: 8 read in each pass, 2 written by the last
 (a 16-bit gradient, into the first half of the student's fp32 row: no third buffer).
 """
+# mypy: disallow-untyped-defs=False
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -26,15 +26,19 @@ import triton.language as tl
 from torch import Tensor
 
 from opcd_kernels.options import DIVERGENCES, Options
+from opcd_kernels.terms_triton import (
+    FORWARD_KL,
+    INTERPRETED,
+    JSD,
+    LOWEST,
+    REVERSE_KL,
+    kl_terms,
+    rounded,
+    softplus,
+)
 
 BLOCK_V = 1024  # vocabulary entries a program handles at once: one 16-byte load a thread and row
 THREADS = 256
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, on decoration
-
-REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
-JSD = tl.constexpr(DIVERGENCES.index("jsd"))
-LOWEST = tl.constexpr(-1e30)  # a finite start for running maxima: −inf − −inf is not a number
 
 
 @triton.jit
@@ -90,24 +94,6 @@ def _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT):
     l_s = l_s * move_s + e_s
     l_t = l_t * tl.exp(m_t - n_t) + tl.exp(z_t - n_t)
     return n_s, l_s, n_t, l_t, moment
-
-
-@triton.jit
-def _kl_terms(p, q, r):
-    """p (e^{−r} − 1 + r) = q − p + p r, never negative; q where p is 0. r = log p − log q."""
-    series = 1 / 120 - r * (1 / 720 - r * (1 / 5040 - r * (1 / 40320)))
-    series = 1 / 2 - r * (1 / 6 - r * (1 / 24 - r * series))
-    near = (tl.abs(r) < 0.5) & (p > 0)
-    far = q - p + tl.where(p > 0, p * r, 0.0)
-    return tl.where(near, p * r * r * series, far)
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e^x), to the last digit also where it is small."""
-    e = tl.exp(-tl.abs(x))
-    series = 1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6)))))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.1, e * series, tl.log(1 + e))
 
 
 @triton.jit
@@ -191,7 +177,7 @@ def divergence_rows_kernel(
                 BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
             )  # fmt: skip
             p_s, _, _, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
-            terms += tl.where(p_s > 0, p_s * _softplus(log_odds - r), 0.0)
+            terms += tl.where(p_s > 0, p_s * softplus(log_odds - r), 0.0)
         center = tl.sum(terms, axis=0)
 
     # Last pass: divergence, entropy, gradient.
@@ -206,21 +192,21 @@ def divergence_rows_kernel(
         p_s, p_t, log_p_s, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
         entropy -= tl.where(p_s > 0, p_s * log_p_s, 0.0)
         if DIVERGENCE == REVERSE_KL:
-            value += _kl_terms(p_s, p_t, r)
+            value += kl_terms(p_s, p_t, r)
             dz = tl.where(p_s > 0, p_s * (r - center), 0.0)
         elif DIVERGENCE == FORWARD_KL:
-            value += _kl_terms(p_t, p_s, -r)
+            value += kl_terms(p_t, p_s, -r)
             dz = p_s - p_t
         else:
-            over_s, over_t = _softplus(log_odds - r), _softplus(r - log_odds)
+            over_s, over_t = softplus(log_odds - r), softplus(r - log_odds)
             p_m = rest * p_s + beta * p_t
-            value += rest * _kl_terms(p_s, p_m, -tl.log(rest) - over_s)
-            value += beta * _kl_terms(p_t, p_m, -tl.log(beta) - over_t)
+            value += rest * kl_terms(p_s, p_m, -tl.log(rest) - over_s)
+            value += beta * kl_terms(p_t, p_m, -tl.log(beta) - over_t)
             dz = tl.where(p_s > 0, rest * p_s * (center - over_s), 0.0)
         if GRADIENT:
             # A 16-bit gradient lies over logits that other warps may still have to read.
             tl.debug_barrier()
-            dz = (dz * slope * factor).to(dz_ptr.dtype.element_ty)
+            dz = rounded(dz * slope * factor, dz_ptr.dtype.element_ty)
             tl.store(dz_ptr + v, dz, mask=v < V)
     tl.store(value_ptr + row, tl.sum(value, axis=0))
     tl.store(entropy_ptr + row, tl.sum(entropy, axis=0))
@@ -228,6 +214,11 @@ def divergence_rows_kernel(
         for start in range(0, tl.where(dropped, V, 0), BLOCK_V):
             v = start + lanes
             tl.store(dz_ptr + v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=v < V)
+
+
+def row_width(v: int) -> int:
+    """Columns of a row of logits, V of them used: no mask cuts through a 16-byte load."""
+    return -(-v // 64) * 64
 
 
 def divergence_rows_(

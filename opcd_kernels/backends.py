@@ -1,0 +1,104 @@
+"""Who computes the loss: what a backend can do, and which one "auto" means.
+
+    torch         library products, PyTorch over the rows of logits: everywhere
+    triton        library products, one Triton kernel over the rows
+    triton_dual   one Triton kernel multiplies both models and keeps the logits on the chip: bf16,
+                  without bias and softcap, compute capability 9.0 or later
+
+Which of the last two is faster depends on shape and device. `measured_designs.json` holds what
+`make bench` found, a row a device and shape, with the seconds of both (`python -m
+benchmarks.designs` writes it); "auto" takes the winner at the nearest measured shape, and "triton"
+on a device that is not in it.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+from importlib import resources
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton", "triton_dual")
+DESIGNS = BACKENDS[2:]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check_backend(
+    backend: str, device: torch.device, compute_dtype: torch.dtype, plain: bool
+) -> None:
+    """Raise ValueError where a backend that was named cannot do what is asked of it.
+
+    `plain`: there is no bias and no softcap.
+    """
+    if backend in DESIGNS and not _runs_triton(device, compute_dtype):
+        raise ValueError(
+            f"backend '{backend}' must have tensors on a GPU, in bf16, fp16 or fp32, got "
+            f"{compute_dtype} on {device}; pass backend='torch' or 'auto'"
+        )
+    if backend == "triton_dual" and not _suits_dual(device, compute_dtype, plain):
+        raise ValueError(
+            "backend 'triton_dual' must have bf16 (inputs or autocast), neither bias nor softcap, "
+            "and a GPU of compute capability 9.0 or later, got "
+            f"{compute_dtype}{'' if plain else ' with a bias or softcap'} on {device}; pass "
+            "backend='triton' or 'auto'"
+        )
+
+
+def chosen_backend(
+    device: torch.device, compute_dtype: torch.dtype, plain: bool, shape: tuple[int, int], head: str
+) -> str:
+    """What "auto" means for a head of `shape` (V, D), "trained" or "frozen" (see `fastest`)."""
+    if device.type != "cuda" or not _runs_triton(device, compute_dtype):
+        return "torch"
+    if not _suits_dual(device, compute_dtype, plain):
+        return "triton"
+    return fastest(measurements(), torch.cuda.get_device_name(device), shape, head)
+
+
+def _runs_triton(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    if not _HAS_TRITON or compute_dtype == torch.float64:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and _interpreting())
+
+
+def _interpreting() -> bool:
+    """Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1), slowly: for tests."""
+    from opcd_kernels import terms_triton
+
+    return terms_triton.INTERPRETED
+
+
+def _suits_dual(device: torch.device, compute_dtype: torch.dtype, plain: bool) -> bool:
+    if compute_dtype != torch.bfloat16 or not plain:
+        return False
+    if device.type == "cpu":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def measurements() -> tuple[dict[str, Any], ...]:
+    """Rows of device, D, V, head and the seconds of each design."""
+    file = resources.files("opcd_kernels").joinpath("measured_designs.json")
+    return tuple(json.loads(file.read_text(encoding="utf-8")))
+
+
+def fastest(
+    rows: tuple[dict[str, Any], ...], device: str, shape: tuple[int, int], head: str
+) -> str:
+    """The faster design at the nearest measured (V, D) of this device.
+
+    `head` is "trained" (two matrices, four products) or "frozen" (one for both models, three).
+    """
+    own = [row for row in rows if row["device"] == device and row["head"] == head]
+    if not own:
+        return "triton"
+
+    def distance(row: dict[str, Any]) -> float:
+        return math.hypot(*(math.log(row[k] / x) for k, x in zip("VD", shape, strict=True)))
+
+    seconds: dict[str, float] = min(own, key=distance)["seconds"]
+    return min(DESIGNS, key=lambda design: seconds[design])
