@@ -22,7 +22,7 @@ class Unavailable(Exception):
 
 def ours(backend: str) -> Callable[[torch.device], Loss]:
     def make(device: torch.device) -> Loss:
-        if backend == "triton" and device.type == "cpu" and not _interpreting():
+        if backend != "torch" and device.type == "cpu" and not _interpreting():
             raise Unavailable("Triton needs a GPU")
         return lambda *tensors: linear_divergence(*tensors, backend=backend).loss
 
@@ -121,6 +121,7 @@ def _interpreting() -> bool:
 
 PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
     "ours-triton": ours("triton"),
+    "ours-triton-dual": ours("triton_dual"),
     "ours-torch": ours("torch"),
     "plain-fp32": plain(torch.float32),
     "plain-fp32-onednn": plain_onednn,
@@ -130,13 +131,16 @@ PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
     "liger-fused": liger_fused,
     "liger-chunked": liger_chunked,
 }
-OURS = ("ours-triton", "ours-torch")
+OURS = ("ours-triton", "ours-triton-dual", "ours-torch")
 
 
 def tensors(
-    n: int, d: int, v: int, device: torch.device, noise: float = 0.03
+    n: int, d: int, v: int, device: torch.device, noise: float = 0.03, shared: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bf16 hidden states and heads of a teacher and a student that is `noise` away from it."""
+    """bf16 hidden states and heads of a teacher and a student that is `noise` away from it.
+
+    The heads hold the same numbers; `shared`: in the same memory, as where the head is frozen.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -144,7 +148,8 @@ def tensors(
 
     h_s, w_s = normal(n, d), normal(v, d) * (2.4 / d**0.5)
     h_t = h_s + noise * normal(n, d)
-    return tuple(x.bfloat16() for x in (h_s, w_s, h_t, w_s))
+    h_s, w, h_t = (x.bfloat16() for x in (h_s, w_s, h_t))
+    return h_s, w, h_t, w if shared else w.clone()
 
 
 def gradients(loss: Loss, inputs: tuple[Tensor, ...], frozen: bool = False) -> list[Tensor]:

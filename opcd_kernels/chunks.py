@@ -108,7 +108,9 @@ def loss_and_gradients(
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
 
     chunk = _equal_chunks(n, chunk_tokens or default_chunk_tokens(device, v))
-    divergence = _form(products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), backend)
+    divergence = chunk_divergence(
+        products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), backend
+    )
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         tokens = part if kept is None else kept[part]
@@ -138,7 +140,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _form(
+def chunk_divergence(
     products: Products,
     heads: tuple[Tensor, Tensor],  # (V, D_s), (V, D_t)
     biases: tuple[Tensor | None, Tensor | None],  # (V,) each

@@ -294,7 +294,7 @@ class DualProduct:
         need_grad: bool,
         tile: Tile = Tile(),  # noqa: B008, a constant
     ) -> None:
-        self._options, self._need_grad = options, need_grad
+        self.options, self._need_grad = options, need_grad
         self._tile = tile
         self._shared = student_weight is teacher_weight
         self._heads = _operand(student_weight), _operand(teacher_weight)
@@ -311,13 +311,11 @@ class DualProduct:
         factors: Tensor,  # (C,) fp32, what each row's gradient is multiplied with; 0 drops the row
     ) -> tuple[Tensor, ...]:  # per_token (C,), student_entropy (C,), dz (C, V) bf16, scratch
         """Two launches. The next call overwrites dz."""
-        c = len(factors)
-        e, x = self._entries[:, :c]
         value, entropy = torch.empty_like(factors), torch.empty_like(factors)
         here = contextlib.nullcontext() if INTERPRETED else torch.cuda.device_of(factors)
         with here:
-            self._multiply(student_hidden, teacher_hidden, e, x)
-            dual_rows_kernel[(c,)](
+            e, x = self.product(student_hidden, teacher_hidden)
+            dual_rows_kernel[factors.shape](
                 e,
                 x,
                 self._statistics,
@@ -325,9 +323,9 @@ class DualProduct:
                 value,
                 entropy,
                 self._tiles,
-                self._options.beta,
-                1 - self._options.beta,
-                DIVERGENCE=DIVERGENCES.index(self._options.divergence),
+                self.options.beta,
+                1 - self.options.beta,
+                DIVERGENCE=DIVERGENCES.index(self.options.divergence),
                 GRADIENT=self._need_grad,
                 STATISTICS=STATISTICS,
                 TILES=ENTRIES // self._tile.entries,
@@ -335,10 +333,12 @@ class DualProduct:
                 LANES=LANES,
                 num_warps=THREADS // 32,
             )
-        return value, entropy, e[:, : self._options.vocab_size], x
+        return value, entropy, e[:, : self.options.vocab_size], x
 
-    def _multiply(self, h_s: Tensor, h_t: Tensor, e: Tensor, x: Tensor) -> None:
-        tile, v = self._tile, self._options.vocab_size
+    def product(self, h_s: Tensor, h_t: Tensor) -> Tensor:
+        """E and x (2, C, width); the statistics stay here. One launch."""
+        tile, v = self._tile, self.options.vocab_size
+        e, x = entries = self._entries[:, : len(h_s)]
 
         def tiled(x: Tensor, rows: int, columns: int = tile.depth) -> Any:
             return TensorDescriptor.from_tensor(x, [rows, columns])
@@ -356,8 +356,8 @@ class DualProduct:
             v,
             h_s.shape[1],
             h_t.shape[1],
-            1 / self._options.temperature,
-            DIVERGENCE=DIVERGENCES.index(self._options.divergence),
+            1 / self.options.temperature,
+            DIVERGENCE=DIVERGENCES.index(self.options.divergence),
             SHARED=self._shared,
             STATISTICS=STATISTICS,
             BLOCK_C=tile.tokens,
@@ -367,6 +367,7 @@ class DualProduct:
             num_warps=tile.threads // 32,
             num_stages=tile.stages,
         )
+        return entries
 
 
 def _operand(x: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Turns measurements of the loss into the table from which `backend="auto"` chooses.
+
+    python -m benchmarks.designs benchmarks/results/loss-NAME.json
+
+Rows of `opcd_kernels/measured_designs.json` for that device are replaced, those of others stay.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from opcd_kernels import backends
+
+TABLE = Path(backends.__file__).with_name("measured_designs.json")
+PROVIDERS = {f"ours-{design.replace('_', '-')}": design for design in backends.DESIGNS}
+CASE = ("device", "D", "V", "head")
+Rows = list[dict[str, Any]]
+
+
+def designs(rows: Rows) -> Rows:
+    """One row a device and shape where every design was measured: the fewest tokens, which is
+    nearest to a training step."""
+    found: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["N"]):
+        if row["provider"] in PROVIDERS:
+            key = tuple(row[k] for k in CASE)
+            kept = found.setdefault(key, {k: row[k] for k in (*CASE, "N", "commit", "date")})
+            if kept["N"] == row["N"]:
+                kept.setdefault("seconds", {})[PROVIDERS[row["provider"]]] = row["median_s"]
+    return [row for row in found.values() if len(row["seconds"]) == len(PROVIDERS)]
+
+
+def merged(table: Rows, new: Rows) -> Rows:
+    """`table` with the rows of the new devices replaced."""
+    devices = {row["device"] for row in new}
+    return [row for row in table if row["device"] not in devices] + new
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, help="rows that make bench SAVE=NAME kept")
+    arguments = parser.parse_args()
+    new = designs(json.loads(arguments.results.read_text(encoding="utf-8")))
+    if not new:
+        parser.exit(1, f"{arguments.results} has no shape with a row of each of {[*PROVIDERS]}\n")
+    table = merged(json.loads(TABLE.read_text(encoding="utf-8")), new)
+    TABLE.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n", encoding="utf-8")
+    for row in new:
+        winner = min(row["seconds"], key=row["seconds"].__getitem__)
+        print(*(row[k] for k in CASE), row["seconds"], winner, sep="  ")
+
+
+if __name__ == "__main__":
+    main()
