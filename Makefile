@@ -3,6 +3,7 @@
 # make check   lint, format and types; never writes
 # make fix     lint and format, written
 # make bench   what the benchmarks can measure on this machine; SAVE=name keeps it
+# make bench-compare   the same, held against what is stored for this device; RUN=file.json takes a run
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-gpu   the tests that need a GPU; fails where there is none
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check fix bench kernels test-gpu clean
+.PHONY: demo test check fix bench bench-compare kernels test-gpu clean
 
 demo: $(VENV)/train.ok
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml --output_dir $(RUN)
@@ -29,11 +30,10 @@ fix: $(VENV)/dev.ok
 	$(BIN)/ruff format .
 
 bench: $(VENV)/bench.ok
-	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only \
-	    --benchmark-json=.benchmarks/run.json --benchmark-quiet --timeout=900 $(ARGS)
-	$(BIN)/python -m benchmarks.summary .benchmarks/run.json $(if $(SAVE),--save $(SAVE))
-	$(BIN)/python -m benchmarks.accuracy $(if $(SAVE),--save)
+	$(BIN)/python -m benchmarks.run $(if $(SAVE),--save $(SAVE)) $(ARGS)
+
+bench-compare: $(VENV)/bench.ok
+	$(BIN)/python -m benchmarks.compare $(RUN)
 
 kernels: $(VENV)/dev.ok
 	$(BIN)/python benchmarks/compiled_kernels.py

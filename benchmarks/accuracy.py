@@ -1,7 +1,7 @@
 """How many digits each provider keeps as student and teacher come close, bf16 inputs.
 
-    python -m benchmarks.accuracy            prints a table
-    python -m benchmarks.accuracy --save     and keeps its rows in results/accuracy-DEVICE.json
+    python -m benchmarks.accuracy                  prints a table
+    python -m benchmarks.accuracy --json FILE      and writes its rows
 
 Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
 0.4, 0.04, 0.004 and 0.0005 nats a token. `gradient_error` is the larger relative error (2-norm) of
@@ -12,7 +12,7 @@ truncates to bf16 where a GPU rounds, and Liger's own projection rounds its logi
 """
 
 import argparse
-import json
+import datetime
 import os
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from benchmarks.providers import (
     plain_loss,
     tensors,
 )
-from benchmarks.summary import RESULTS, device_name, versions
+from benchmarks.rows import machine, source, write
 
 NOISE = {0.4: 0.37, 0.04: 0.118, 0.004: 0.0373, 0.0005: 0.0132}
 TOKENS, SINGLE = 32, 8
@@ -92,17 +92,17 @@ def percent(x: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save", action="store_true", help="keep the rows in results/")
-    save = parser.parse_args().save
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
+    file = parser.parse_args().json
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row for target in NOISE for row in measure(target, device)]
     print(table(rows))
-    if save:
-        facts = {"device": device_name(), **versions(), "D": D, "V": V, "dtype": "bfloat16"}
-        lines = ",\n".join(json.dumps({**facts, **row}) for row in rows)
-        kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
-        file = Path(RESULTS) / f"accuracy-{kind.lower()}.json"
-        file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    if file is not None:
+        from pytest_benchmark.utils import get_commit_info  # the table does without
+
+        shared = {**machine(), **source(get_commit_info(), datetime.date.today().isoformat())}
+        facts = {"question": "accuracy", "D": D, "V": V, "dtype": "bfloat16"}
+        write(({**shared, **facts, **row} for row in rows), file)
 
 
 if __name__ == "__main__":

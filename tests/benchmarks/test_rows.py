@@ -1,0 +1,100 @@
+"""Rows from runs, and what is told of them."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import plots, summary
+from benchmarks.rows import RESULTS, case, cases, facts, problem, read
+
+RUN = {
+    "machine_info": {"opcd": {"device": "a GPU", "python": "3.12.1", "torch": "2.11.0"}},
+    "commit_info": {"id": "0123", "dirty": True},
+    "datetime": "2026-01-02T03:04:05",
+    "benchmarks": [
+        {
+            "name": "test_step",
+            "stats": {"median": 1.25678, "min": 1, "q1": 1.1, "q3": 1.3, "max": 2, "rounds": 5},
+            "extra_info": {
+                "question": "step",
+                "provider": provider,
+                "model": "tiny",
+                "phase": phase,
+                "B": 4,
+                "new_tokens": 64,
+                "tokens_per_s": 512,
+                "peak_mib": None,
+                "share_nobody_foresaw": 0.5,
+            },
+        }
+        for provider in ("ours", "peer")
+        for phase in ("rollout", "step")
+    ],
+}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict]:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(RUN))
+    return read(file)
+
+
+def test_a_run_becomes_rows(rows: list[dict]) -> None:
+    assert len(rows) == 4
+    row = rows[0]
+    assert (row["device"], row["commit"], row["date"]) == ("a GPU", "0123+changes", "2026-01-02")
+    assert (row["median_s"], row["q1_s"], row["rounds"]) == (1.257, 1.1, 5)
+    assert case(row) == "tiny, phase rollout, B 4, 64 new tokens"
+    assert problem(row) == {"model": "tiny", "phase": "rollout", "B": 4, "new_tokens": 64}
+    assert facts(row) == {"tokens_per_s": 512, "peak_mib": None, "share_nobody_foresaw": 0.5}
+    assert [len(group) for _, group in cases(rows)] == [2, 2]
+
+
+def test_the_table_shows_facts_that_nobody_foresaw(rows: list[dict]) -> None:
+    lines = summary.table(rows).splitlines()
+    assert lines[0] == "a GPU, 0123+changes, 2026-01-02"
+    assert lines[2] == "step: tiny, phase rollout, B 4, 64 new tokens"
+    assert lines[3].split() == ["median_s", "tokens_per_s", "share_nobody_foresaw"]
+    assert lines[4].split() == ["ours", "1.257", "512", "0.5"]
+
+
+def test_rows_are_kept_by_question_and_drawn(
+    rows: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "DOCS", tmp_path)
+    summary.save(rows, "name")
+    assert read(tmp_path / "step-name.json") == rows
+    text = "".join(ElementTree.parse(tmp_path / "step-name.svg").getroot().itertext())
+    for shown in ("step: tiny, B 4, 64 new tokens", "a GPU", "rollout", "peer", "1.26"):
+        assert shown in text
+    assert text.count("rollout") == 2  # a part of the bars, and its column
+
+
+def test_every_stored_result_with_times_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "DOCS", tmp_path)
+    drawn = plots.draw_results(sorted(RESULTS.glob("*.json")))
+    names = [file.name for file in drawn]
+    assert {"loss-cpu.svg", "teacher-cpu.svg"} <= set(names)
+    assert "demo-cpu.svg" not in names  # holds no rows
+    for file in drawn:
+        text = "".join(ElementTree.parse(file).getroot().itertext())
+        stored = read(RESULTS / f"{file.stem}.json")
+        assert all(row["provider"] in text for row in stored)
+        assert ("floor: the products" in text) == ("floor_share" in stored[0])
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
+def test_docs_show_the_stored_results(file: Path) -> None:
+    rows = [row for row in read(file) if "median_s" in row]
+    plot = plots.DOCS / f"{file.stem}.svg"
+    assert plot.exists() == bool(rows), "python -m benchmarks.summary --plots"
+    shown = plot.read_text(encoding="utf-8") if rows else ""
+    for row in rows:
+        assert row["provider"] in shown
+        assert row["date"] in shown
