@@ -7,7 +7,6 @@ machine cannot run says why in `Unavailable`.
 
 import gc
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -41,12 +40,14 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     SMOLLM2: lambda: LlamaConfig(
         vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, intermediate_size=1536, max_position_embeddings=8192,
-        rope_theta=100_000.0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
     ),
     "qwen2.5-1.5b": lambda: Qwen2Config(
         vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, intermediate_size=8960, max_position_embeddings=32768,
-        rope_theta=1_000_000.0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
     ),
     "qwen2.5-tiny": lambda: Qwen2Config(
         vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -98,6 +99,7 @@ Trainer = Callable[[Problem, torch.device, torch.dtype, TokenIds, int], Measured
 
 
 def tokens(problem: Problem) -> Tokens:
+    """The same for everybody."""
     generator = torch.Generator().manual_seed(0)
     counts = [problem.context, *[problem.prompt] * problem.completions]
     vocab = SHAPES[problem.model]().vocab_size
@@ -114,17 +116,17 @@ def models(
     SmolLM2 has its own weights where they are at hand. Its EOS is a token that it hardly samples:
     completions have their full length.
     """
-    student = None
-    if name == SMOLLM2 and (builtin_model.cache_dir() / builtin_model.NAME).is_dir():
+    weights = builtin_model.cache_dir() / builtin_model.NAME / "model.safetensors"
+    if name == SMOLLM2 and weights.is_file():
         found = builtin_model.NAME
         student = load_model(found, torch.float32, device)
-    if student is None:
+    else:
         found = f"{name} random"
         torch.manual_seed(0)
         with torch.device(device):
             student = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float32)
     student.generation_config.eos_token_id = student.config.vocab_size - 1
-    with torch.device(device):
+    with torch.device(device):  # a copy that is cast would have its rotary frequencies rounded
         teacher = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
     teacher.load_state_dict(student.state_dict())
     switch_off_dropout(student)
@@ -217,8 +219,9 @@ def ours(
 
 
 def trl(kind: str) -> Trainer:
+    """One of TRL's trainers, where TRL is installed."""
+
     def run(problem: Problem, *args: Any) -> Measured:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # and no usage statistics
         try:
             from benchmarks.trl_trainers import measure
         except ModuleNotFoundError as error:

@@ -40,6 +40,7 @@ def numbers(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def text(ids: list[int]) -> str:
+    """What `numbers` reads as these tokens."""
     return " ".join(map(str, ids))
 
 
@@ -54,6 +55,9 @@ class Timed:
         inputs = super()._prepare_inputs(generation_batch)
         self.step_watch.mark()
         return inputs
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves this machine."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -149,6 +153,7 @@ def options(
 def trainer_of(
     kind: str, problem: Problem, student: Any, teacher: Any, shared: dict[str, Any]
 ) -> Any:
+    """The trainer with everything but the completions; `shared` are its options."""
     context, prompts = trainers.tokens(problem)
     rows = {"prompt": [text(ids) for ids in prompts]}
     processing = numbers(student.config.vocab_size)
@@ -189,6 +194,7 @@ def measure(
     completions: TokenIds,
     rounds: int,
 ) -> Measured:
+    """A step to warm up, `rounds` on the completions given, and one that samples its own."""
     name, student, teacher = trainers.models(problem.model, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         shared = options(problem, device, dtype, rounds + 2, folder)

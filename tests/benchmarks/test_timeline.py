@@ -18,8 +18,8 @@ HOST = [
 ]
 WORK = [
     Work("k1", 1.0, 3.0, 0.6),
-    Work("k2", 2.0, 4.0, 0.7),  # on another stream
-    Work("k3", 4.0, 6.0, 0.8),
+    Work("k2", 1.5, 2.5, 0.7),  # on another stream
+    Work("k3", 3.0, 6.0, 0.8),
     Work("k1", 6.5, 7.0, 3.0),
     Work("k1", 9.0, 10.0, 3.0),  # of the same graph
     Work("late", 30.0, 31.0, 20.0),  # of no phase
