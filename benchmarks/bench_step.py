@@ -36,7 +36,7 @@ PROBLEMS = (
     else [Problem("qwen2.5-tiny", 256, 16, 8, 32, 4), Problem(SMOLLM2, 512, 16, 4, 16, 2)]
 )
 ROUNDS = 5 if ON_GPU else 3
-TOLERANCE = 0.05 if torch.bfloat16 == DTYPE else 1e-3  # of loss and gradient norm
+TOLERANCE = 0.02 if torch.bfloat16 == DTYPE else 1e-3  # of loss and gradient norm
 
 
 class Clock:

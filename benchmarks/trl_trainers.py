@@ -73,7 +73,7 @@ class TimedSDFT(Timed, SDFTTrainer):
 
 
 class TimedDistillation(Timed, DistillationTrainer):
-    context: list[int]
+    context: Tensor  # (P,)
 
     def _generate_single_turn(self, prompt_ids: TokenIds, *args: Any, **kwargs: Any) -> TokenIds:
         if self.given is None:
@@ -84,9 +84,8 @@ class TimedDistillation(Timed, DistillationTrainer):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         if model is self.accelerator.unwrap_model(self.teacher_model):
-            context = torch.tensor(self.context, device=input_ids.device)
-            input_ids = torch.cat([context.expand(len(input_ids), -1), input_ids], 1)
-            ones = attention_mask.new_ones(len(input_ids), len(context))
+            input_ids = torch.cat([self.context.expand(len(input_ids), -1), input_ids], 1)
+            ones = attention_mask.new_ones(len(input_ids), len(self.context))
             attention_mask = torch.cat([ones, attention_mask], 1)
         return super()._get_last_hidden_state(model, input_ids, attention_mask, *args, **kwargs)
 
@@ -165,7 +164,7 @@ def trainer_of(
             train_dataset=Dataset.from_dict(rows),
             processing_class=processing,
         )
-        made.context = context
+        made.context = torch.tensor(context, device=made.accelerator.device)
         return made
     rows["privileged_context"] = [text(context)] * len(prompts)
     made = TimedSDFT(

@@ -41,20 +41,21 @@ def test_uploaded_is_the_tensor_itself_on_the_host() -> None:
     assert uploaded(x, torch.device("cpu")) is x
 
 
-@pytest.fixture
-def strict_synchronisation() -> Iterator[None]:
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-def test_a_packed_pass_does_not_synchronise(request: pytest.FixtureRequest) -> None:
+def test_a_packed_pass_does_not_synchronise() -> None:
     model = tiny_llama().to("cuda", torch.bfloat16)
     with torch.no_grad():
         prefix = SharedPrefix(model, PREFIX)
         expected = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
-        request.getfixturevalue("strict_synchronisation")
-        actual = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
-    torch.cuda.set_sync_debug_mode("default")
+        with no_synchronisation():
+            actual = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
     assert torch.equal(actual, expected)
