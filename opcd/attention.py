@@ -13,10 +13,14 @@ since its probabilities exp(score − lse) are then those of the whole softmax.
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from opcd.upload import uploaded
 
 PLAIN_SCORES_BYTES = 64 * 2**20  # of the fp32 scores that plain PyTorch holds at a time
 
@@ -49,43 +53,51 @@ class Block(NamedTuple):
 
 
 class Packing:
-    """Where sequences lie in one packed row of N tokens, the longest first."""
+    """Where sequences lie in one packed row of N tokens, the longest first.
+
+    Everything is worked out on the host and uploaded, so that no pass waits for the one before.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         assert all(lengths), "an empty sequence"
         assert list(lengths) == sorted(lengths, reverse=True), "longest first"
         self.longest = lengths[0]
-        self.cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)  # (B + 1,)
-        self.cu_seqlens_int32 = self.cu_seqlens.int()
+        self.starts = [0, *accumulate(lengths)]  # B + 1
+        self.cu_seqlens = uploaded(torch.tensor(self.starts).int(), device)  # (B + 1,) int32
         # (N,): how many tokens of its own sequence stand in front of each token
-        self.offsets = torch.cat([torch.arange(n, device=device) for n in lengths])
+        self.offsets = uploaded(torch.cat([torch.arange(n) for n in lengths]), device)
+        self._lengths, self._device = lengths, device
         self._bounds: dict[int, Tensor] = {}
-        self.blocks: list[Block] = []
-        first, start = 0, 0
-        for i in range(1, len(lengths) + 1):
-            # At most half of a rectangle is padding, and there are few rectangles.
-            if i == len(lengths) or 2 * lengths[i] < lengths[first]:
-                self.blocks.append(_block(start, lengths[first:i], device))
-                first, start = i, self.blocks[-1].stop
 
     def bounds(self, length: int) -> Tensor:
         """(2,) int32: 0 and `length`, uploaded once for all layers."""
         if length not in self._bounds:
-            cu = self.cu_seqlens_int32
-            self._bounds[length] = torch.tensor([0, length], dtype=cu.dtype, device=cu.device)
+            self._bounds[length] = uploaded(torch.tensor([0, length]).int(), self._device)
         return self._bounds[length]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """For kernels that take rectangles; those that take `cu_seqlens` never ask for them."""
+        blocks: list[Block] = []
+        lengths, first = self._lengths, 0
+        for i in range(1, len(lengths) + 1):
+            # At most half of a rectangle is padding, and there are few rectangles.
+            if i == len(lengths) or 2 * lengths[i] < lengths[first]:
+                blocks.append(_block(self.starts[first], lengths[first:i], self._device))
+                first = i
+        return blocks
 
 
 def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
     width, total = lengths[0], sum(lengths)
     if lengths[-1] == width:
         return Block(start, start + total, len(lengths), width, None, None)
-    n = torch.tensor(lengths, device=device)
-    column = torch.arange(width, device=device)
+    n, column = torch.tensor(lengths), torch.arange(width)
     first = n.cumsum(0) - n
     take = first[:, None] + torch.minimum(column, n[:, None] - 1)  # (rows, width)
     real = (column < n[:, None]).flatten().nonzero()[:, 0]
-    return Block(start, start + total, len(lengths), width, take.flatten(), real)
+    take, real = uploaded(take.flatten(), device), uploaded(real, device)
+    return Block(start, start + total, len(lengths), width, take, real)
 
 
 class Shape(NamedTuple):
@@ -127,7 +139,7 @@ def prefix_attention(
     if backend == "triton":
         from opcd_kernels.prefix_attention import prefix_attention_triton  # needs Triton
 
-        cu_seqlens, longest = packing.cu_seqlens_int32, packing.longest
+        cu_seqlens, longest = packing.cu_seqlens, packing.longest
         return prefix_attention_triton(*operands, cu_seqlens, longest, *shape)
     if backend == "aten flash, cpu":
         out, lse = _FlashCpu.apply(*operands, packing, shape.scale)
@@ -278,7 +290,7 @@ def _flash_cuda(
     flash: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     query, key, value, prefix_key, prefix_value = operands
-    n, s, cu, longest = len(query), prefix_key.shape[1], packing.cu_seqlens_int32, packing.longest
+    n, s, cu, longest = len(query), prefix_key.shape[1], packing.cu_seqlens, packing.longest
     out, lse = flash(query, key, value, cu, cu, (longest, longest), True, scale)
     if not s:
         return out, lse.T

@@ -9,6 +9,7 @@ from opcd.attention import Packing
 from opcd.lm import causal_lm, head_of, transformer
 from opcd.packed import packed_pass
 from opcd.prefix import SharedPrefix
+from opcd.upload import uploaded
 
 
 def completion_hidden(
@@ -44,11 +45,12 @@ def _packed_rows(
     device = causal_lm(model).device
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     packing = Packing([len(sequences[i]) for i in order], device)
-    ids = [token for i in order for token in sequences[i]]
-    starts = dict(zip(order, packing.cu_seqlens.tolist(), strict=False))
-    wanted = [starts[i] + t for i, span in enumerate(spans) for t in range(*span)]
-    hidden, _ = packed_pass(model, torch.tensor([ids], device=device), packing, prefix)
-    return hidden[0, torch.tensor(wanted, device=device)]
+    ids = torch.tensor([[token for i in order for token in sequences[i]]])
+    starts = dict(zip(order, packing.starts, strict=False))
+    rows = [starts[i] + t for i, span in enumerate(spans) for t in range(*span)]
+    wanted = uploaded(torch.tensor(rows), device)
+    hidden, _ = packed_pass(model, uploaded(ids, device), packing, prefix)
+    return hidden[0].index_select(0, wanted)
 
 
 def _padded_rows(
@@ -63,17 +65,16 @@ def _padded_rows(
     input_ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
     for row, sequence in zip(input_ids, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence)
-    rows = [b for b, span in enumerate(spans) for _ in range(*span)]
-    columns = [t for span in spans for t in range(*span)]
+    width = input_ids.shape[1]
+    rows = [b * width + t for b, span in enumerate(spans) for t in range(*span)]
+    wanted = uploaded(torch.tensor(rows), lm.device)
     start = len(prefix) if prefix is not None else 0
-    positions = torch.arange(start, start + input_ids.shape[1], device=lm.device)
+    positions = torch.arange(start, start + width, device=lm.device)
     cache = prefix.expand(len(sequences), passes=1) if prefix is not None else None
     output = transformer(model)(
-        input_ids=input_ids.to(lm.device),
+        input_ids=uploaded(input_ids, lm.device),
         position_ids=positions[None],
         past_key_values=cache,
         use_cache=cache is not None,
     )
-    return output.last_hidden_state[
-        torch.tensor(rows, device=lm.device), torch.tensor(columns, device=lm.device)
-    ]
+    return output.last_hidden_state.flatten(0, 1).index_select(0, wanted)

@@ -6,7 +6,6 @@ both hidden states, both heads ── exact reverse KL over the vocabulary ─�
 """
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from opcd.lm import batches_by_tokens, head_of
 from opcd.objective import head_divergence
 from opcd.plan import Plan, planned_hidden
 from opcd.rollout import Rollout, RolloutEngine, SamplingParams
+from opcd.stopwatch import Stopwatch
 from opcd.task import Prompt
 from opcd.teacher import SharedPrefixTeacher
 
@@ -54,24 +54,27 @@ class Distiller:
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """One step on `prompts`; returns its metrics."""
-        begin = self._now()
+        watch = Stopwatch(self._device)
+        watch.mark()
         rollouts = self.rollout(prompts)
-        rolled = self._now()
+        watch.mark()
         teacher_hidden = self.score(prompts, rollouts)
-        scored = self._now()
+        watch.mark()
         metrics = self.update(rollouts, teacher_hidden)
-        end = self._now()
+        watch.mark()
+        rollout_s, teacher_s, update_s = watch.laps()
+        step_s = rollout_s + teacher_s + update_s
         lengths = [len(r.completion_token_ids) for r in rollouts]
         return {
             "step": self.steps_done,
             **metrics,
             "completion_tokens_mean": sum(lengths) / len(lengths),
             "truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-            "rollout_time_s": rolled - begin,
-            "teacher_time_s": scored - rolled,
-            "update_time_s": end - scored,
-            "step_time_s": end - begin,
-            "completion_tokens_per_s": sum(lengths) / (end - begin),
+            "rollout_time_s": rollout_s,
+            "teacher_time_s": teacher_s,
+            "update_time_s": update_s,
+            "step_time_s": step_s,
+            "completion_tokens_per_s": sum(lengths) / step_s,
         }
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -90,7 +93,7 @@ class Distiller:
             [r.completion_token_ids for r in rollouts],
             [p.context for p in prompts for _ in range(n)],
         )
-        return list(scored.hidden.split(scored.cu_seqlens.diff().tolist()))
+        return list(scored.hidden.split([len(r.completion_token_ids) for r in rollouts]))
 
     def update(
         self, rollouts: Sequence[Rollout], teacher_hidden: Sequence[Tensor]
@@ -117,7 +120,7 @@ class Distiller:
                     head_of(self.student),
                     torch.cat([teacher_hidden[i] for i in batch]),
                     self.teacher.head,
-                    torch.cat([weights[i] for i in batch]).to(self._device),
+                    torch.cat([weights[i] for i in batch]),
                     config.divergence,
                     config.beta,
                     config.temperature,
@@ -155,11 +158,6 @@ class Distiller:
         """The arithmetic of every pass of the student."""
         low = self._compute_dtype != torch.float32
         return torch.autocast(self._device.type, self._compute_dtype, enabled=low)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from opcd.errors import InputError
 from opcd.lm import causal_lm, rope_differs, transformer
+from opcd.upload import uploaded
 
 # A pass reads every weight, which costs about as much as this many tokens in a batch.
 MIN_TOKENS_SAVED = 128
@@ -35,7 +36,7 @@ class SharedPrefix:
             )
         lm = causal_lm(model)
         self.token_ids = list(token_ids)
-        ids = torch.tensor([self.token_ids], device=lm.device)
+        ids = uploaded(torch.tensor([self.token_ids]), lm.device)
         body = transformer(model)
         output = body(input_ids=ids, use_cache=True)
         cache = getattr(output, "past_key_values", None)

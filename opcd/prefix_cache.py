@@ -2,10 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from opcd.errors import InputError
 from opcd.prefix import SharedPrefix
@@ -72,6 +74,8 @@ def weights_version(model: torch.nn.Module) -> int:
                 idle.update(id(p) for part in own for p in part.parameters())
     used = [p.detach() for p in model.parameters() if id(p) not in idle and p.numel()]
     states += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in used]
-    samples = [p[tuple(n // 2 for n in p.shape)].double() for p in used]
-    bits = torch.stack([x.to(samples[0].device) for x in samples]).view(torch.int64)
-    return hash((*states, *bits.tolist()))
+    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in used:  # stacked by kind: a launch for many, not one or two for each
+        samples.setdefault((p.device, p.dtype), []).append(p[tuple(n // 2 for n in p.shape)])
+    numbers = [torch.stack(same).double().view(torch.int64).tolist() for same in samples.values()]
+    return hash((*states, *chain.from_iterable(numbers)))

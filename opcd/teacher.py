@@ -15,6 +15,7 @@ from opcd.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_d
 from opcd.plan import Plan, find_plan
 from opcd.prefix import SharedPrefix
 from opcd.prefix_cache import PrefixCache, StalePrefixError, weights_version
+from opcd.upload import uploaded
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class SharedPrefixTeacher:
         weight = self.head.weight
         ordered = [parts[i] for i in range(len(lengths))]
         packed = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(weight.device)
+        cu_seqlens = uploaded(torch.tensor([0, *lengths]).cumsum(0), weight.device)
         return Scored(packed, cu_seqlens)
 
     def _prefix(self, name: str, longest: int) -> tuple[SharedPrefix | None, list[int]]:

@@ -1,6 +1,7 @@
 """One step and many: gradients that do not depend on the passes, and a divergence that falls."""
 
 import json
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
     for a, b in zip(grads, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_each_phase_of_a_step_is_timed(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    d, config, task = distiller(settings)
+    for seconds, phase in ((0.4, "rollout"), (0.2, "score"), (0.3, "update")):
+
+        def slow(
+            *args: object, seconds: float = seconds, run: object = getattr(d, phase)
+        ) -> object:
+            time.sleep(seconds)
+            return run(*args)
+
+        monkeypatch.setattr(d, phase, slow)
+    metrics = d.step(step_prompts(task.train, 0, config))
+    phases = [metrics[f"{name}_time_s"] for name in ("rollout", "teacher", "update")]
+    assert all(a >= b for a, b in zip(phases, (0.4, 0.2, 0.3), strict=True)), phases
+    assert metrics["step_time_s"] == pytest.approx(sum(phases))
 
 
 def test_eos_that_was_sampled_is_scored(settings: dict) -> None:

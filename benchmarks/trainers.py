@@ -1,0 +1,264 @@
+"""Everyone who trains by this method: the same models, the same prompts, the same completions.
+
+A trainer takes steps of on-policy context distillation on a `Problem` and tells how long each phase
+took: the first step warms up and gives loss and gradient norm of the initial weights. One that a
+machine cannot run says why in `Unavailable`.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from benchmarks.memory import peak_mib
+from benchmarks.providers import Unavailable
+from opcd import builtin_model
+from opcd.config import TrainConfig
+from opcd.data import Example
+from opcd.lm import switch_off_dropout
+from opcd.loop import Distiller
+from opcd.models import load_model
+from opcd.rollout import Rollout, SamplingParams, TransformersEngine
+from opcd.task import Prompt
+from opcd.teacher import ONLY, SharedPrefixTeacher
+
+TokenIds = list[list[int]]
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
+
+SMOLLM2 = "smollm2-135m"
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    SMOLLM2: lambda: LlamaConfig(
+        vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, intermediate_size=1536, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": lambda: Qwen2Config(
+        vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, intermediate_size=8960, max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-tiny": lambda: Qwen2Config(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """What one step does."""
+
+    model: str  # of SHAPES
+    context: int  # tokens that only the teacher sees, in front of every prompt
+    prompt: int  # tokens
+    completions: int  # sequences, each of a prompt of its own
+    completion: int  # tokens
+    micro_batch: int  # sequences in one pass of the student
+
+
+class Tokens(NamedTuple):
+    """A problem's token ids: random ones, as only their number matters."""
+
+    context: list[int]
+    prompts: TokenIds
+
+
+class Measured(NamedTuple):
+    """What a trainer did."""
+
+    model: str
+    loss: float  # of the first step, like the norm
+    grad_norm: float
+    completions: TokenIds  # of all steps but those that were sampled for their time
+    rollout_s: float
+    teacher_s: list[float]  # a step each
+    update_s: list[float]
+    micro_batch: int
+    teacher: str  # how its passes were made
+    peak_mib: float | None = None  # beyond what was held before: weights, optimizer and all
+
+    @property
+    def seconds(self) -> list[float]:
+        """Teacher and update together, a step each."""
+        return [t + u for t, u in zip(self.teacher_s, self.update_s, strict=True)]
+
+
+# problem, device, dtype of the arithmetic, the completions to train on, steps to time
+Trainer = Callable[[Problem, torch.device, torch.dtype, TokenIds, int], Measured]
+
+
+def tokens(problem: Problem) -> Tokens:
+    """The same for everybody."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [problem.context, *[problem.prompt] * problem.completions]
+    vocab = SHAPES[problem.model]().vocab_size
+    ids = torch.randint(20, vocab - 20, (sum(counts),), generator=generator)
+    context, *prompts = (x.tolist() for x in ids.split(counts))
+    return Tokens(context, prompts)
+
+
+def models(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, PreTrainedModel, PreTrainedModel]:
+    """A name, the student with weights in fp32, and the frozen teacher that it starts from.
+
+    SmolLM2 has its own weights where they are at hand. Its EOS is a token that it hardly samples:
+    completions have their full length.
+    """
+    weights = builtin_model.cache_dir() / builtin_model.NAME / "model.safetensors"
+    if name == SMOLLM2 and weights.is_file():
+        found = builtin_model.NAME
+        student = load_model(found, torch.float32, device)
+    else:
+        found = f"{name} random"
+        torch.manual_seed(0)
+        with torch.device(device):
+            student = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float32)
+    student.generation_config.eos_token_id = student.config.vocab_size - 1
+    with torch.device(device):  # a copy that is cast would have its rotary frequencies rounded
+        teacher = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
+    teacher.load_state_dict(student.state_dict())
+    switch_off_dropout(student)
+    return found, student.requires_grad_(True).eval(), teacher.requires_grad_(False).eval()
+
+
+def full_length(completion: Sequence[int], length: int) -> list[int]:
+    """A completion that ended early goes on with itself: no row of anybody needs a mask."""
+    return (list(completion) * math.ceil(length / len(completion)))[:length]
+
+
+class Recorder:
+    """An engine that keeps what another one sampled, to give it again."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+        self.kept: list[Rollout] = []
+        self.replays = False
+        self.limit: int | None = None  # tokens that are sampled of each completion
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[Rollout]:
+        """See RolloutEngine.generate; completions have the full length."""
+        length = params.max_completion_tokens
+        if not self.replays:
+            params = replace(params, max_completion_tokens=min(length, self.limit or length))
+            self.kept = [
+                replace(r, completion_token_ids=full_length(r.completion_token_ids, length))
+                for r in self._engine.generate(prompts, params, n)
+            ]
+        return self.kept
+
+    def sync(self, student: torch.nn.Module, version: int) -> None:
+        """See RolloutEngine.sync."""
+        self._engine.sync(student, version)
+
+    def close(self) -> None:
+        """See RolloutEngine.close."""
+        self._engine.close()
+
+
+def distiller(
+    problem: Problem, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Distiller, Recorder, list[Prompt]]:
+    """Ours, ready for its first step, on the name of its model; and the prompts of every step."""
+    context, prompt_ids = tokens(problem)
+    name, student, teacher_model = models(problem.model, device, dtype)
+    config = TrainConfig(
+        output_dir="none",
+        context="none",
+        prompts="none",
+        max_completion_tokens=problem.completion,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        max_tokens_per_pass=problem.micro_batch * (problem.prompt + problem.completion),
+        rollout_batch_size=problem.completions,
+    ).check()
+    teacher = SharedPrefixTeacher(teacher_model, context, config.max_tokens_per_pass)
+    engine = TransformersEngine(student, config.rollout_batch_size, teacher.plan.shares_prefix)
+    recorder = Recorder(engine)
+    prompts = [Prompt(Example((), (), "", ONLY), ids, ids) for ids in prompt_ids]
+    made = Distiller(student, teacher, recorder, config, dtype, teacher.plan)
+    return name, made, recorder, prompts
+
+
+def ours(
+    problem: Problem, device: torch.device, dtype: torch.dtype, _: TokenIds, rounds: int
+) -> Measured:
+    """The training loop as it is; the completions are its own, of its first step."""
+    name, made, recorder, prompts = distiller(problem, device, dtype)
+    first = made.step(prompts)
+    kept = recorder.kept
+    sampled = made.step(prompts)
+    recorder.kept, recorder.replays = kept, True
+    steps = [made.step(prompts) for _ in range(rounds)]
+    return Measured(
+        name,
+        first["loss"],
+        first["grad_norm"],
+        [r.completion_token_ids for r in kept],
+        sampled["rollout_time_s"],
+        [s["teacher_time_s"] for s in steps],
+        [s["update_time_s"] for s in steps],
+        problem.micro_batch,
+        f"{made.teacher.plan.mode}, {made.teacher.plan.backend}",
+    )
+
+
+def trl(kind: str) -> Trainer:
+    """One of TRL's trainers, where TRL is installed."""
+
+    def run(problem: Problem, *args: Any) -> Measured:
+        try:
+            from benchmarks.trl_trainers import measure
+        except ModuleNotFoundError as error:
+            raise Unavailable(f"{error.name} is not installed") from error
+        return measure(kind, problem, *args)
+
+    return run
+
+
+TRAINERS: dict[str, Trainer] = {
+    "ours": ours,
+    "trl-sdft": trl("sdft"),
+    "trl-distillation": trl("distillation"),
+}
+
+
+def measured(name: str, problem: Problem, device: torch.device, *args: Any) -> Measured:
+    """What the trainer did, in the largest micro batches, up to the problem's, that fit."""
+    try:
+        return _attempt(TRAINERS[name], problem, device, *args)
+    except torch.OutOfMemoryError:
+        if problem.micro_batch == 1:
+            raise
+    finally:
+        free(device)
+    smaller = problem._replace(micro_batch=problem.micro_batch // 2)
+    return measured(name, smaller, device, *args)
+
+
+def _attempt(train: Trainer, problem: Problem, device: torch.device, *args: Any) -> Measured:
+    results: list[Measured] = []
+    peak = peak_mib(device, lambda: results.append(train(problem, device, *args)))
+    return results[0]._replace(peak_mib=peak)
+
+
+def free(device: torch.device) -> None:
+    """Give back what the trainer before held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,64 @@
+"""The benchmark of a step: everybody does the same work."""
+
+import pytest
+import torch
+
+from benchmarks import trainers
+from benchmarks.trainers import Measured, Problem, distiller, full_length, measured
+
+PROBLEM = Problem("qwen2.5-tiny", 64, 8, 4, 16, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ours() -> Measured:
+    return measured("ours", PROBLEM, CPU, torch.float32, [], 2)
+
+
+def test_all_completions_have_their_full_length(ours: Measured) -> None:
+    assert [len(c) for c in ours.completions] == [16] * 4
+    assert full_length([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert full_length([1, 2, 3], 2) == [1, 2]
+
+
+def test_every_phase_is_timed(ours: Measured) -> None:
+    assert len(ours.teacher_s) == len(ours.update_s) == len(ours.seconds) == 2
+    assert min(*ours.teacher_s, *ours.update_s, ours.rollout_s) > 0
+    assert ours.seconds[1] == ours.teacher_s[1] + ours.update_s[1]
+
+
+def test_what_was_sampled_is_given_again() -> None:
+    _, made, recorder, prompts = distiller(PROBLEM, CPU, torch.float32)
+    recorder.limit = 3
+    first = made.rollout(prompts)
+    assert all(r.completion_token_ids[:3] == r.completion_token_ids[3:6] for r in first)
+    assert made.rollout(prompts) != first
+    recorder.kept, recorder.replays = first, True
+    assert made.rollout(prompts) == first
+
+
+@pytest.mark.parametrize("name", ["trl-sdft", "trl-distillation"])
+def test_trl_does_the_same_work(ours: Measured, name: str) -> None:
+    pytest.importorskip("trl")
+    found = measured(name, PROBLEM, CPU, torch.float32, ours.completions, 2)
+    assert found.loss == pytest.approx(ours.loss, rel=1e-4)
+    assert found.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
+    assert len(found.seconds) == 2
+    assert min(*found.teacher_s, *found.update_s, found.rollout_s) > 0
+
+
+def test_micro_batches_shrink_until_they_fit(
+    ours: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def train(problem: Problem, *_: object) -> Measured:
+        tried.append(problem.micro_batch)
+        if problem.micro_batch > 2:
+            raise torch.OutOfMemoryError
+        return ours._replace(micro_batch=problem.micro_batch)
+
+    monkeypatch.setitem(trainers.TRAINERS, "big", train)
+    problem = PROBLEM._replace(micro_batch=8)
+    assert measured("big", problem, CPU, torch.float32, [], 2).micro_batch == 2
+    assert tried == [8, 4, 2]
