@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import write
 from opcd_kernels import backends
 
 TABLE = Path(backends.__file__).with_name("measured_designs.json")
@@ -45,7 +46,7 @@ def main() -> None:
     if not new:
         parser.exit(1, f"{arguments.results} has no shape with a row of each of {[*PROVIDERS]}\n")
     table = merged(json.loads(TABLE.read_text(encoding="utf-8")), new)
-    TABLE.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n", encoding="utf-8")
+    write(table, TABLE)
     for row in new:
         winner = min(row["seconds"], key=row["seconds"].__getitem__)
         print(*(row[k] for k in CASE), row["seconds"], winner, sep="  ")

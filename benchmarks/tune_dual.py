@@ -12,7 +12,6 @@ the compiler refuses, says so and is not timed.
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,7 +19,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.providers import tensors
-from benchmarks.summary import RESULTS, device_name, versions
+from benchmarks.rows import RESULTS, device_name, versions, write
 from opcd_kernels import reference
 from opcd_kernels.chunks import chunk_divergence
 from opcd_kernels.dual_triton import DualProduct, Tile
@@ -32,14 +31,14 @@ CHECKED = 64  # tokens
 SHAPES = [(576, 49152), (896, 151936), (2048, 151936), (4096, 151936)]  # D, V
 TILES = [
     Tile(),
+    Tile(programs=0),
     Tile(stages=3),
     Tile(group=4),
-    Tile(group=8),
     Tile(depth=128, stages=2),
-    Tile(tokens=64, threads=128, stages=3),  # three programs fit a multiprocessor
-    Tile(entries=64, threads=128, stages=3),
+    Tile(tokens=64, threads=128, stages=3, programs=2),  # two fit a multiprocessor
+    Tile(tokens=64, threads=128, stages=3, programs=0),
+    Tile(entries=64, threads=128, stages=3, programs=2),
     Tile(tokens=64, entries=256, stages=3),
-    Tile(tokens=256, entries=64, stages=3),
 ]
 FACTS = ("forward_s", "product_s", "tflops", "rows_gbs", "gradient_error")
 Timer = Callable[[Callable[[], object]], float]  # seconds of a call
@@ -122,8 +121,7 @@ def main() -> None:
             print(f"{row['tile']:>24}  {facts}", flush=True)
     if save:
         file = RESULTS / f"tune-{save}.json"
-        lines = ",\n".join(map(json.dumps, rows))
-        file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write(rows, file)
         print(f"written: {file}")
 
 

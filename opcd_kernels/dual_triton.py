@@ -18,7 +18,8 @@ where that has too few digits, the sum of terms that are never negative.
 Memory traffic a token and vocabulary entry, in bytes: 4 written by the product, 4 read and 2
 written by the second kernel, 0.5 for the statistics, where `rows_triton.py` moves 26. In exchange
 the product is Triton's, not the library's. Programs that run at one time share their entries of the
-vocabulary, so that the heads are read from memory once.
+vocabulary, so that the heads are read from memory once; each takes tile after tile, so that one is
+written while the next is multiplied.
 
 Tiles are fetched and written by the copy engine (TMA: compute capability 9.0 and later; without it
 Triton would load one number at a time).
@@ -26,6 +27,7 @@ Triton would load one number at a time).
 # mypy: disallow-untyped-defs=False
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +66,7 @@ class Tile(NamedTuple):
     group: int = 16  # tiles of tokens that meet a tile of the vocabulary one after another
     threads: int = 256
     stages: int = 4  # steps whose loads are under way
+    programs: int = 1  # a multiprocessor, each with many tiles in turn; 0: a program a tile
 
 
 @triton.jit
@@ -105,41 +108,42 @@ def dual_product_kernel(
     GROUP_C: tl.constexpr,
 ):
     tiles_c, tiles_v = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)
-    group, place = tl.program_id(0) // (GROUP_C * tiles_v), tl.program_id(0) % (GROUP_C * tiles_v)
-    group_c = tl.minimum(GROUP_C, tiles_c - group * GROUP_C)
-    tile_v = place // group_c
-    first_c, first_v = (group * GROUP_C + place % group_c) * BLOCK_C, tile_v * BLOCK_V
+    for place in tl.range(tl.program_id(0), tiles_c * tiles_v, tl.num_programs(0)):
+        group, rest = place // (GROUP_C * tiles_v), place % (GROUP_C * tiles_v)
+        group_c = tl.minimum(GROUP_C, tiles_c - group * GROUP_C)
+        tile_v = rest // group_c
+        first_c, first_v = (group * GROUP_C + rest % group_c) * BLOCK_C, tile_v * BLOCK_V
 
-    z_s = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
-    z_t = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
-    for k in range(0, D_s, BLOCK_D):
-        w = ws_desc.load([first_v, k]).T
-        z_s = _dot(hs_desc.load([first_c, k]), w, z_s)
-        if SHARED:
-            z_t = _dot(ht_desc.load([first_c, k]), w, z_t)
-    if not SHARED:
-        for k in range(0, D_t, BLOCK_D):
-            z_t = _dot(ht_desc.load([first_c, k]), wt_desc.load([first_v, k]).T, z_t)
+        z_s = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
+        z_t = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
+        for k in range(0, D_s, BLOCK_D):
+            w = ws_desc.load([first_v, k]).T
+            z_s = _dot(hs_desc.load([first_c, k]), w, z_s)
+            if SHARED:
+                z_t = _dot(ht_desc.load([first_c, k]), w, z_t)
+        if not SHARED:
+            for k in range(0, D_t, BLOCK_D):
+                z_t = _dot(ht_desc.load([first_c, k]), wt_desc.load([first_v, k]).T, z_t)
 
-    offs_c, offs_v = first_c + tl.arange(0, BLOCK_C), first_v + tl.arange(0, BLOCK_V)
-    mask_c, inside = offs_c < C, offs_v[None, :] < V
-    d_s, max_s = _centred(z_s, inside, inv_temperature)
-    d_t, max_t = _centred(z_t, inside, inv_temperature)
-    e_s, e_t, delta = tl.exp(d_s), tl.exp(d_t), d_s - d_t
-    out_ptr = statistics_ptr + offs_c.to(tl.int64) * (STATISTICS * tiles_v) + tile_v
-    tl.store(out_ptr, max_s, mask=mask_c)
-    sum_s, e_delta = tl.sum(e_s, axis=1), tl.sum(e_s * delta, axis=1)
-    tl.store(out_ptr + tiles_v, sum_s, mask=mask_c)
-    tl.store(out_ptr + 2 * tiles_v, max_t, mask=mask_c)
-    tl.store(out_ptr + 3 * tiles_v, tl.sum(e_t, axis=1), mask=mask_c)
-    tl.store(out_ptr + 4 * tiles_v, e_delta, mask=mask_c)
-    tl.store(out_ptr + 5 * tiles_v, tl.sum(e_s * d_s, axis=1), mask=mask_c)
-    if DIVERGENCE == REVERSE_KL:
-        delta -= (e_delta / sum_s)[:, None]
-    else:
-        e_s = tl.maximum(e_s, e_t)
-    e_desc.store([first_c, first_v], rounded(e_s, tl.bfloat16))
-    x_desc.store([first_c, first_v], rounded(delta, tl.bfloat16))
+        offs_c, offs_v = first_c + tl.arange(0, BLOCK_C), first_v + tl.arange(0, BLOCK_V)
+        mask_c, inside = offs_c < C, offs_v[None, :] < V
+        d_s, max_s = _centred(z_s, inside, inv_temperature)
+        d_t, max_t = _centred(z_t, inside, inv_temperature)
+        e_s, e_t, delta = tl.exp(d_s), tl.exp(d_t), d_s - d_t
+        out_ptr = statistics_ptr + offs_c.to(tl.int64) * (STATISTICS * tiles_v) + tile_v
+        tl.store(out_ptr, max_s, mask=mask_c)
+        sum_s, e_delta = tl.sum(e_s, axis=1), tl.sum(e_s * delta, axis=1)
+        tl.store(out_ptr + tiles_v, sum_s, mask=mask_c)
+        tl.store(out_ptr + 2 * tiles_v, max_t, mask=mask_c)
+        tl.store(out_ptr + 3 * tiles_v, tl.sum(e_t, axis=1), mask=mask_c)
+        tl.store(out_ptr + 4 * tiles_v, e_delta, mask=mask_c)
+        tl.store(out_ptr + 5 * tiles_v, tl.sum(e_s * d_s, axis=1), mask=mask_c)
+        if DIVERGENCE == REVERSE_KL:
+            delta -= (e_delta / sum_s)[:, None]
+        else:
+            e_s = tl.maximum(e_s, e_t)
+        e_desc.store([first_c, first_v], rounded(e_s, tl.bfloat16))
+        x_desc.store([first_c, first_v], rounded(delta, tl.bfloat16))
 
 
 @triton.jit
@@ -344,7 +348,9 @@ class DualProduct:
             return TensorDescriptor.from_tensor(x, [rows, columns])
 
         (w_s, w_t), h_s, h_t = self._heads, _operand(h_s), _operand(h_t)
-        dual_product_kernel[(triton.cdiv(len(e), tile.tokens) * self._tiles,)](
+        tiles = triton.cdiv(len(e), tile.tokens) * self._tiles
+        programs = tile.programs * _multiprocessors(e.device)
+        dual_product_kernel[(min(programs or tiles, tiles),)](
             tiled(h_s, tile.tokens),
             tiled(w_s, tile.entries),
             tiled(h_t, tile.tokens),
@@ -368,6 +374,13 @@ class DualProduct:
             num_stages=tile.stages,
         )
         return entries
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 3  # for the interpreter: a few programs with several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _operand(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ WHERE = [
 TILES = [
     Tile(),
     Tile(64, 128, 32, group=1, threads=128),
-    Tile(128, 64, 64, group=2, threads=128),
+    Tile(128, 64, 64, group=2, threads=128, programs=0),
 ]
 everywhere = pytest.mark.parametrize("where", WHERE)
 
@@ -174,7 +174,7 @@ def test_the_tile_is_free(where: Where) -> None:
     for tile in (
         Tile(),
         Tile(64, 128, 32, group=1, threads=128),
-        Tile(128, 64, 64, group=2, threads=128),
+        Tile(128, 64, 64, group=2, threads=128, programs=0),
     ):
         heads = t["student_weight"], t["teacher_weight"]
         dual = DualProduct(*heads, 200, options, need_grad=True, tile=tile)
