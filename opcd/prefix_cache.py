@@ -62,12 +62,8 @@ def weights_version(model: torch.nn.Module) -> int:
         if isinstance(module, torch.nn.Dropout) and module.p and id(module) not in idle:
             states.append(module.training)
         if isinstance(module, BaseTunerLayer):
-            off = module.disable_adapters
-            scaling = getattr(module, "scaling", {})
-            scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
-            active = off or (tuple(module.active_adapters), scales)
-            states.append((active, tuple(module.merged_adapters)))
-            if off:
+            states.append(adapter_state(module))
+            if module.disable_adapters:
                 own = [getattr(module, name) for name in module.adapter_layer_names]
                 idle.update(id(p) for part in own for p in part.parameters())
     used = [p.detach() for p in model.parameters() if id(p) not in idle and p.numel()]
@@ -75,3 +71,11 @@ def weights_version(model: torch.nn.Module) -> int:
     samples = [p[tuple(n // 2 for n in p.shape)].double() for p in used]
     bits = torch.stack([x.to(samples[0].device) for x in samples]).view(torch.int64)
     return hash((*states, *bits.tolist()))
+
+
+def adapter_state(layer: BaseTunerLayer) -> tuple[Any, ...]:
+    """What an adapter adds to its layer, apart from its weights: whether, which, how much."""
+    scaling = getattr(layer, "scaling", {})
+    scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
+    active = layer.disable_adapters or (tuple(layer.active_adapters), scales)
+    return active, tuple(layer.merged_adapters)
