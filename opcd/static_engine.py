@@ -34,6 +34,7 @@ class StaticEngine:
         self._model = model
         self._batch_size = batch_size
         self._eos = eos_token_ids(model)
+        self._graphed = causal_lm(model).device.type == "cuda"
         self._version = 0
         self._decoder: Decoder | None = None
         self._fixed: Any = None  # what the decoder was made for
@@ -80,16 +81,15 @@ class StaticEngine:
         """The decoder of the call before, if it fits, with the weights as they are now."""
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
-        graphed = causal_lm(self._model).device.type == "cuda"
         if held is not None and fixed == self._fixed:
-            if graphed:  # idle rows cost a graph little, a new graph costs a second
+            if self._graphed:  # idle rows cost a graph little, a new graph costs a second
                 rows, length = max(rows, held.rows), max(length, held.length)
             if (held.rows, held.length) == (rows, length):
                 held.refresh()
                 return held
         self._decoder = held = None  # its memory, before as much is asked for again
         decoder = Decoder(self._model, rows, length, self._eos)
-        if graphed:
+        if self._graphed:
             decoder.capture()
         self._decoder, self._fixed = decoder, fixed
         return decoder

@@ -147,13 +147,70 @@ def test_what_was_in_the_cache_before_is_not_seen() -> None:
 class FakeGraph:
     """A captured step, played by the step itself."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.replays = decoder, 0
+    decoder: Decoder
+    replays = 0
 
     def replay(self) -> None:
         self.replays += 1
         with packed_attention(self.decoder._model):
             self.decoder.step()
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps and what `capture` asks of torch.cuda, in order; nothing of it needs a GPU."""
+    seen: list[str] = []
+    step = Decoder.step
+
+    def stepped(self: Decoder) -> torch.Tensor:
+        seen.append("step")
+        return step(self)
+
+    @contextlib.contextmanager
+    def captured(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+        seen.append("capture")
+        yield
+        seen.append("captured")
+
+    monkeypatch.setattr(Decoder, "step", stepped)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: seen.append(f"sync {mode}"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    return seen
+
+
+def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
+    decoder = Decoder(tiny_llama(), 2, 64, [1])
+    with torch.no_grad():
+        decoder.capture()
+    assert events == ["step", "sync error", "step", "sync 0", "capture", "step", "captured"]
+    assert [len(row) for row in decoder.sequences()] == [1, 1], "no row took part"
+
+
+def test_a_graph_is_kept_for_whatever_fits(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    engine = StaticEngine(model, 4)
+    engine._graphed = True
+    capture = Decoder.capture
+
+    def captured(self: Decoder) -> None:
+        capture(self)
+        self._graph.decoder = self
+
+    monkeypatch.setattr(Decoder, "capture", captured)
+    long = [[*range(40, 100), 5], [6]]
+    sizes = []
+    for prompts in (PROMPTS[:1], PROMPTS[:3], [[5]], long, PROMPTS):
+        assert completions(engine, prompts) == completions(TransformersEngine(model), prompts)
+        sizes.append((engine._decoder.rows, engine._decoder.length))
+    assert sizes == [(1, 64), (3, 64), (3, 64), (3, 128), (4, 128)]
+    assert events.count("capture") == 4
+    assert engine._decoder._graph.replays > 0
 
 
 @pytest.mark.parametrize("graphed", [False, True])
@@ -163,7 +220,8 @@ def test_decoding_ends_soon_after_the_last_row(graphed: bool) -> None:
     expected = completions(TransformersEngine(model), [[5], [6, 7]])
     eos = expected[0][3], expected[1][5]
     decoder = Decoder(model, 3, 64, eos)
-    graph = FakeGraph(decoder)
+    graph = FakeGraph()
+    graph.decoder = decoder
     if graphed:
         decoder._graph = graph
     steps: list[int] = []
