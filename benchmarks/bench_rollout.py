@@ -22,11 +22,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from benchmarks.memory import peak_mib
@@ -68,11 +68,11 @@ def qwen() -> PreTrainedModel:
         intermediate_size=8960,
         vocab_size=151_936,
         tie_word_embeddings=True,
-        dtype=DTYPE,
     )
     torch.manual_seed(0)
     with DEVICE:
-        return Qwen2ForCausalLM(config).to(DTYPE).eval().requires_grad_(False)
+        made = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    return made.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c.sequences}x{c.most_tokens}")

@@ -416,7 +416,7 @@ def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None
         f"{plan.backend} ({plan.reason})\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
-        f"rollouts  by {distiller.engine.name}, {config.rollout_batch_size} at once\n"
+        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts"
     )

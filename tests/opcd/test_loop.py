@@ -49,6 +49,8 @@ def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         {"divergence": "forward_kl"},
         {"divergence": "jsd", "beta": 0.3},
         {"average_over": "sequences", "completions_per_prompt": 2},
+        {"rollout_engine": "static", "completions_per_prompt": 2},
+        {"rollout_engine": "static", "dtype": "bfloat16"},
     ],
 )
 def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dict) -> None:
