@@ -17,9 +17,9 @@ def build_engine(name: str, model: torch.nn.Module, batch_size: int, plan: Plan)
     """The engine called `name`; `auto` takes static on a GPU where it is exact, else generate.
 
     Decoding on a GPU is bound by the launches of small kernels, and static replays a step of them
-    as one graph. On a CPU nothing is launched: on SmolLM2-135M both took the same time (ratios of
-    0.96 to 1.02 in training), and generate is the one that everybody knows. Whether static is
-    exact on a model is tried out here, so build it in the autocast context of the rollouts.
+    as one graph. A trial here finds out whether it is exact on the model; it needs the autocast
+    context of the rollouts around it. On a CPU no launch is saved and little is gained
+    (benchmarks/bench_rollout.py), so generate stays, which everybody knows.
 
     Raises InputError for `static` on a model that it does not suit.
     """
