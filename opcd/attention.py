@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from opcd.upload import uploaded
 
@@ -150,6 +151,29 @@ def prefix_attention(
     if shape.sinks is not None:
         out = out * torch.sigmoid(lse - shape.sinks.float())[..., None]
     return out.to(operands.query.dtype)
+
+
+def cached_attention(
+    query: Tensor,  # (B, H, D): one token of each row
+    keys: Tensor,  # (B, H_kv, T, D)
+    values: Tensor,  # (B, H_kv, T, D_v)
+    visible: Tensor,  # (B, T), bool: what the token sees, its window regarded
+    shape: Shape,
+) -> Tensor:  # (B, H, D_v)
+    """Attention of one token a row to the keys and values that are kept of its row.
+
+    Numerics: as `prefix_attention`.
+    """
+    if shape.softcap is None and shape.sinks is None:
+        # Heads that share a key become queries of it: no key is copied for them.
+        heads = query.unflatten(1, (keys.shape[1], -1))  # (B, H_kv, G, D)
+        mask = visible[:, None, None]
+        out = scaled_dot_product_attention(heads, keys, values, mask, scale=shape.scale)
+        return out.flatten(1, 2)
+    out, lse = _softmax(query[:, :, None], keys, values, visible[:, None, None, None], shape)
+    if shape.sinks is not None:
+        out = out * torch.sigmoid(lse - shape.sinks.float()[:, None])[..., None]
+    return out[:, :, 0].to(query.dtype)
 
 
 def choose_backend(operands: Operands, shape: Shape) -> str:
@@ -338,7 +362,7 @@ def _softmax(
     query: Tensor,  # (B, H, T, D)
     key: Tensor,  # (B, H_kv, S, D)
     value: Tensor,  # (B, H_kv, S, D_v)
-    visible: Tensor | None,  # (T, S)
+    visible: Tensor | None,  # (T, S), or what broadcasts to (B, H_kv, G, T, S)
     shape: Shape,
 ) -> tuple[Tensor, Tensor]:  # (B, H, T, D_v) and (B, H, T); 0 and −inf where nothing is visible
     q = query.unflatten(1, (key.shape[1], -1)).float()  # (B, H_kv, G, T, D)

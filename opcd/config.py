@@ -77,6 +77,10 @@ class TrainConfig:
     pass alone); memory only, never the result."""
     prefix_cache_mib: int = 2048
     """Memory for the keys and values of several contexts; the least recently used go first."""
+    rollout_engine: Literal["auto", "generate", "static"] = "auto"
+    """What samples: transformers.generate, or a static cache, whose step a GPU replays as one CUDA
+    graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
+    model, else generate."""
     rollout_batch_size: int = 32
     """Sequences that are sampled at once."""
 

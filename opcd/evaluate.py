@@ -9,10 +9,11 @@ import torch
 
 from opcd.chat import Chat
 from opcd.config import TrainConfig
+from opcd.engines import build_engine
 from opcd.lm import batches_by_tokens, head_of
 from opcd.objective import head_divergence
 from opcd.plan import Plan, find_plan, planned_hidden
-from opcd.rollout import Rollout, SamplingParams, TransformersEngine
+from opcd.rollout import Rollout, RolloutEngine, SamplingParams
 from opcd.task import Prompt, Task, spread
 from opcd.teacher import SharedPrefixTeacher
 
@@ -20,13 +21,9 @@ COLUMNS = ("base", "prompted", "distilled", "distilled_prompted")
 
 
 def answer(
-    model: torch.nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    config: TrainConfig,
-    share_prefix: bool = True,
+    engine: RolloutEngine, prompt_ids: Sequence[Sequence[int]], config: TrainConfig
 ) -> list[Rollout]:
     """Greedy answers to prompts given as token ids."""
-    engine = TransformersEngine(model, config.rollout_batch_size, share_prefix)
     return engine.generate(
         prompt_ids, SamplingParams(config.max_completion_tokens, temperature=0.0)
     )
@@ -67,6 +64,7 @@ def internalised(base: float, prompted: float, distilled: float) -> float | None
 @torch.no_grad()
 def held_out_divergence(
     student: torch.nn.Module,
+    engine: RolloutEngine,
     teacher: SharedPrefixTeacher,
     prompts: Sequence[Prompt],
     config: TrainConfig,
@@ -74,12 +72,12 @@ def held_out_divergence(
 ) -> float:
     """Mean reverse KL to the teacher, nats per token, on completions that the student samples.
 
-    Draws from a generator of its own, so that the state of the run stays as it was.
+    `engine` is the student's. Draws from a generator of its own, so that the state of the run stays
+    as it was.
     """
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        engine = TransformersEngine(student, config.rollout_batch_size, plan.shares_prefix)
         rollouts = engine.generate(
             [p.student_ids for p in prompts],
             SamplingParams(config.max_completion_tokens, config.temperature),
@@ -129,19 +127,21 @@ def evaluate(
     for name, when, model in (("base", "before", base), ("distilled", "after", distilled)):
         if model is None:
             continue
+        engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
         with_context = "prompted" if name == "base" else "distilled_prompted"
         for column, prompt_ids in (
             (name, [p.student_ids for p in task.test]),
             (with_context, [task.prompted_ids(p) for p in task.test]),
         ):
             say(column)
-            rollouts = answer(model, prompt_ids, config, plan.shares_prefix)
+            rollouts = answer(engine, prompt_ids, config)
             card[column], right = measure(rollouts, task.test, task, chat)
             for row, rollout, ok in zip(answers, rollouts, right, strict=True):
                 row[column] = chat.decode(rollout.completion_token_ids)
                 row[f"{column}_right"] = ok
         say(f"divergence {when}")
-        divergence[when] = held_out_divergence(model, teacher, held_out, config, plan)
+        divergence[when] = held_out_divergence(model, engine, teacher, held_out, config, plan)
+        engine.close()
     card["internalised"] = (
         internalised(*(card[c]["accuracy"] for c in ("base", "prompted", "distilled")))
         if distilled is not None

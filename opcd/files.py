@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from opcd.errors import InputError
+
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(folder)`` on a folder aside, then put that in the place of `target`."""
@@ -24,6 +26,27 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def make_folder(folder: Path) -> Path:
+    """Create the folder if need be. Raises InputError if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writing-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"the output must go to a folder that can be written, got {str(folder)!r}: "
+            f"{error.strerror}; choose another"
+        ) from error
+    return folder
+
+
+def free_name(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that is not there yet."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
+    return next(f for f in (folder, *numbered) if not f.exists())
 
 
 def write_text(target: Path, text: str) -> None:

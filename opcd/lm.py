@@ -130,6 +130,11 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Passes in `dtype`, whatever the weights are kept in; fp32 is left as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of at most `size`, neighbours in length together, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

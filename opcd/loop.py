@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.lm import batches_by_tokens, head_of
+from opcd.lm import autocast, batches_by_tokens, head_of
 from opcd.objective import head_divergence
 from opcd.plan import Plan, planned_hidden
 from opcd.rollout import Rollout, RolloutEngine, SamplingParams
@@ -156,8 +156,7 @@ class Distiller:
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of every pass of the student."""
-        low = self._compute_dtype != torch.float32
-        return torch.autocast(self._device.type, self._compute_dtype, enabled=low)
+        return autocast(self._device, self._compute_dtype)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -1,14 +1,16 @@
-"""One packed row of sequences behind a shared prefix, through any model's own layers.
+"""Tokens of many sequences in one packed row, through any model's own layers.
 
 transformers looks its attention up by name on every call. For the length of a pass the name is
 ours: `AttentionInterface` has a function under it, `AttentionMaskInterface` has none, so that the
-model builds no mask. The pass travels to the function as a keyword that the layers hand on.
+model builds no mask. The pass travels to the function as a keyword that the layers hand on, and
+knows what a token attends: its own sequence behind a shared prefix here, what a static cache holds
+in `decode.py`.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +24,45 @@ NAME = "opcd_packed"
 _SWITCH = threading.RLock()  # one thread at a time switches a model's attention
 
 
-class _Pass:
-    """What every layer of one pass needs, and what the layers did."""
+Store = Callable[[int, Tensor, Tensor], None]  # layer, key (N, H_kv, D), value (N, H_kv, D_v)
 
-    def __init__(self, packing: Packing, prefix: SharedPrefix | None) -> None:
-        self.packing = packing
-        self.prefix = prefix
+
+class PackedPass(Protocol):
+    """What every layer of one pass needs: handed to the model as the keyword `packed_pass`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (N, H, D)
+        key: Tensor,  # (N, H_kv, D)
+        value: Tensor,  # (N, H_kv, D_v)
+        shape: Shape,
+    ) -> Tensor:  # (N, H, D_v)
+        """The attention of one layer."""
+        ...
+
+
+class _SequencesPass:
+    """Whole sequences behind one prefix."""
+
+    def __init__(self, packing: Packing, prefix: SharedPrefix | None, store: Store | None) -> None:
+        self._packing = packing
+        self._prefix = prefix
+        self._store = store
         self.backends: dict[int, str] = {}  # by layer
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+        if self._prefix is not None:
+            kept = self._prefix.keys_values(layer, query.dtype)
+        else:
+            kept = (key[:0].transpose(0, 1), value[:0].transpose(0, 1))
+        operands = Operands(query, key, value, *kept)
+        _check_layer(operands, self._prefix, layer, shape.window)
+        shape = shape.within(kept[0].shape[1] + self._packing.longest)
+        self.backends[layer] = choose_backend(operands, shape)
+        if self._store is not None:
+            self._store(layer, key, value)
+        return prefix_attention(operands, self._packing, shape, self.backends[layer])
 
 
 def packed_pass(
@@ -36,15 +70,18 @@ def packed_pass(
     input_ids: Tensor,  # (1, N), sequences one after another, the longest first
     packing: Packing,
     prefix: SharedPrefix | None,
+    store: Store | None = None,
 ) -> tuple[Tensor, set[str]]:  # (1, N, D), and the names of the attention backends used
     """The last hidden states of every token, each sequence as if alone behind the prefix.
+
+    `store` is given each layer's keys and values of these tokens, without those of the prefix.
 
     Raises UnsupportedModelError if the model does not attend through `AttentionInterface`, or asks
     for something that packed attention does not know.
     """
     start = len(prefix) if prefix is not None else 0
-    this = _Pass(packing, prefix)
-    with _SWITCH, _attention_of(model, NAME):
+    this = _SequencesPass(packing, prefix, store)
+    with packed_attention(model):
         output = transformer(model)(
             input_ids=input_ids,
             position_ids=(packing.offsets + start)[None],
@@ -84,17 +121,22 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
 
 
 @contextlib.contextmanager
-def _attention_of(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Attend by `name` inside; what was set before comes back, also after an exception."""
-    configs = {id(c): c for m in causal_lm(model).modules() if (c := getattr(m, "config", None))}
-    before = [(c, c._attn_implementation) for c in configs.values() if _has_attention(c)]
-    try:
-        for config, _ in before:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+def packed_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Calls of the model inside take a `packed_pass`, which attends for its layers.
+
+    What was set before comes back, also after an exception.
+    """
+    with _SWITCH:
+        modules = causal_lm(model).modules()
+        configs = {id(c): c for m in modules if (c := getattr(m, "config", None))}
+        before = [(c, c._attn_implementation) for c in configs.values() if _has_attention(c)]
+        try:
+            for config, _ in before:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            for config, implementation in before:
+                config._attn_implementation = implementation
 
 
 def _has_attention(config: Any) -> bool:
@@ -111,7 +153,7 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packed_pass: _Pass | None = None,
+    packed_pass: PackedPass | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:  # (1, N, H, D_v)
     """Called by each attention layer, as transformers' own attention functions are."""
@@ -127,26 +169,15 @@ def _attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    packing, prefix = packed_pass.packing, packed_pass.prefix
-    new = [x[0].transpose(0, 1) for x in (query, key, value)]
-    if prefix is not None:
-        kept = prefix.keys_values(layer, query.dtype)
-    else:
-        kept = (key[0, :, :0], value[0, :, :0])
-    operands = Operands(new[0], new[1], new[2], *kept)
-    _check_layer(module, operands, prefix, layer, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     shape = Shape(scale, sliding_window, softcap, s_aux)
-    shape = shape.within(kept[0].shape[1] + packing.longest)
-    backend = choose_backend(operands, shape)
+    new = [x[0].transpose(0, 1) for x in (query, key, value)]
     with torch.autocast(device, enabled=False):  # or scores and merge would be rounded
-        out = prefix_attention(operands, packing, shape, backend)
-    packed_pass.backends[layer] = backend
+        out = packed_pass.attend(layer, new[0], new[1], new[2], shape)
     return out[None], None
 
 
 def _check_layer(
-    module: torch.nn.Module,
     operands: Operands,
     prefix: SharedPrefix | None,
     layer: int,
@@ -157,14 +188,14 @@ def _check_layer(
         return
     if (recorded := prefix.window(layer)) != sliding_window:
         raise UnsupportedModelError(
-            f"{type(module).__name__} must tell its attention the window of {recorded} positions "
+            f"layer {layer} must tell its attention the window of {recorded} positions "
             f"to be packed, got {sliding_window}: it is in the mask alone"
         )
     ours = [(x.shape[1], x.shape[2]) for x in (operands.key, operands.value)]
     theirs = [(x.shape[0], x.shape[2]) for x in (operands.prefix_key, operands.prefix_value)]
     if ours != theirs:
         raise UnsupportedModelError(
-            f"{type(module).__name__} must cache the keys and values that it attends to, to be "
+            f"layer {layer} must cache the keys and values that it attends to, to be "
             f"packed, got (heads, width) {theirs} in the cache and {ours} in the pass"
         )
 

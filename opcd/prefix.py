@@ -71,7 +71,7 @@ class SharedPrefix:
         layers = enumerate(self._cache.layers)
         return {i for i, x in layers if _is_attention(x) and x.is_initialized}
 
-    def keys_values(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def keys_values(self, layer: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(H_kv, S, D) and (H_kv, S, D_v) of the last S prefix tokens, all that the layer sees."""
         kept = self._cache.layers[layer]
         return kept.keys[0].to(dtype), kept.values[0].to(dtype)

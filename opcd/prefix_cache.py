@@ -64,12 +64,8 @@ def weights_version(model: torch.nn.Module) -> int:
         if isinstance(module, torch.nn.Dropout) and module.p and id(module) not in idle:
             states.append(module.training)
         if isinstance(module, BaseTunerLayer):
-            off = module.disable_adapters
-            scaling = getattr(module, "scaling", {})
-            scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
-            active = off or (tuple(module.active_adapters), scales)
-            states.append((active, tuple(module.merged_adapters)))
-            if off:
+            states.append(adapter_state(module))
+            if module.disable_adapters:
                 own = [getattr(module, name) for name in module.adapter_layer_names]
                 idle.update(id(p) for part in own for p in part.parameters())
     used = [p.detach() for p in model.parameters() if id(p) not in idle and p.numel()]
@@ -79,3 +75,11 @@ def weights_version(model: torch.nn.Module) -> int:
         samples.setdefault((p.device, p.dtype), []).append(p[tuple(n // 2 for n in p.shape)])
     numbers = [torch.stack(same).double().view(torch.int64).tolist() for same in samples.values()]
     return hash((*states, *chain.from_iterable(numbers)))
+
+
+def adapter_state(layer: BaseTunerLayer) -> tuple[Any, ...]:
+    """What an adapter adds to its layer, apart from its weights: whether, which, how much."""
+    scaling = getattr(layer, "scaling", {})
+    scales = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
+    active = layer.disable_adapters or (tuple(layer.active_adapters), scales)
+    return active, tuple(layer.merged_adapters)

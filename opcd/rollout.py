@@ -33,6 +33,8 @@ class Rollout:
 class RolloutEngine(Protocol):
     """Anything that turns prompts into completions: token ids in, token ids out."""
 
+    name: str  # as the configuration calls it
+
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
     ) -> list[Rollout]:
@@ -55,6 +57,8 @@ class TransformersEngine:
     unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
     only prompts of one length are batched.
     """
+
+    name = "generate"
 
     def __init__(
         self, model: torch.nn.Module, batch_size: int = 32, share_prefix: bool = True

@@ -25,10 +25,11 @@ from opcd.checkpoint import (
     save_checkpoint,
 )
 from opcd.config import TrainConfig
+from opcd.engines import build_engine
 from opcd.errors import InputError
 from opcd.evaluate import answer, evaluate, held_out_divergence, measure
-from opcd.files import write_folder, write_json, write_jsonl
-from opcd.lm import check_rope, head_of, max_positions, stop_at, switch_off_dropout
+from opcd.files import free_name, make_folder, write_folder, write_json, write_jsonl
+from opcd.lm import autocast, check_rope, head_of, max_positions, stop_at, switch_off_dropout
 from opcd.loop import Distiller, step_prompts
 from opcd.models import (
     load_config,
@@ -46,7 +47,6 @@ from opcd.report import (
     scorecard_table,
     write_report,
 )
-from opcd.rollout import TransformersEngine
 from opcd.task import Task, read_task_files, render_task, spread
 from opcd.teacher import SharedPrefixTeacher
 
@@ -106,7 +106,9 @@ def evaluate_run(config: TrainConfig, distilled: str | None, save_to: str | None
         target = run if same else run / f"eval-{data}"
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
-    target = _make_folder(Path(save_to) if save_to else target if target == run else _free(target))
+    target = make_folder(
+        Path(save_to) if save_to else target if target == run else free_name(target)
+    )
     base = _load(config.model, setup, setup.dtype)
     final = None if path == "none" else _load(path, setup, setup.dtype)
     if final is not None and head_of(final).weight.shape[0] != head_of(base).weight.shape[0]:
@@ -160,7 +162,7 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
                 f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
                 f"to continue it, or choose another output_dir"
             )
-        return _make_folder(folder)
+        return make_folder(folder)
     if not saved.is_file():
         raise InputError(
             f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
@@ -178,26 +180,6 @@ def _check_folder(config: TrainConfig, resume: bool) -> Path:
     for name in sorted(changed):
         print(f"continuing with {name} {getattr(config, name)}, was {getattr(before, name)}")
     return folder
-
-
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writing-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"the output must go to a folder that can be written, got {str(folder)!r}: "
-            f"{error.strerror}; choose another"
-        ) from error
-    return folder
-
-
-def _free(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... that is not there yet."""
-    numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-    return next(f for f in (folder, *numbered) if not f.exists())
 
 
 def _fit(config: TrainConfig, setup: Setup, folder: Path, resume: bool) -> bool:
@@ -278,8 +260,10 @@ def build_distiller(config: TrainConfig, setup: Setup) -> Distiller:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = _teacher(scorer, setup, frozen)
     plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
-    engine = TransformersEngine(student, config.rollout_batch_size, plan.shares_prefix)
-    return Distiller(student.eval(), teacher, engine, config, setup.dtype, plan)
+    student.eval()
+    with autocast(setup.device, setup.dtype):
+        engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
+    return Distiller(student, teacher, engine, config, setup.dtype, plan)
 
 
 def _teacher(
@@ -331,10 +315,12 @@ def _validate(distiller: Distiller, setup: Setup, config: TrainConfig) -> dict[s
     begin = time.perf_counter()
     with distiller.autocast():
         ids = [p.student_ids for p in prompts]
-        rollouts = answer(distiller.student, ids, config, distiller.plan.shares_prefix)
+        distiller.engine.sync(distiller.student, distiller.steps_done)
+        rollouts = answer(distiller.engine, ids, config)
         column, _ = measure(rollouts, prompts, setup.task, setup.chat)
         divergence = held_out_divergence(
             distiller.student,
+            distiller.engine,
             distiller.teacher,
             spread(prompts, config.divergence_prompts),
             config,
@@ -430,6 +416,7 @@ def _print_plan(config: TrainConfig, setup: Setup, distiller: Distiller) -> None
         f"{plan.backend} ({plan.reason})\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
+        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts"
     )

@@ -1,4 +1,7 @@
-"""Sampling: the right distribution, the EOS kept, padding and prefix without effect."""
+"""Sampling by either engine: the right distribution, EOS kept, pads and prefix without effect."""
+
+from collections.abc import Callable
+from math import sqrt
 
 import pytest
 import torch
@@ -6,11 +9,13 @@ from transformers import GenerationConfig
 
 from opcd.lm import eos_token_ids, stop_at
 from opcd.plan import find_plan
-from opcd.rollout import SamplingParams, TransformersEngine
+from opcd.rollout import RolloutEngine, SamplingParams, TransformersEngine
+from opcd.static_engine import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
 
 GREEDY = SamplingParams(max_completion_tokens=6, temperature=0.0)
+Engine = Callable[..., RolloutEngine]
 
 
 @torch.no_grad()
@@ -30,6 +35,11 @@ def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("opcd.prefix.MIN_TOKENS_SAVED", request.param)
 
 
+@pytest.fixture(params=[TransformersEngine, StaticEngine])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.param
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> None:
     model = build(name)
@@ -37,10 +47,17 @@ def test_batched_behind_a_shared_prefix_equals_each_prompt_alone(name: str) -> N
     prompts = [[*shared, 5], [*shared, 6, 7, 8], [*shared, 9, 10], [*shared, 11, 12]]
     share = find_plan(model, shared).shares_prefix
     assert share == (name != "mamba")
-    rollouts = TransformersEngine(model, 3, share).generate(prompts, GREEDY)
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
-        assert rollout.prompt_token_ids == prompt
-        assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
+    expected = [greedy_alone(model, p, 20) for p in prompts]
+    params = SamplingParams(20, temperature=0.0)
+    engines: list[RolloutEngine] = [TransformersEngine(model, 3, share)]
+    plan = find_plan(model, shared)
+    assert (why_not_static(model, plan) is None) == plan.packed
+    if plan.packed:
+        engines.append(StaticEngine(model, 3))
+    for engine in engines:
+        rollouts = engine.generate(prompts, params)
+        assert [r.prompt_token_ids for r in rollouts] == prompts
+        assert [r.completion_token_ids for r in rollouts] == expected, engine.name
 
 
 def test_without_a_shared_prefix_only_equal_lengths_are_batched(
@@ -63,42 +80,57 @@ def test_without_a_shared_prefix_only_equal_lengths_are_batched(
         assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
 
 
-def test_prompts_without_a_common_start() -> None:
+def test_prompts_without_a_common_start(engine: Engine) -> None:
     model = tiny_llama()
     prompts = [[5], [6, 7, 8], [9]]
-    rollouts = TransformersEngine(model).generate(prompts, GREEDY)
+    rollouts = engine(model).generate(prompts, GREEDY)
     expected = [greedy_alone(model, p, 6) for p in prompts]
     assert [r.completion_token_ids for r in rollouts] == expected
 
 
-def test_samples_follow_the_models_own_distribution() -> None:
-    """Chi-square over the first token, with generation defaults that would bend it."""
+def quantile_999(freedom: int) -> float:
+    """Of chi-square (Wilson and Hilferty, 1931)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.0902 * sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_samples_follow_the_models_own_distribution(engine: Engine, temperature: float) -> None:
+    """Chi-square over pairs of tokens, with generation defaults that would bend the distribution.
+
+    The second token's distribution depends on the first: what a wrong cache would get wrong.
+    """
     model = tiny_llama(vocab_size=12, initializer_range=0.5)
     model.generation_config = GenerationConfig(
         top_k=2, top_p=0.5, repetition_penalty=3.0, eos_token_id=1, pad_token_id=1
     )
     torch.manual_seed(0)
-    n, temperature, prompt = 4000, 1.3, [3, 4, 5]
-    params = SamplingParams(max_completion_tokens=1, temperature=temperature)
-    engine = TransformersEngine(model, batch_size=n)
-    drawn = [r.completion_token_ids[0] for r in engine.generate([prompt], params, n=n)]
+    n, prompt = 6000, [3, 4, 5]
+    params = SamplingParams(max_completion_tokens=2, temperature=temperature)
+    drawn = engine(model, n).generate([prompt], params, n=n)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    expected = n * (logits / temperature).softmax(-1)
-    counts = torch.bincount(torch.tensor(drawn), minlength=12)
-    statistic = ((counts - expected) ** 2 / expected).sum().item()
-    assert statistic < 31.3  # 0.999 quantile, 11 degrees of freedom
+        ids = torch.tensor([[*prompt, token] for token in range(12)])
+        first, second = (model(ids).logits[:, -2:] / temperature).softmax(-1).unbind(1)
+    pairs = first[0][:, None] * second  # (12, 12)
+    pairs[1] = torch.eye(12)[1] * first[0, 1]  # nothing follows the EOS
+    counts = torch.zeros(12, 12)
+    for rollout in drawn:
+        a, *rest = rollout.completion_token_ids
+        counts[a, rest[0] if rest else 1] += 1
+    often = n * pairs >= 5
+    expected = torch.cat([n * pairs[often], n * pairs[~often].sum()[None]])
+    found = torch.cat([counts[often], counts[~often].sum()[None]])
+    statistic = ((found - expected) ** 2 / expected).sum().item()
+    assert len(expected) > 30
+    assert statistic < quantile_999(len(expected) - 1)
     assert model.generation_config.top_k == 2, "the model's own defaults must survive"
 
 
-def test_eos_is_kept_and_what_follows_is_not() -> None:
+def test_eos_is_kept_and_what_follows_is_not(engine: Engine) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    rollouts = []
     torch.manual_seed(0)
-    engine = TransformersEngine(model)
-    rollouts = engine.generate([[5], [6, 7]], SamplingParams(200, 1.0), n=20)
+    rollouts = engine(model).generate([[5], [6, 7]], SamplingParams(200, 1.0), n=20)
     assert len(rollouts) == 40
     stopped = [r for r in rollouts if r.finish_reason == "stop"]
     cut = [r for r in rollouts if r.finish_reason == "length"]
@@ -112,21 +144,21 @@ def test_eos_is_kept_and_what_follows_is_not() -> None:
     assert [r.prompt_token_ids for r in rollouts] == [[5]] * 20 + [[6, 7]] * 20
 
 
-def test_the_version_of_the_weights_is_recorded() -> None:
+def test_the_version_of_the_weights_is_recorded(engine: Engine) -> None:
     model = tiny_llama()
-    engine = TransformersEngine(model)
-    engine.sync(model, 7)
-    assert engine.generate([[5]], GREEDY)[0].weights_version == 7
+    made = engine(model)
+    made.sync(model, 7)
+    assert made.generate([[5]], GREEDY)[0].weights_version == 7
     with pytest.raises(AssertionError, match="samples from the module"):
-        engine.sync(tiny_llama(), 8)
+        made.sync(tiny_llama(), 8)
 
 
-def test_the_tokenizers_eos_ends_a_completion_too() -> None:
+def test_the_tokenizers_eos_ends_a_completion_too(engine: Engine) -> None:
     model = tiny_llama()
-    first = TransformersEngine(model).generate([[5]], GREEDY)[0].completion_token_ids
+    first = engine(model).generate([[5]], GREEDY)[0].completion_token_ids
     stop_at(model, first[0])
     stop_at(model, None)
-    rollout = TransformersEngine(model).generate([[5]], GREEDY)[0]
+    rollout = engine(model).generate([[5]], GREEDY)[0]
     assert rollout.completion_token_ids == first[:1]
     assert len(first) > 1
     assert rollout.finish_reason == "stop"

@@ -1,0 +1,210 @@
+"""Sampling completions: a static cache (on a GPU one CUDA graph a step), generate, generate_batch.
+
+Greedy completions of every engine must follow a full pass before it is timed. Before every round
+of another engine ours is timed too, so that `times_ours` compares neighbours. Sequences run to
+their full length: the token that would end them is one that the model hardly samples.
+
+    B sequences, P tokens of prompt (of P − 15 to P), `new_tokens` of all completions together
+    ours-static           the engine as it is; what it makes on first use is made before
+    generate              transformers.generate, the engine of CPUs
+    continuous-batching   transformers.generate_batch with a manager that is kept, and graphs
+
+The second model has the shape of Qwen2.5-1.5B and random weights. All of this file takes less than
+100 s of a GPU.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from benchmarks.memory import peak_mib
+from opcd.hidden import completion_hidden
+from opcd.lm import head_of
+from opcd.models import load_model, resolve_device, resolve_dtype
+from opcd.plan import find_plan
+from opcd.rollout import RolloutEngine, SamplingParams, TransformersEngine
+from opcd.static_engine import StaticEngine, why_not_static
+from opcd_kernels import reference
+
+DEVICE = resolve_device("auto")
+DTYPE = resolve_dtype("auto", DEVICE)
+ON_GPU = DEVICE.type == "cuda"
+PROMPT = 32
+TokenIds = list[list[int]]
+Sample = Callable[[TokenIds, SamplingParams], TokenIds]
+
+
+class Case(NamedTuple):
+    """What is sampled."""
+
+    model: str
+    sequences: int
+    most_tokens: int  # new ones of each sequence
+
+
+SMOL, QWEN = "SmolLM2-135M", "Qwen2.5-1.5B shape"
+CASES = [Case(SMOL, 16, 128), Case(QWEN, 64, 256)] if ON_GPU else [Case(SMOL, 8, 32)]
+PROVIDERS = ("ours-static", "generate", "continuous-batching")
+
+
+def qwen() -> PreTrainedModel:
+    config = Qwen2Config(
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with DEVICE:
+        made = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c.sequences}x{c.most_tokens}")
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case: Case) -> Iterator[PreTrainedModel]:
+    made = qwen() if case.model == QWEN else load_model("smollm2-135m-instruct", DTYPE, DEVICE)
+    made.generation_config.eos_token_id = made.config.vocab_size - 1
+    yield made
+    made.destroy_cached_continuous_batching_manager()
+
+
+@pytest.fixture(scope="module")
+def prompts(case: Case) -> TokenIds:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (PROMPT - i % 16 for i in range(case.sequences))
+    return [torch.randint(20, 40_000, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def static(model: PreTrainedModel, case: Case) -> RolloutEngine:
+    reason = why_not_static(model, find_plan(model, list(range(50, 90))))
+    assert reason is None, f"not timed: {reason}"
+    return StaticEngine(model, case.sequences)
+
+
+def engine_sample(engine: RolloutEngine) -> Sample:
+    return lambda prompts, params: [
+        r.completion_token_ids for r in engine.generate(prompts, params)
+    ]
+
+
+def continuous_batching(model: PreTrainedModel) -> Sample:
+    """Blocks are not shared: a manager that is kept would serve keys of weights before a step.
+
+    It keeps the sampling parameters that it was made for, too, so that others need another.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = ContinuousBatchingConfig(
+        allow_block_sharing=False, use_cuda_graph=ON_GPU, max_memory_percent=0.3 if ON_GPU else 0.05
+    )
+
+    made_for: list[SamplingParams] = []
+
+    def sample(prompts: TokenIds, params: SamplingParams) -> TokenIds:
+        if made_for != [params]:
+            model.destroy_cached_continuous_batching_manager()
+            made_for[:] = [params]
+        greedy = {"do_sample": False}
+        drawn = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        found = model.generate_batch(
+            prompts,
+            GenerationConfig(
+                max_new_tokens=params.max_completion_tokens,
+                eos_token_id=model.generation_config.eos_token_id,
+                **(drawn if params.temperature else greedy),
+            ),
+            continuous_batching_config=config,
+            persistent_manager=True,
+        )
+        return [output.generated_tokens for output in found.values()]
+
+    return sample
+
+
+@torch.no_grad()
+def gap_to_full_pass(model: PreTrainedModel, prompts: TokenIds, completions: TokenIds) -> float:
+    """By how much a full pass's largest logit exceeds that of the token taken, over its size."""
+    head = head_of(model)
+    hidden = completion_hidden(model, prompts, completions).to(head.weight.dtype)
+    logits = reference.logits(hidden, head.weight, head.bias, head.softcap).float()
+    taken = torch.tensor([t for c in completions for t in c], device=logits.device)
+    largest = logits.amax(-1)
+    gap = largest - logits.gather(1, taken[:, None])[:, 0]
+    return (gap / largest.abs()).max().item()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rollout(
+    benchmark: Callable,
+    model: PreTrainedModel,
+    static: RolloutEngine,
+    case: Case,
+    prompts: TokenIds,
+    provider: str,
+) -> None:
+    ours = engine_sample(static)
+    ways: dict[str, Callable[[], Sample]] = {
+        "ours-static": lambda: ours,
+        "generate": lambda: engine_sample(TransformersEngine(model, case.sequences)),
+        "continuous-batching": lambda: continuous_batching(model),
+    }
+    way = ways[provider]()
+    params = SamplingParams(case.most_tokens)
+    ours(prompts, params)  # at its full size, or the next call would make it anew
+    greedy = way(prompts, SamplingParams(8, temperature=0.0))
+    if provider == "continuous-batching" and len(greedy) < case.sequences:
+        pytest.skip(f"generate_batch returned {len(greedy)} of {case.sequences} sequences")
+    assert [len(c) for c in greedy] == [8] * case.sequences
+    gap = gap_to_full_pass(model, prompts, greedy)
+    assert gap < 0.05, f"tokens with logits {gap:.0%} below the largest: not timed"
+    found: list[TokenIds] = []
+    peak = peak_mib(DEVICE, lambda: found.append(way(prompts, params)))
+    neighbours: list[float] = []
+    benchmark.pedantic(
+        lambda: seconds(lambda: way(prompts, params)),
+        setup=lambda: neighbours.append(seconds(lambda: ours(prompts, params))),
+        rounds=2 if ON_GPU else 5,
+    )
+    median = benchmark.stats.stats.median
+    new_tokens = sum(map(len, found[0]))
+    benchmark.extra_info |= {
+        "question": "rollout",
+        "provider": provider,
+        "model": case.model,
+        "P": PROMPT,
+        "B": case.sequences,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "new_tokens": new_tokens,
+        "tokens_per_s": round(new_tokens / median),
+        "logit_gap": float(f"{gap:.1g}"),
+        "peak_mib": None if peak is None else round(peak, 1),
+        "times_ours": round(median / statistics.median(neighbours), 2),
+    }
