@@ -10,35 +10,37 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# BIN=/path/to/bin uses that environment as it is
+READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
 .PHONY: demo test check fix bench bench-compare kernels test-gpu clean
 
-demo: $(VENV)/train.ok
-	$(BIN)/opcd train --config examples/voice_assistant/config.yaml --output_dir $(RUN)
+demo: $(call READY,train)
+	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
+	    --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/dev.ok
+test: $(call READY,dev)
 	$(BIN)/python -m pytest -m "not gpu"
 
-check: $(VENV)/dev.ok
+check: $(call READY,dev)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(VENV)/dev.ok
+fix: $(call READY,dev)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/bench.ok
+bench: $(call READY,bench)
 	$(BIN)/python -m benchmarks.run $(if $(SAVE),--save $(SAVE)) $(ARGS)
 
-bench-compare: $(VENV)/bench.ok
+bench-compare: $(call READY,bench)
 	$(BIN)/python -m benchmarks.compare $(RUN)
 
-kernels: $(VENV)/dev.ok
+kernels: $(call READY,dev)
 	$(BIN)/python benchmarks/compiled_kernels.py
 
-test-gpu: $(VENV)/dev.ok
+test-gpu: $(call READY,dev)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"
 	$(BIN)/python -m pytest -m gpu
 

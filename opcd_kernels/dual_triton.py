@@ -129,20 +129,21 @@ def dual_product_kernel(
         mask_c, inside = offs_c < C, offs_v[None, :] < V
         d_s, max_s = _centred(z_s, inside, inv_temperature)
         d_t, max_t = _centred(z_t, inside, inv_temperature)
-        e_s, e_t, delta = tl.exp(d_s), tl.exp(d_t), d_s - d_t
+        sum_t = tl.sum(tl.exp(d_t), axis=1)
+        e, delta = tl.exp(d_s), d_s - d_t
         out_ptr = statistics_ptr + offs_c.to(tl.int64) * (STATISTICS * tiles_v) + tile_v
         tl.store(out_ptr, max_s, mask=mask_c)
-        sum_s, e_delta = tl.sum(e_s, axis=1), tl.sum(e_s * delta, axis=1)
+        sum_s, e_delta = tl.sum(e, axis=1), tl.sum(e * delta, axis=1)
         tl.store(out_ptr + tiles_v, sum_s, mask=mask_c)
         tl.store(out_ptr + 2 * tiles_v, max_t, mask=mask_c)
-        tl.store(out_ptr + 3 * tiles_v, tl.sum(e_t, axis=1), mask=mask_c)
+        tl.store(out_ptr + 3 * tiles_v, sum_t, mask=mask_c)
         tl.store(out_ptr + 4 * tiles_v, e_delta, mask=mask_c)
-        tl.store(out_ptr + 5 * tiles_v, tl.sum(e_s * d_s, axis=1), mask=mask_c)
+        tl.store(out_ptr + 5 * tiles_v, tl.sum(e * d_s, axis=1), mask=mask_c)
         if DIVERGENCE == REVERSE_KL:
             delta -= (e_delta / sum_s)[:, None]
         else:
-            e_s = tl.maximum(e_s, e_t)
-        e_desc.store([first_c, first_v], rounded(e_s, tl.bfloat16))
+            e = tl.exp(d_s + tl.maximum(-delta, 0.0))  # d_t itself would have to be kept
+        e_desc.store([first_c, first_v], rounded(e, tl.bfloat16))
         x_desc.store([first_c, first_v], rounded(delta, tl.bfloat16))
 
 

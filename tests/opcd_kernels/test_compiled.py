@@ -64,8 +64,6 @@ def test_attention_multiplies_with_matrix_instructions(attention: list[dict]) ->
 def test_both_models_are_multiplied_with_matrix_instructions(dual: list[dict]) -> None:
     assert len(dual) == 2 * 6
     assert all(r["products"] > 0 for r in dual)
-    # Two accumulators alone are 128 of them.
-    assert max(r["registers"] for r in dual) < 255
 
 
 def test_four_programs_fit_a_multiprocessor(reports: list[dict]) -> None:
