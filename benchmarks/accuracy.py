@@ -12,7 +12,6 @@ truncates to bf16 where a GPU rounds, and Liger's own projection rounds its logi
 """
 
 import argparse
-import datetime
 import os
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from benchmarks.providers import (
     plain_loss,
     tensors,
 )
-from benchmarks.rows import machine, source, write
+from benchmarks.rows import origin, write
 
 NOISE = {0.4: 0.37, 0.04: 0.118, 0.004: 0.0373, 0.0005: 0.0132}
 TOKENS, SINGLE = 32, 8
@@ -98,11 +97,9 @@ def main() -> None:
     rows = [row for target in NOISE for row in measure(target, device)]
     print(table(rows))
     if file is not None:
-        from pytest_benchmark.utils import get_commit_info  # the table does without
-
-        shared = {**machine(), **source(get_commit_info(), datetime.date.today().isoformat())}
         facts = {"question": "accuracy", "D": D, "V": V, "dtype": "bfloat16"}
-        write(({**shared, **facts, **row} for row in rows), file)
+        shared = {**origin(), **facts}
+        write(({**shared, **row} for row in rows), file)
 
 
 if __name__ == "__main__":

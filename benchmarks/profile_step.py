@@ -11,7 +11,6 @@ GPU the outermost operations of the CPU stand for the device's work.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_step import DEVICE, DTYPE, PROBLEMS
-from benchmarks.summary import RESULTS, device_name, versions
+from benchmarks.rows import RESULTS, device_name, origin, write
 from benchmarks.timeline import Phase, Range, Work, analyse, read_trace
 from benchmarks.trainers import Problem, distiller, free
 from opcd.loop import Distiller
@@ -93,15 +92,16 @@ def main() -> None:
         name, host, work = trace(problem, DEVICE, DTYPE)
         phases = analyse(host, work, list(PHASES.values()))
         print(table(f"{name}, {DTYPE}, {device_name()}", phases), end="\n\n")
-        facts = {"device": device_name(), **versions(), **problem._asdict(), "model": name}
+        facts = {**problem._asdict(), "model": name}
         facts |= {"dtype": str(DTYPE).removeprefix("torch."), "rollout_tokens": ROLLOUT_TOKENS}
         rows.append(facts | {phase: rounded(found) for phase, found in phases.items()})
         del host, work
         free(DEVICE)
     if arguments.save:
         file = RESULTS / f"profile-{arguments.save}.json"
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        shared = origin()
+        write(({**shared, **row} for row in rows), file)
+        print(f"written: {file}")
 
 
 if __name__ == "__main__":

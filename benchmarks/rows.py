@@ -5,6 +5,7 @@ A row holds where it was measured (`device`, versions, `commit`, `date`), the `q
 float and whatever carries a unit was measured; the rest, and GIVEN, says which problem was solved.
 """
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -55,6 +56,13 @@ def source(commit_info: dict, date: str) -> dict[str, str]:
     """What every row says of the code that was measured, and when; pytest-benchmark's words."""
     changed = "+changes" if commit_info["dirty"] else ""
     return {"commit": commit_info["id"] + changed, "date": date[:10]}
+
+
+def origin() -> dict[str, str]:
+    """`machine` and `source` of what is measured now, outside of pytest."""
+    from pytest_benchmark.utils import get_commit_info  # tables do without
+
+    return {**machine(), **source(get_commit_info(), datetime.date.today().isoformat())}
 
 
 def read(file: Path) -> list[Row]:

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.providers import tensors
-from benchmarks.rows import RESULTS, device_name, versions, write
+from benchmarks.rows import RESULTS, origin, write
 from opcd_kernels import reference
 from opcd_kernels.chunks import chunk_divergence
 from opcd_kernels.dual_triton import DualProduct, Tile
@@ -113,7 +113,7 @@ def main() -> None:
     for (d, v), shared in itertools.product(SHAPES, (False, True)):
         print(f"\nD {d}, V {v}, {'one head' if shared else 'two heads'}, {TOKENS} tokens")
         for row in measure(d, v, TILES, torch.device("cuda"), on_gpu, shared, TOKENS):
-            rows.append({"device": device_name(), **versions(), **row})
+            rows.append(row)
             keys = ("forward_s", "product_s", "tflops", "rows_gbs", "gradient_error", "refused")
             facts = "  ".join(
                 f"{k} {row[k]:.4g}" if k != "refused" else row[k] for k in keys if k in row
@@ -121,7 +121,8 @@ def main() -> None:
             print(f"{row['tile']:>24}  {facts}", flush=True)
     if save:
         file = RESULTS / f"tune-{save}.json"
-        write(rows, file)
+        shared = origin()
+        write(({**shared, **row} for row in rows), file)
         print(f"written: {file}")
 
 
