@@ -226,6 +226,8 @@ def test_a_run_of_everything_must_answer_every_question(
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     stored = [row("ours", 1.0), row("ours", 1.0, question="step")]
     rows_module.write(stored, tmp_path / "all-a.json")
+    profile = {"device": DEVICE, "model": "tiny", "rollout": {"wall_ms": 1.0}}
+    rows_module.write([profile], tmp_path / "profile-a.json")  # nothing measures it again
     monkeypatch.setattr(sys, "argv", ["compare"])
     for now, failed, expected in (
         (stored, [], 0),
