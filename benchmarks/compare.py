@@ -223,7 +223,7 @@ def main() -> None:
     now = [row for file in runs for row in read(file)]
     if not now:
         parser.exit(1, "nothing was measured: see why the benchmarks were skipped above\n")
-    # Profiles and tunings are kept there too; they name no provider, and no run measures them again.
+    # Kept profiles and tunings name no provider: no run measures them again.
     rows = (row for file in sorted(RESULTS.glob("*.json")) for row in read(file))
     kept = [row for row in rows if "provider" in row]
     device = now[-1]["device"]

@@ -1,7 +1,8 @@
 """Plots of stored results: a panel a problem, a bar a provider, its numbers beside it.
 
-What was measured in phases is drawn as a bar of its phases. Where a row knows its share of a floor,
-a line shows the floor. The background is opaque, so that pages in light and dark show the same.
+A row that knows its phases is drawn as a bar of them, beside their sum. Where a row knows its share
+of a floor, a line shows the floor. The background is opaque, so that pages in light and dark show
+the same.
 """
 
 import statistics
@@ -18,7 +19,6 @@ from matplotlib.axes import Axes
 from benchmarks.rows import Row, is_ours, problem, provider, read, words
 
 DOCS = Path(__file__).parent.parent / "docs"
-WHOLE = "step"  # the phase that is all others together
 COLUMNS = {  # facts beside the bars
     "floor_share": ("of floor", "{:.0%}"),
     "gradient_error": ("error", "{:.1%}"),
@@ -28,7 +28,7 @@ COLUMNS = {  # facts beside the bars
 }
 CUT = 4  # a bar is cut at that many times the slowest of ours
 OURS, PEER, LINE, INK, QUIET = "#1f6f5c", "#b9b4a8", "#b3401f", "#33312c", "#6b675e"
-PHASES = ("#6d8ab8", "#d9a441", "#1f6f5c", "#8d6a9f", "#b9b4a8")
+PHASES = {"rollout_s": "#6d8ab8", "teacher_s": "#d9a441", "update_s": "#8d6a9f"}  # of a step
 STYLE = {
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans", "Verdana"],
@@ -42,7 +42,7 @@ STYLE = {
 }
 COLUMN_POINTS = 46
 CUT_MARK = {"color": "white", "ha": "right", "va": "center", "fontsize": 12}
-Bars = dict[str, list[Row]]  # the rows of a provider: one, or one a phase
+Bars = dict[str, Row]  # by provider
 
 
 def draw_results(files: Iterable[Path]) -> list[Path]:
@@ -63,7 +63,7 @@ def draw(rows: list[Row], file: Path) -> None:
     lines = [list(panels.items())[i : i + across] for i in range(0, len(panels), across)]
     slots = [max(len(bars) for _, bars in line) for line in lines]
     heights = [0.65 + 0.24 * n for n in slots]  # inches
-    in_ms = max([row["median_s"] for row in rows if is_ours(row)], default=1) < 0.5
+    in_ms = max([_total(row) for row in rows if is_ours(row)], default=1) < 0.5
     place = f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}"
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
@@ -89,40 +89,37 @@ def draw(rows: list[Row], file: Path) -> None:
 
 def _panels(rows: list[Row]) -> tuple[str, dict[str, Bars]]:
     """What all problems share, and the rows by the rest of their problem and by provider."""
-    problems = [{k: v for k, v in problem(row).items() if k != "phase"} for row in rows]
+    problems = [problem(row) for row in rows]
     shared = {k: v for k, v in problems[0].items() if all(p.get(k) == v for p in problems)}
     panels: dict[str, Bars] = {}
     for row, facts in zip(rows, problems, strict=True):
         title = words({k: v for k, v in facts.items() if k not in shared})
-        panels.setdefault(title, {}).setdefault(provider(row), []).append(row)
+        panels.setdefault(title, {})[provider(row)] = row
     return words(shared), panels
 
 
 def _draw_panel(axes: Axes, bars: Bars, in_ms: bool) -> None:
     unit, scale = ("ms", 1000) if in_ms else ("s", 1)
-    totals = [scale * _total(rows) for rows in bars.values()]
-    ours = [t for t, rows in zip(totals, bars.values(), strict=True) if is_ours(rows[0])]
+    totals = [scale * _total(row) for row in bars.values()]
+    ours = [t for t, row in zip(totals, bars.values(), strict=True) if is_ours(row)]
     limit = min(1.05 * max(totals), CUT * max(ours or totals))
-    phases = _phases(bars)
     axes.set_axis_on()
-    for y, (rows, total) in enumerate(zip(bars.values(), totals, strict=True)):
+    for y, (row, total) in enumerate(zip(bars.values(), totals, strict=True)):
         left = 0.0
-        for row in rows if not phases else [row for row in rows if row["phase"] != WHOLE]:
-            color = PHASES[phases.index(row["phase"]) % len(PHASES)] if phases else _color(row)
-            time = scale * row["median_s"]
-            axes.barh(y, time, left=left, color=color, height=0.72, label=row.get("phase"))
+        parts = PHASES if _phased(row) else {"median_s": OURS if is_ours(row) else PEER}
+        for part, color in parts.items():
+            time, label = scale * row[part], part.removesuffix("_s") if part in PHASES else None
+            axes.barh(y, time, left=left, color=color, height=0.72, label=label)
             left += time
         if total > limit:
             axes.annotate("»", (limit, y), (-3, 0), textcoords="offset points", **CUT_MARK)
-        elif not phases:
-            spread = [scale * rows[0]["min_s"], scale * rows[0]["max_s"]]
+        elif not _phased(row):
+            spread = [scale * row["min_s"], scale * row["max_s"]]
             axes.plot(spread, [y, y], color=INK, linewidth=0.8)
-    if floors := [
-        r["floor_share"] * r["median_s"] for r, *_ in bars.values() if "floor_share" in r
-    ]:
+    if floors := [r["floor_share"] * r["median_s"] for r in bars.values() if "floor_share" in r]:
         label = "floor: the products that nobody can avoid"
         axes.axvline(scale * statistics.median(floors), color=LINE, linewidth=1.2, label=label)
-    for i, (head, cells) in enumerate(_columns(bars, phases, unit, scale).items(), start=1):
+    for i, (head, cells) in enumerate(_columns(bars, unit, scale).items(), start=1):
         for y, cell in enumerate([head, *cells], start=-1):
             at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             color = QUIET if y < 0 else INK
@@ -135,30 +132,26 @@ def _draw_panel(axes: Axes, bars: Bars, in_ms: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _total(rows: list[Row]) -> float:
-    whole = [row["median_s"] for row in rows if row.get("phase") == WHOLE]
-    return whole[0] if whole else sum(row["median_s"] for row in rows)
+def _phased(row: Row) -> bool:
+    return all(phase in row for phase in PHASES)
 
 
-def _phases(bars: Bars) -> list[str]:
-    found = dict.fromkeys(row["phase"] for rows in bars.values() for row in rows if "phase" in row)
-    return [phase for phase in found if phase != WHOLE]
+def _total(row: Row) -> float:
+    """Seconds: of all phases, or of what was timed."""
+    return sum(row[phase] for phase in PHASES) if _phased(row) else row["median_s"]
 
 
-def _color(row: Row) -> str:
-    return OURS if is_ours(row) else PEER
-
-
-def _columns(bars: Bars, phases: list[str], unit: str, scale: int) -> dict[str, list[str]]:
+def _columns(bars: Bars, unit: str, scale: int) -> dict[str, list[str]]:
     """The numbers beside the bars, by their heading."""
     columns = {}
-    for phase in phases:
-        times = [sum(r["median_s"] for r in rows if r["phase"] == phase) for rows in bars.values()]
-        columns[phase] = [_number(scale * t) for t in times]
-    columns[unit] = [_number(scale * _total(rows)) for rows in bars.values()]
+    if all(map(_phased, bars.values())):
+        for phase in PHASES:
+            times = [_number(scale * row[phase]) for row in bars.values()]
+            columns[phase.removesuffix("_s")] = times
+    columns[unit] = [_number(scale * _total(row)) for row in bars.values()]
     for fact, (head, form) in COLUMNS.items():
-        values = [rows[0].get(fact) for rows in bars.values()]
-        if not phases and head not in columns and any(v is not None for v in values):
+        values = [row.get(fact) for row in bars.values()]
+        if head not in columns and any(v is not None for v in values):
             columns[head] = ["" if v is None else form.format(v) for v in values]
     return columns
 

@@ -2,7 +2,8 @@
 
 A row holds where it was measured (`device`, versions, `commit`, `date`), the `question` and the
 `provider`, the seconds of its rounds, and the benchmark's own facts (`extra_info`). Of those a
-float and whatever carries a unit was measured; the rest, and GIVEN, says which problem was solved.
+float, whatever carries a unit, and CHOSEN was found; the rest, and GIVEN, says which problem was
+solved.
 """
 
 import datetime
@@ -22,6 +23,7 @@ WHERE = ("device", "python", *PACKAGES, "commit", "date", "question", "provider"
 TIMES = ("median", "min", "q1", "q3", "max")
 UNITS = ("_s", "_mib", "_share", "_error")
 GIVEN = ("kl", "beta", "temperature")
+CHOSEN = ("micro_batch", "teacher")  # how each provider solved the problem
 Row = dict
 
 
@@ -90,18 +92,20 @@ def _from_run(run: dict) -> list[Row]:
     return rows
 
 
-def facts(row: Row) -> dict[str, float | None]:
-    """What was measured besides the time."""
+def facts(row: Row) -> dict[str, float | str | None]:
+    """What was found besides the time."""
     times = {f"{key}_s" for key in TIMES}
-    return {k: v for k, v in row.items() if _measured(k, v) and k not in times}
+    return {k: v for k, v in row.items() if _found(k, v) and k not in times}
 
 
 def problem(row: Row) -> dict[str, object]:
     """What says which problem was solved."""
-    return {k: v for k, v in row.items() if k not in WHERE and not _measured(k, v)}
+    return {k: v for k, v in row.items() if k not in WHERE and not _found(k, v)}
 
 
-def _measured(key: str, value: object) -> bool:
+def _found(key: str, value: object) -> bool:
+    if key in CHOSEN:
+        return True
     return key not in GIVEN and (isinstance(value, float) or key.endswith(UNITS))
 
 

@@ -19,12 +19,19 @@ def table(rows: list[Row]) -> str:
         lines += ["", place]
         for (question, name), group in cases(here):
             columns = [k for k in _keys(group) if any(row.get(k) is not None for row in group)]
+            cells = [columns, *([_cell(row.get(k)) for k in columns] for row in group)]
+            widths = [max(9, *map(len, column)) for column in zip(*cells, strict=True)]
             lines += ["", f"{question}: {name}"]
-            lines.append("  ".join([f"{'':18}", *(f"{k:>14}" for k in columns)]))
-            for row in group:
-                cells = ("" if row.get(k) is None else f"{row[k]:.4g}" for k in columns)
-                lines.append("  ".join([f"{provider(row):18}", *(f"{c:>14}" for c in cells)]))
+            for first, line in zip(["", *map(provider, group)], cells, strict=True):
+                padded = (f"{c:>{width}}" for c, width in zip(line, widths, strict=True))
+                lines.append("  ".join([f"{first:18}", *padded]))
     return "\n".join(lines[1:])
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _places(rows: list[Row]) -> list[tuple[str, list[Row]]]:

@@ -21,7 +21,11 @@ RUN = {
                 "question": "step",
                 "provider": provider,
                 "model": "tiny",
-                "phase": phase,
+                "micro_batch": micro_batch,
+                "teacher": teacher,
+                "rollout_s": 2.125,
+                "teacher_s": 0.25,
+                "update_s": 1.0,
                 "B": 4,
                 "new_tokens": 64,
                 "tokens_per_s": 512,
@@ -29,8 +33,7 @@ RUN = {
                 "share_nobody_foresaw": 0.5,
             },
         }
-        for provider in ("ours", "peer")
-        for phase in ("rollout", "step")
+        for provider, micro_batch, teacher in (("ours", 16, "packed, sdpa"), ("peer", 8, "in full"))
     ],
 }
 
@@ -43,22 +46,29 @@ def rows(tmp_path: Path) -> list[dict]:
 
 
 def test_a_run_becomes_rows(rows: list[dict]) -> None:
-    assert len(rows) == 4
+    assert len(rows) == 2
     row = rows[0]
     assert (row["device"], row["commit"], row["date"]) == ("a GPU", "0123+changes", "2026-01-02")
     assert (row["median_s"], row["q1_s"], row["rounds"]) == (1.257, 1.1, 5)
-    assert case(row) == "tiny, phase rollout, B 4, 64 new tokens"
-    assert problem(row) == {"model": "tiny", "phase": "rollout", "B": 4, "new_tokens": 64}
-    assert facts(row) == {"tokens_per_s": 512, "peak_mib": None, "share_nobody_foresaw": 0.5}
-    assert [len(group) for _, group in cases(rows)] == [2, 2]
+    assert case(row) == "tiny, B 4, 64 new tokens"
+    assert problem(row) == {"model": "tiny", "B": 4, "new_tokens": 64}
+    chosen = {"micro_batch": 16, "teacher": "packed, sdpa"}
+    times = {"rollout_s": 2.125, "teacher_s": 0.25, "update_s": 1.0}
+    other = {"tokens_per_s": 512, "peak_mib": None, "share_nobody_foresaw": 0.5}
+    assert facts(row) == {**chosen, **times, **other}
+    assert [len(group) for _, group in cases(rows)] == [2]  # who chose otherwise is beside it
 
 
 def test_the_table_shows_facts_that_nobody_foresaw(rows: list[dict]) -> None:
     lines = summary.table(rows).splitlines()
     assert lines[0] == "a GPU, 0123+changes, 2026-01-02"
-    assert lines[2] == "step: tiny, phase rollout, B 4, 64 new tokens"
-    assert lines[3].split() == ["median_s", "tokens_per_s", "share_nobody_foresaw"]
-    assert lines[4].split() == ["ours", "1.257", "512", "0.5"]
+    assert lines[2] == "step: tiny, B 4, 64 new tokens"
+    names = ["median_s", "micro_batch", "teacher", "rollout_s", "teacher_s", "update_s"]
+    assert lines[3].split() == [*names, "tokens_per_s", "share_nobody_foresaw"]
+    assert lines[4].split()[:5] == ["ours", "1.257", "16", "packed,", "sdpa"]
+    assert lines[5].split()[:5] == ["peer", "1.257", "8", "in", "full"]
+    assert lines[5].split()[5:] == ["2.125", "0.25", "1", "512", "0.5"]
+    assert len({len(line) for line in lines[3:]}) == 1
 
 
 def test_rows_are_kept_by_question_and_drawn(
@@ -69,9 +79,10 @@ def test_rows_are_kept_by_question_and_drawn(
     summary.save(rows, "name")
     assert read(tmp_path / "step-name.json") == rows
     text = "".join(ElementTree.parse(tmp_path / "step-name.svg").getroot().itertext())
-    for shown in ("step: tiny, B 4, 64 new tokens", "a GPU", "rollout", "peer", "1.26"):
+    for shown in ("step: tiny, B 4, 64 new tokens", "a GPU", "peer", "2.12", "3.38"):
         assert shown in text
-    assert text.count("rollout") == 2  # a part of the bars, and its column
+    for phase in ("rollout", "teacher", "update"):
+        assert text.count(phase) == 2  # a part of the bars, and its column
 
 
 def test_every_stored_result_with_times_is_drawn(
