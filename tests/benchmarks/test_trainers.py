@@ -5,6 +5,8 @@ import torch
 
 from benchmarks import trainers
 from benchmarks.trainers import Measured, Problem, distiller, full_length, measured
+from opcd.plan import Plan
+from opcd.rollout import RolloutEngine, TransformersEngine
 
 PROBLEM = Problem("qwen2.5-tiny", 64, 8, 4, 16, 2)
 CPU = torch.device("cpu")
@@ -19,6 +21,18 @@ def test_all_completions_have_their_full_length(ours: Measured) -> None:
     assert [len(c) for c in ours.completions] == [16] * 4
     assert full_length([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
     assert full_length([1, 2, 3], 2) == [1, 2]
+
+
+def test_ours_samples_by_the_engine_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def build(name: str, model: torch.nn.Module, batch_size: int, plan: Plan) -> RolloutEngine:
+        asked.append((name, batch_size, plan.mode, torch.is_autocast_enabled("cpu")))
+        return TransformersEngine(model, batch_size)
+
+    monkeypatch.setattr(trainers, "build_engine", build)
+    distiller(PROBLEM, CPU, torch.bfloat16)
+    assert asked == [("auto", 4, "packed", True)]
 
 
 def test_every_phase_is_timed(ours: Measured) -> None:
