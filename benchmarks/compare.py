@@ -3,7 +3,8 @@
     python -m benchmarks.compare                # runs every benchmark first
     python -m benchmarks.compare RUN.json...    # takes a run, or rows that were kept
 
-Exit status 0: nothing; 1: something, named in a table; 2: nothing is stored for this device.
+Exit status 0: nothing; 1: something, named in a table, or a benchmark failed; 2: there is nothing
+to compare, as nothing is stored for this device or a file is no run. (make always says 2 for both.)
 
 Time. Medians count, and differ when they are apart by more than 5 % and by four standard errors of
 their difference, which come from the quartiles of both runs' rounds. A machine can be slower today,
@@ -23,7 +24,6 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import run
@@ -38,6 +38,7 @@ from benchmarks.rows import (
     problem,
     provider,
     read,
+    rows_of,
 )
 
 TIME, ACCURACY = 0.05, 0.25  # changes that count, relative
@@ -217,10 +218,13 @@ def _commit(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="*", help="a run, or rows that were kept")
+    parser.add_argument("runs", type=rows_of, nargs="*", help="a run, or rows that were kept")
     arguments = parser.parse_args()
-    runs, failed = (arguments.runs, []) if arguments.runs else run.measure([])
-    now = [row for file in runs for row in read(file)]
+    runs, failed = arguments.runs, []
+    if not runs:
+        files, failed = run.measure([])
+        runs = map(read, files)
+    now = [row for rows in runs for row in rows]
     if not now:
         parser.exit(1, "nothing was measured: see why the benchmarks were skipped above\n")
     # Kept profiles and tunings name no provider: no run measures them again.

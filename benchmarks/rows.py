@@ -6,6 +6,7 @@ float, whatever carries a unit, and CHOSEN was found; the rest, and GIVEN, says 
 solved.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -73,6 +74,15 @@ def read(file: Path) -> list[Row]:
     if isinstance(content, dict):
         return _from_run(content) if "benchmarks" in content else []
     return [{"question": file.stem.split("-")[0], **row} for row in content]
+
+
+def rows_of(argument: str) -> list[Row]:
+    """`read` of a file that the command line names: a type for argparse."""
+    try:
+        return read(Path(argument))
+    except (OSError, ValueError) as error:
+        kinds = "the JSON of a run or of kept rows"
+        raise argparse.ArgumentTypeError(f"must be {kinds}, got {argument}: {error}") from error
 
 
 def write(rows: Iterable[Row], file: Path) -> None:

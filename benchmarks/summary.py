@@ -6,10 +6,9 @@ python -m benchmarks.summary --plots                    # draws what results/ ho
 """
 
 import argparse
-from pathlib import Path
 
 from benchmarks.plots import draw_results
-from benchmarks.rows import RESULTS, Row, cases, facts, provider, read, write
+from benchmarks.rows import RESULTS, Row, cases, facts, provider, rows_of, write
 
 
 def table(rows: list[Row]) -> str:
@@ -59,14 +58,14 @@ def save(rows: list[Row], name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="*", help="from pytest --benchmark-json")
+    parser.add_argument("runs", type=rows_of, nargs="*", help="from pytest --benchmark-json")
     parser.add_argument("--save", metavar="NAME", help="keep rows and plots")
     parser.add_argument("--plots", action="store_true", help="draw every stored result again")
     arguments = parser.parse_args()
     if arguments.plots:
         print(*draw_results(sorted(RESULTS.glob("*.json"))), sep="\n")
         return
-    rows = [row for file in arguments.runs for row in read(file)]
+    rows = [row for rows in arguments.runs for row in rows]
     if not rows:
         parser.exit(1, "nothing was measured: give the JSON of a run that measured something\n")
     print(table(rows))

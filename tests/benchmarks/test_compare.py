@@ -3,11 +3,13 @@
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import compare as module
+from benchmarks import designs, summary
 from benchmarks import rows as rows_module
 from benchmarks.compare import compare, report
 
@@ -218,6 +220,25 @@ def test_the_exit_status_and_what_is_said(
     capsys.readouterr()
     assert status([{**loss[0], "device": "another"}], tmp_path, monkeypatch) == 2
     assert "nothing is stored for another, only for a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "no JSON"])
+@pytest.mark.parametrize("main", [module.main, summary.main, designs.main])
+def test_a_file_that_is_no_run_is_named(
+    content: str | None,
+    main: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = tmp_path / "run.json"
+    if content:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["command", str(file)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert f"must be the JSON of a run or of kept rows, got {file}" in capsys.readouterr().err
 
 
 def test_a_run_of_everything_must_answer_every_question(

@@ -21,6 +21,8 @@ ROWS = [
     row("ours-triton", 64, 4096, 5.0),
     row("ours-triton-dual", 64, 4096, 6.0),
     row("ours-triton", 64, 9999, 1.0),  # alone
+    {"question": "accuracy", "provider": "ours-triton", "D": 576, "V": 1000},
+    {"question": "tune", "tile": "library"},
 ]
 
 
