@@ -7,8 +7,9 @@ Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, re
 0.4, 0.04, 0.004 and 0.0005 nats a token. `gradient_error` is the larger relative error (2-norm) of
 the two gradients over 32 tokens; `kl_error` the largest relative error of a single token's
 divergence over eight tokens, `kl_lowest` the smallest divergence reported for them in multiples of
-the exact one: below 0 is impossible. Without a GPU Triton's interpreter runs the Triton kernels; it
-truncates to bf16 where a GPU rounds, and Liger's own projection rounds its logits to bf16 there.
+the exact one: below 0 is impossible. Without a GPU Triton's interpreter runs the Triton kernels. It
+truncates to bf16 where a GPU rounds (ours round by themselves there), and Liger's own projection
+rounds its logits to bf16.
 """
 
 import argparse

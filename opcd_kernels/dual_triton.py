@@ -11,12 +11,12 @@ the divergence and writes the gradient over E.
     others       E = e^{max(d_s, d_t)}         x = δ; together they give either model's exponential
     statistics   of either model the maximum and Σ e^d; Σ e^{d_s} δ; Σ e^{d_s} d_s
 
-Two bf16 numbers suffice: they add 0.06 % to an error of the gradient of 0.16 % that rounding it to
-bf16 brings anyway. A reverse KL is the difference of the normalisers, in fp32, and below NEAR,
+Two bf16 numbers suffice: they add less to the gradient's error than rounding it to bf16 brings
+anyway (docs/derivation.md). A reverse KL is the difference of the normalisers, in fp32, and below NEAR,
 where that has too few digits, the sum of terms that are never negative.
 
 Memory traffic a token and vocabulary entry, in bytes: 4 written by the product, 4 read and 2
-written by the second kernel, 0.5 for the statistics, where `rows_triton.py` moves 26. In exchange
+written by the second kernel, 0.4 for the statistics, where `rows_triton.py` moves 26. In exchange
 the product is Triton's, not the library's. Programs that run at one time share their entries of the
 vocabulary, so that the heads are read from memory once; each takes tile after tile, so that one is
 written while the next is multiplied.
