@@ -38,7 +38,7 @@ bench-compare: $(call READY,bench)
 	$(BIN)/python -m benchmarks.compare $(RUN)
 
 kernels: $(call READY,dev)
-	$(BIN)/python benchmarks/compiled_kernels.py
+	$(BIN)/python -m benchmarks.compiled_kernels
 
 test-gpu: $(call READY,dev)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"

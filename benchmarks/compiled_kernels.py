@@ -1,7 +1,7 @@
 """What the Triton kernels become, compiled without a GPU: registers, spills, loads, barriers.
 
-    python benchmarks/compiled_kernels.py           a table
-    python benchmarks/compiled_kernels.py --json    the same, a JSON object a line
+    python -m benchmarks.compiled_kernels           a table
+    python -m benchmarks.compiled_kernels --json    the same, a JSON object a line
 
 Every shipped configuration is compiled for each architecture below, with the argument properties
 the launcher would find (pointers and widths that are multiples of 16). NVIDIA code is read back

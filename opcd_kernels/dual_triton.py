@@ -12,8 +12,8 @@ the divergence and writes the gradient over E.
     statistics   of either model the maximum and Σ e^d; Σ e^{d_s} δ; Σ e^{d_s} d_s
 
 Two bf16 numbers suffice: they add less to the gradient's error than rounding it to bf16 brings
-anyway (docs/derivation.md). A reverse KL is the difference of the normalisers, in fp32, and below NEAR,
-where that has too few digits, the sum of terms that are never negative.
+anyway (docs/derivation.md). A reverse KL is the difference of the normalisers, in fp32, and below
+NEAR, where that has too few digits, the sum of terms that are never negative.
 
 Memory traffic a token and vocabulary entry, in bytes: 4 written by the product, 4 read and 2
 written by the second kernel, 0.4 for the statistics, where `rows_triton.py` moves 26. In exchange
