@@ -9,6 +9,7 @@ on. Elsewhere the same step simply runs.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,11 +42,15 @@ class StaticCache:
     ) -> None:
         """Put tokens into their slots. The first call for a layer makes its memory."""
         if layer not in self._layers:
-            # Zeros, since a hidden value still counts 0 times: 0 · NaN would stay.
             shapes = [(self.rows * self.length, *x.shape[1:]) for x in (key, value)]
             self._layers[layer] = [key.new_zeros(s, dtype=self._dtype) for s in shapes]
         for held, new in zip(self._layers[layer], (key, value), strict=True):
             held.index_copy_(0, slots, new.to(self._dtype))
+
+    def clear(self) -> None:
+        """Zeros everywhere: a value that is hidden still counts 0 times, and 0 · NaN is NaN."""
+        for held in chain.from_iterable(self._layers.values()):
+            held.zero_()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """(B, H_kv, T, D) and (B, H_kv, T, D_v), views."""
@@ -151,6 +156,7 @@ class Decoder:
         self._last.copy_(last)
         self._live.copy_(live)
         self._temperature.fill_(temperature)
+        self._cache.clear()
         self._fill_cache(prompts, prefix)
 
     def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
