@@ -152,4 +152,6 @@ def _what_a_graph_holds_fast(model: torch.nn.Module) -> Any:
     kind = causal_lm(model).device.type
     adapters = [adapter_state(m) for m in model.modules() if isinstance(m, BaseTunerLayer)]
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return [t.data_ptr() for t in tensors], adapters, autocast, model.training
+    # Tensors that are made in inference mode cannot be written to outside of it.
+    mode = model.training, torch.is_inference_mode_enabled()
+    return [t.data_ptr() for t in tensors], adapters, autocast, mode

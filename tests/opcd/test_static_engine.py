@@ -104,8 +104,8 @@ def training(model: torch.nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "change", [moved, training, lambda model: autocast(CPU, torch.bfloat16),
-     lambda model: model.disable_adapter()],
-    ids=["moved", "training", "autocast", "adapter"],
+     lambda model: model.disable_adapter(), lambda model: torch.inference_mode()],
+    ids=["moved", "training", "autocast", "adapter", "inference"],
 )  # fmt: skip
 def test_a_decoder_is_made_anew_where_a_graph_would_be_wrong(change: Callable) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear")).eval()
@@ -117,6 +117,7 @@ def test_a_decoder_is_made_anew_where_a_graph_would_be_wrong(change: Callable) -
     with change(model):
         engine.generate(PROMPTS, GREEDY)
     assert engine._decoder is not first
+    engine.generate(PROMPTS, GREEDY)
     engine.close()
     assert engine._decoder is None
 
