@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from opcd.attention import Packing, Shape, cached_attention
+from opcd.errors import InputError
 from opcd.lm import causal_lm
 from opcd.packed import packed_attention, packed_pass
 from opcd.prefix import SharedPrefix
@@ -222,7 +223,8 @@ class Decoder:
     def capture(self) -> None:
         """Record the step in a CUDA graph, which `run` replays from now on.
 
-        Raises RuntimeError if the model waits for the GPU in a step: a graph would not.
+        Raises RuntimeError if the model waits for the GPU in a step: a graph would not. Raises
+        InputError if CUDA refuses to record a step that ran.
         """
         with (
             torch.cuda.device(self._device),
@@ -233,8 +235,16 @@ class Decoder:
             with _waiting_is_an_error():
                 self.step()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self.step()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    logits = self.step()
+            except torch.AcceleratorError as error:
+                # No other engine can go on from here: the current stream and the generator stay
+                # as they were in the recording.
+                raise InputError(
+                    f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
+                    f"graph, got {str(error).splitlines()[0]}; pass --rollout_engine generate"
+                ) from error
         self._graph, self._logits = graph, logits
 
     def run(self, steps: int) -> None:

@@ -204,6 +204,30 @@ def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
     assert [len(row) for row in decoder.sequences()] == [1, 1], "no row took part"
 
 
+def test_a_capture_that_fails_ends_the_run(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for `auto`: a process in which a capture failed cannot sample."""
+    model = tiny_llama()
+    plan = find_plan(model, SHARED)
+
+    @contextlib.contextmanager
+    def refused(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+        yield
+        raise torch.AcceleratorError("CUDA error: operation not permitted\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr("opcd.static_engine._gap_to_full_passes", _captured)
+    with pytest.raises(InputError, match="got CUDA error: operation not permitted; pass"):
+        why_not_static(model, plan)
+    assert events[-1] == "step", "the step itself had run"
+
+
+def _captured(model: torch.nn.Module) -> float:
+    Decoder(model, 2, 64, []).capture()
+    return 0.0
+
+
 def test_a_graph_is_kept_for_whatever_fits(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
