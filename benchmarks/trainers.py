@@ -25,10 +25,11 @@ from benchmarks.providers import Unavailable
 from opcd import builtin_model
 from opcd.config import TrainConfig
 from opcd.data import Example
-from opcd.lm import switch_off_dropout
+from opcd.engines import build_engine
+from opcd.lm import autocast, switch_off_dropout
 from opcd.loop import Distiller
 from opcd.models import load_model
-from opcd.rollout import Rollout, SamplingParams, TransformersEngine
+from opcd.rollout import Rollout, RolloutEngine, SamplingParams
 from opcd.task import Prompt
 from opcd.teacher import ONLY, SharedPrefixTeacher
 
@@ -141,7 +142,7 @@ def full_length(completion: Sequence[int], length: int) -> list[int]:
 class Recorder:
     """An engine that keeps what another one sampled, to give it again."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
         self.kept: list[Rollout] = []
         self.replays = False
@@ -188,7 +189,10 @@ def distiller(
         rollout_batch_size=problem.completions,
     ).check()
     teacher = SharedPrefixTeacher(teacher_model, context, config.max_tokens_per_pass)
-    engine = TransformersEngine(student, config.rollout_batch_size, teacher.plan.shares_prefix)
+    with autocast(device, dtype):
+        engine = build_engine(
+            config.rollout_engine, student, config.rollout_batch_size, teacher.plan
+        )
     recorder = Recorder(engine)
     prompts = [Prompt(Example((), (), "", ONLY), ids, ids) for ids in prompt_ids]
     made = Distiller(student, teacher, recorder, config, dtype, teacher.plan)
