@@ -210,7 +210,8 @@ class Decoder:
         )
         logits = output.logits[0].float()
         # The largest of logit / T − log q, with q exponentially distributed, is a draw from the
-        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0.
+        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. CUDA's q
+        # has steps of 2^-24, in torch.multinomial too: rarer tokens come too seldom, or never.
         noise = torch.empty_like(logits).exponential_()
         noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
         token = (logits - self._temperature * noise).argmax(-1)

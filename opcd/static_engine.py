@@ -43,7 +43,10 @@ class StaticEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
     ) -> list[Rollout]:
-        """See RolloutEngine.generate. Draws from torch's global generator of the model's device."""
+        """See RolloutEngine.generate. Draws from torch's global generator of the model's device.
+
+        On a GPU what is drawn depends on the decoder's rows too, so on the calls before.
+        """
         if not prompts:
             return []
         repeated = [list(p) for p in prompts for _ in range(n)]
