@@ -6,7 +6,8 @@ time is that of teacher and update together, on the same completions for everybo
 (by each trainer's own sampling, as many tokens) is timed apart, and `step_s` is the sum. A trainer
 is timed only if loss and gradient norm of the initial weights are those of ours.
 
-    ours               the context's keys and values computed once, before the first step
+    ours               the context's keys and values computed once, before the first step; rollouts
+                       by the engine that `auto` takes
     trl-sdft           SDFTTrainer, which does exactly this, with full logits
     trl-distillation   TRL's fastest loss, the context put in front of its teacher's rows
 

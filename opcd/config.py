@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -114,6 +114,12 @@ class TrainConfig:
         ) | dict.fromkeys(
             ("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"), 0
         )
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"{name} must be one of {', '.join(get_args(kind))}, got "
+                    f"{getattr(self, name)!r}"
+                )
         for name in ("output_dir", "context", "prompts", "model", "scorer"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")

@@ -9,12 +9,14 @@ on. Elsewhere the same step simply runs.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from opcd.attention import Packing, Shape, cached_attention
+from opcd.errors import InputError
 from opcd.lm import causal_lm
 from opcd.packed import packed_attention, packed_pass
 from opcd.prefix import SharedPrefix
@@ -41,11 +43,15 @@ class StaticCache:
     ) -> None:
         """Put tokens into their slots. The first call for a layer makes its memory."""
         if layer not in self._layers:
-            # Zeros, since a hidden value still counts 0 times: 0 · NaN would stay.
             shapes = [(self.rows * self.length, *x.shape[1:]) for x in (key, value)]
             self._layers[layer] = [key.new_zeros(s, dtype=self._dtype) for s in shapes]
         for held, new in zip(self._layers[layer], (key, value), strict=True):
             held.index_copy_(0, slots, new.to(self._dtype))
+
+    def clear(self) -> None:
+        """Zeros everywhere: a value that is hidden still counts 0 times, and 0 · NaN is NaN."""
+        for held in chain.from_iterable(self._layers.values()):
+            held.zero_()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """(B, H_kv, T, D) and (B, H_kv, T, D_v), views."""
@@ -151,6 +157,7 @@ class Decoder:
         self._last.copy_(last)
         self._live.copy_(live)
         self._temperature.fill_(temperature)
+        self._cache.clear()
         self._fill_cache(prompts, prefix)
 
     def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
@@ -203,7 +210,8 @@ class Decoder:
         )
         logits = output.logits[0].float()
         # The largest of logit / T − log q, with q exponentially distributed, is a draw from the
-        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0.
+        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. CUDA's q
+        # has steps of 2^-24, in torch.multinomial too: rarer tokens come too seldom, or never.
         noise = torch.empty_like(logits).exponential_()
         noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
         token = (logits - self._temperature * noise).argmax(-1)
@@ -216,7 +224,8 @@ class Decoder:
     def capture(self) -> None:
         """Record the step in a CUDA graph, which `run` replays from now on.
 
-        Raises RuntimeError if the model waits for the GPU in a step: a graph would not.
+        Raises RuntimeError if the model waits for the GPU in a step: a graph would not. Raises
+        InputError if CUDA refuses to record a step that ran.
         """
         with (
             torch.cuda.device(self._device),
@@ -227,8 +236,16 @@ class Decoder:
             with _waiting_is_an_error():
                 self.step()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self.step()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    logits = self.step()
+            except torch.AcceleratorError as error:
+                # No other engine can go on from here: the current stream and the generator stay
+                # as they were in the recording.
+                raise InputError(
+                    f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
+                    f"graph, got {str(error).splitlines()[0]}; pass --rollout_engine generate"
+                ) from error
         self._graph, self._logits = graph, logits
 
     def run(self, steps: int) -> None:

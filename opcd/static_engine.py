@@ -43,7 +43,10 @@ class StaticEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
     ) -> list[Rollout]:
-        """See RolloutEngine.generate. Draws from torch's global generator of the model's device."""
+        """See RolloutEngine.generate. Draws from torch's global generator of the model's device.
+
+        On a GPU what is drawn depends on the decoder's rows too, so on the calls before.
+        """
         if not prompts:
             return []
         repeated = [list(p) for p in prompts for _ in range(n)]
@@ -152,4 +155,6 @@ def _what_a_graph_holds_fast(model: torch.nn.Module) -> Any:
     kind = causal_lm(model).device.type
     adapters = [adapter_state(m) for m in model.modules() if isinstance(m, BaseTunerLayer)]
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return [t.data_ptr() for t in tensors], adapters, autocast, model.training
+    # Tensors that are made in inference mode cannot be written to outside of it.
+    mode = model.training, torch.is_inference_mode_enabled()
+    return [t.data_ptr() for t in tensors], adapters, autocast, mode

@@ -51,6 +51,13 @@ def test_what_was_sampled_is_given_again() -> None:
     assert made.rollout(prompts) == first
 
 
+def test_ours_samples_with_the_engine_of_the_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(trainers, "build_engine", lambda name, *_: asked.append(name))
+    distiller(PROBLEM, CPU, torch.float32)
+    assert asked == ["auto"]
+
+
 @pytest.mark.parametrize("name", ["trl-sdft", "trl-distillation"])
 def test_trl_does_the_same_work(ours: Measured, name: str) -> None:
     pytest.importorskip("trl")

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from opcd.cli import main
+from opcd.config import TrainConfig
+from opcd.errors import InputError
 from tests.conftest import CHATML, tiny_llama, tiny_tokenizer, write_jsonl
 
 
@@ -57,6 +59,13 @@ def test_settings(
     settings: dict, capsys: pytest.CaptureFixture, change: dict, message: str
 ) -> None:
     assert message in refused(settings | change, capsys)
+
+
+def test_settings_that_no_command_line_has_read(settings: dict) -> None:
+    for change in ({"rollout_engine": "vllm"}, {"schedule": "cosine"}):
+        (name,) = change
+        with pytest.raises(InputError, match=f"{name} must be one of .*, got '{change[name]}'"):
+            TrainConfig(**settings | change).check()
 
 
 def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -> None:
