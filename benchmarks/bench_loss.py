@@ -44,6 +44,8 @@ SHAPES = (
     else [(1024, 576, 49152)]
 )
 FROZEN = SHAPES[2:3] if ON_GPU else SHAPES  # every case costs compile time
+# On a GPU the others take part in one case: every shape costs them seconds of compilation.
+EVERYWHERE = ("ours-triton", "ours-triton-dual", "trl", "liger-fused") if ON_GPU else PROVIDERS
 CASES = [(shape, False) for shape in SHAPES] + [(shape, True) for shape in FROZEN]
 ROUNDS = 7 if ON_GPU else 5
 ROW_SECONDS = 1.0 if ON_GPU else float("inf")
@@ -121,6 +123,8 @@ def test_loss(
     frozen: bool,
     exact: list[Tensor],
 ) -> None:
+    if provider not in EVERYWHERE and (shape, frozen) != (FROZEN[0], False):
+        pytest.skip(f"takes part at {FROZEN[0]} only")
     torch.compiler.reset()  # or what it met before makes this provider's kernels dynamic or eager
     try:
         loss: Loss = PROVIDERS[provider](DEVICE)
