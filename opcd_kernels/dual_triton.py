@@ -11,10 +11,10 @@ the divergence and writes the gradient over E.
     others       E = e^{max(d_s, d_t)}         x = δ; together they give either model's exponential
     statistics   of either model the maximum and Σ e^d; Σ e^{d_s} δ; Σ e^{d_s} d_s
 
-Two bf16 numbers suffice: alone they cost the gradient 0.05 %, where rounding it to bf16 costs 0.13 %
-anyway. A reverse KL is the difference of the normalisers, in fp32, and below NEAR, where that has
-too few digits, the sum of terms that are never negative. The other divergences are that sum, whose
-bf16 numbers leave an error of up to 0.5 % in a single token's value.
+Two bf16 numbers suffice: alone they cost the gradient 0.05 %, where rounding it to bf16 costs
+0.13 % anyway. A reverse KL is the difference of the normalisers, in fp32, and below NEAR, where
+that has too few digits, the sum of terms that are never negative. The other divergences are that
+sum, whose bf16 numbers leave an error of up to 0.5 % in a single token's value.
 
 Memory traffic a token and vocabulary entry, in bytes: 4 written by the product, 4 read and 2
 written by the second kernel, 0.4 for the statistics, where `rows_triton.py` moves 26. In exchange

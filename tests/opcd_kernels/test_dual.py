@@ -162,6 +162,19 @@ def test_a_token_of_weight_zero_counts_for_nothing_even_if_infinite(where: Where
 
 
 @everywhere
+def test_operands_that_tiles_cannot_be_fetched_from(where: Where) -> None:
+    """Rows off a multiple of 16 bytes, transposed, or every other column."""
+    t = {k: v.to(where.device, BF16) for k, v in problem(n=5, d_s=16, d_t=16).items()}
+    expected = linear_divergence(**t, backend=where.backend).per_token
+    flat = t["student_weight"].new_zeros(t["student_weight"].numel() + 1)[1:]
+    t["student_weight"] = flat.view_as(t["student_weight"]).copy_(t["student_weight"])
+    assert t["student_weight"].data_ptr() % 16 != 0
+    t["teacher_weight"] = t["teacher_weight"].T.contiguous().T
+    t["student_hidden"] = t["student_hidden"].repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(linear_divergence(**t, backend=where.backend).per_token, expected)
+
+
+@everywhere
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_every_entry_is_written(weight: float, where: Where) -> None:
     """Rows of weight 0 on a GPU's memory come this far."""
