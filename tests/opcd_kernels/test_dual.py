@@ -93,6 +93,25 @@ def test_one_head_for_both_models_is_as_exact(where: Where) -> None:
 
 
 @everywhere
+def test_a_head_is_fetched_once_where_both_models_share_it(
+    monkeypatch: pytest.MonkeyPatch, where: Where
+) -> None:
+    t = {k: v.to(where.device, BF16) for k, v in problem(n=2, d_t=8).items()}
+    shared_heads = []
+    right = DualProduct.product
+
+    def product(self: DualProduct, *hidden: torch.Tensor) -> torch.Tensor:
+        shared_heads.append(self._shared)
+        return right(self, *hidden)
+
+    monkeypatch.setattr(DualProduct, "product", product)
+    for head in (t["student_weight"].view(51, 8), t["student_weight"].clone()):
+        t["teacher_weight"] = head
+        linear_divergence(**t, backend=where.backend)
+    assert shared_heads == [True, False]
+
+
+@everywhere
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_identical_models_have_neither_divergence_nor_gradient(
     divergence: str, where: Where
