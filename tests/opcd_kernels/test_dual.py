@@ -65,6 +65,17 @@ def test_different_widths_temperature_and_chunks(divergence: str, where: Where) 
 
 
 @everywhere
+def test_peaked_tokens_keep_a_small_divergence(where: Where) -> None:
+    """δ is large wherever the mass is not, and so is its rounding."""
+    t = problem(n=64, v=300, d_s=16, d_t=16, seed=1)
+    t = rounded(t | {k: 20 * t[k] for k in ("student_weight", "teacher_weight")}, BF16)
+    expected, actual = oracle(t).per_token, ours(t, BF16, where).per_token
+    small = (expected > 1.2e-4) & (expected < 1e-3)
+    assert small.any()
+    assert (actual - expected).abs()[small].le(0.005 * expected[small]).all()
+
+
+@everywhere
 def test_one_head_for_both_models_is_as_exact(where: Where) -> None:
     t = shared(rounded(problem(n=20, v=300, d_s=40, d_t=40, noise=0.05), BF16))
     t["teacher_hidden"] = t["student_hidden"] + 2**-6 * t["teacher_hidden"].sign()
@@ -79,6 +90,25 @@ def test_one_head_for_both_models_is_as_exact(where: Where) -> None:
     assert h.grad is not None
     assert error(h.grad, expected.grad_hidden) < 0.005
     assert error(out.per_token, expected.per_token) < 0.002
+
+
+@everywhere
+def test_a_head_is_fetched_once_where_both_models_share_it(
+    monkeypatch: pytest.MonkeyPatch, where: Where
+) -> None:
+    t = {k: v.to(where.device, BF16) for k, v in problem(n=2, d_t=8).items()}
+    shared_heads = []
+    right = DualProduct.product
+
+    def product(self: DualProduct, *hidden: torch.Tensor) -> torch.Tensor:
+        shared_heads.append(self._shared)
+        return right(self, *hidden)
+
+    monkeypatch.setattr(DualProduct, "product", product)
+    for head in (t["student_weight"].view(51, 8), t["student_weight"].clone()):
+        t["teacher_weight"] = head
+        linear_divergence(**t, backend=where.backend)
+    assert shared_heads == [True, False]
 
 
 @everywhere
@@ -148,6 +178,19 @@ def test_a_token_of_weight_zero_counts_for_nothing_even_if_infinite(where: Where
         assert actual.per_token[1] == actual.entropy[1] == 0
         assert (actual.grad_hidden[1] == 0).all()
         assert error(actual.grad_weight, expected.grad_weight) < 0.005
+
+
+@everywhere
+def test_operands_that_tiles_cannot_be_fetched_from(where: Where) -> None:
+    """Rows off a multiple of 16 bytes, transposed, or every other column."""
+    t = {k: v.to(where.device, BF16) for k, v in problem(n=5, d_s=16, d_t=16).items()}
+    expected = linear_divergence(**t, backend=where.backend).per_token
+    flat = t["student_weight"].new_zeros(t["student_weight"].numel() + 1)[1:]
+    t["student_weight"] = flat.view_as(t["student_weight"]).copy_(t["student_weight"])
+    assert t["student_weight"].data_ptr() % 16 != 0
+    t["teacher_weight"] = t["teacher_weight"].T.contiguous().T
+    t["student_hidden"] = t["student_hidden"].repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(linear_divergence(**t, backend=where.backend).per_token, expected)
 
 
 @everywhere
