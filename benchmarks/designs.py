@@ -2,7 +2,7 @@
 
     python -m benchmarks.designs benchmarks/results/loss-NAME.json
 
-Rows of `opcd_kernels/measured_designs.json` for that device are replaced, those of others stay.
+Rows of `opcd_kernels/measured_designs.json` for the same device and shape are replaced.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def designs(rows: Rows) -> Rows:
 
 
 def merged(table: Rows, new: Rows) -> Rows:
-    """`table` with the rows of the new devices replaced."""
-    devices = {row["device"] for row in new}
-    return [row for row in table if row["device"] not in devices] + new
+    """`table` with what was measured anew replaced."""
+    cases = [tuple(row[k] for k in CASE) for row in new]
+    return [row for row in table if tuple(row[k] for k in CASE) not in cases] + new
 
 
 def main() -> None:

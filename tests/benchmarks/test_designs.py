@@ -32,12 +32,11 @@ def test_a_row_needs_every_design_and_takes_the_fewest_tokens() -> None:
     assert table[1]["seconds"] == {"triton": 3.0, "triton_dual": 2.0}
 
 
-def test_rows_of_other_devices_stay() -> None:
-    old = designs([row("ours-triton", 1, 1, 1.0, d) for d in "XY"] + [])
-    assert old == []
-    table = [{"device": "X", "D": 1}, {"device": "Y", "D": 1}]
-    assert merged(table, designs(ROWS))[0] == table[1]
-    assert {r["device"] for r in merged(table, designs(ROWS))} == {"X", "Y"}
+def test_what_was_not_measured_anew_stays() -> None:
+    new = designs(ROWS)
+    others = [{**new[0], "device": "Y"}, {**new[0], "D": 8192}, {**new[0], "head": "frozen"}]
+    table = [*others, {**new[0], "date": "2025-01-01"}]
+    assert merged(table, new) == [*others, *new]
 
 
 def test_the_nearest_shape_of_the_device_decides() -> None:
