@@ -193,7 +193,7 @@ def test_rollout(
     benchmark.pedantic(
         lambda: seconds(lambda: way(prompts, params)),
         setup=lambda: neighbours.append(seconds(lambda: ours(prompts, params))),
-        rounds=2 if ON_GPU else 5,
+        rounds=3 if ON_GPU else 5,
     )
     median = benchmark.stats.stats.median
     sampled = sum(map(len, found[0]))

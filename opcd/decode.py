@@ -210,10 +210,10 @@ class Decoder:
         )
         logits = output.logits[0].float()
         # The largest of logit / T − log q, with q exponentially distributed, is a draw from the
-        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. CUDA's q
-        # has steps of 2^-24, in torch.multinomial too: rarer tokens come too seldom, or never.
-        noise = torch.empty_like(logits).exponential_()
-        noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. In fp64,
+        # since CUDA's fp32 draws have steps of 2^-24: rarer tokens would come too seldom, or never.
+        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
+        noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_().float()
         token = (logits - self._temperature * noise).argmax(-1)
         self._tokens.scatter_(1, self._position[:, None] + 1, token[:, None])
         self._position += self._live
