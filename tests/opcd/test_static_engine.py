@@ -280,6 +280,24 @@ def test_decoding_ends_soon_after_the_last_row(graphed: bool) -> None:
     assert len(rows[2]) == 1, "an idle row stays idle"
 
 
+def test_what_a_graph_reads_and_writes_never_moves() -> None:
+    decoder = Decoder(tiny_llama(), rows=3, length=64, eos_token_ids=[1])
+
+    def places() -> dict[str, int]:
+        held = {k: x for k, x in vars(decoder).items() if isinstance(x, torch.Tensor)}
+        layers = enumerate(x for layer in decoder._cache._layers.values() for x in layer)
+        return {k: x.data_ptr() for k, x in [*held.items(), *layers]}
+
+    with torch.no_grad():
+        decoder.load(PROMPTS[:3], None, 4, temperature=1.0)
+        decoder.run(4)
+        before = places()
+        decoder.load(PROMPTS[1:3], None, 6, temperature=0.0)
+        decoder.run(6)
+    assert places() == before
+    assert len(before) > 8
+
+
 def test_equal_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     widths = []
