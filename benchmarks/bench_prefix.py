@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import peak_mib
 from opcd.errors import InputError
-from opcd.lm import transformer
-from opcd.models import load_model, resolve_device, resolve_dtype
+from opcd.models.by_name import load_model, resolve_device, resolve_dtype
+from opcd.models.lm import transformer
 from opcd.objective import head_divergence
-from opcd.prefix import SharedPrefix
+from opcd.passes.prefix import SharedPrefix
 from opcd.teacher import SharedPrefixTeacher
 
 DEVICE = resolve_device("auto")

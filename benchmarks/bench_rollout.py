@@ -30,12 +30,12 @@ from transformers import (
 )
 
 from benchmarks.memory import peak_mib
-from opcd.hidden import completion_hidden
-from opcd.lm import head_of
-from opcd.models import load_model, resolve_device, resolve_dtype
-from opcd.plan import find_plan
-from opcd.rollout import RolloutEngine, SamplingParams, TransformersEngine
-from opcd.static_engine import StaticEngine, why_not_static
+from opcd.models.by_name import load_model, resolve_device, resolve_dtype
+from opcd.models.lm import head_of
+from opcd.passes.hidden import completion_hidden
+from opcd.passes.plan import find_plan
+from opcd.rollouts.generate import RolloutEngine, SamplingParams, TransformersEngine
+from opcd.rollouts.static import StaticEngine, why_not_static
 from opcd_kernels import reference
 
 DEVICE = resolve_device("auto")

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from benchmarks.trainers import SMOLLM2, TRAINERS, Measured, Problem, Unavailable, measured
-from opcd.models import resolve_device, resolve_dtype
+from opcd.models.by_name import resolve_device, resolve_dtype
 
 DEVICE = resolve_device("auto")
 DTYPE = resolve_dtype("auto", DEVICE)

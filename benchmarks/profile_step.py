@@ -21,7 +21,7 @@ from benchmarks.bench_step import DEVICE, DTYPE, PROBLEMS
 from benchmarks.rows import RESULTS, device_name, origin, write
 from benchmarks.timeline import Phase, Range, Work, analyse, read_trace
 from benchmarks.trainers import Problem, distiller, free
-from opcd.loop import Distiller
+from opcd.training.loop import Distiller
 
 PHASES = {"rollout": "rollout", "score": "teacher", "update": "update"}  # method: name
 ROLLOUT_TOKENS = 32

@@ -22,16 +22,16 @@ from transformers import (
 
 from benchmarks.memory import peak_mib
 from benchmarks.providers import Unavailable
-from opcd import builtin_model
 from opcd.config import TrainConfig
-from opcd.data import Example
-from opcd.engines import build_engine
-from opcd.lm import autocast, switch_off_dropout
-from opcd.loop import Distiller
-from opcd.models import load_model
-from opcd.rollout import Rollout, RolloutEngine, SamplingParams
-from opcd.task import Prompt
+from opcd.models import builtin
+from opcd.models.by_name import load_model
+from opcd.models.lm import autocast, switch_off_dropout
+from opcd.rollouts.choice import build_engine
+from opcd.rollouts.generate import Rollout, RolloutEngine, SamplingParams
+from opcd.tasks.data import Example
+from opcd.tasks.task import Prompt
 from opcd.teacher import ONLY, SharedPrefixTeacher
+from opcd.training.loop import Distiller
 
 TokenIds = list[list[int]]
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
@@ -117,9 +117,9 @@ def models(
     SmolLM2 has its own weights where they are at hand. Its EOS is a token that it hardly samples:
     completions have their full length.
     """
-    weights = builtin_model.cache_dir() / builtin_model.NAME / "model.safetensors"
+    weights = builtin.cache_dir() / builtin.NAME / "model.safetensors"
     if name == SMOLLM2 and weights.is_file():
-        found = builtin_model.NAME
+        found = builtin.NAME
         student = load_model(found, torch.float32, device)
     else:
         found = f"{name} random"

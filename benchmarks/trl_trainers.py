@@ -27,7 +27,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from benchmarks import trainers
 from benchmarks.trainers import Measured, Problem, TokenIds
-from opcd.stopwatch import Stopwatch
+from opcd.runtime.stopwatch import Stopwatch
 
 
 def numbers(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -49,7 +49,7 @@ def _run(command: str, values: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from opcd.config import TrainConfig
-    from opcd.run import evaluate_run, train
+    from opcd.training.run import evaluate_run, train
 
     transformers_logging.disable_progress_bar()
     if command == "train":

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from opcd.errors import InputError
-from opcd.files import write_text
+from opcd.runtime.files import write_text
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opcd.errors import InputError
-from opcd.lm import Head, causal_lm, head_of, transformer
+from opcd.models.lm import Head, causal_lm, head_of, transformer
 from opcd_kernels import LinearDivergence, linear_divergence, reference
 
 

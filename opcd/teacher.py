@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from opcd.errors import InputError
-from opcd.hidden import completion_hidden
-from opcd.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_differs
-from opcd.plan import Plan, find_plan
-from opcd.prefix import SharedPrefix
-from opcd.prefix_cache import PrefixCache, StalePrefixError, weights_version
-from opcd.upload import uploaded
+from opcd.models.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_differs
+from opcd.passes.hidden import completion_hidden
+from opcd.passes.plan import Plan, find_plan
+from opcd.passes.prefix import SharedPrefix
+from opcd.passes.prefix_cache import PrefixCache, StalePrefixError, weights_version
+from opcd.runtime.upload import uploaded
 
 log = logging.getLogger(__name__)
 

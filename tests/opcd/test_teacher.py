@@ -9,14 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from opcd.attention import Packing
 from opcd.errors import InputError
-from opcd.hidden import completion_hidden
-from opcd.lm import head_of, rope_differs
+from opcd.models.lm import head_of, rope_differs
 from opcd.objective import check_head, head_divergence
-from opcd.plan import Plan, planned_hidden
-from opcd.prefix import SharedPrefix
-from opcd.prefix_cache import PrefixCache, StalePrefixError
+from opcd.passes.attention import Packing
+from opcd.passes.hidden import completion_hidden
+from opcd.passes.plan import Plan, planned_hidden
+from opcd.passes.prefix import SharedPrefix
+from opcd.passes.prefix_cache import PrefixCache, StalePrefixError
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build

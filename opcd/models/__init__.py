@@ -1,0 +1,6 @@
+"""Causal language models.
+
+lm          body, head and limits of any causal LM of transformers
+by_name     models and tokenizers by name or folder
+builtin     SmolLM2-135M-Instruct from the package index
+"""

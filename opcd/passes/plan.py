@@ -1,0 +1,108 @@
+"""How a model's passes can share a prefix: the fastest way that this model computes exactly."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opcd.models.lm import causal_lm, head_of
+from opcd.objective import head_divergence
+from opcd.passes.hidden import completion_hidden
+from opcd.passes.packed import packing_backends
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
+
+log = logging.getLogger(__name__)
+
+
+class Plan(NamedTuple):
+    """How passes are made, and why."""
+
+    mode: str  # "packed", "padded" (both behind one prefix) or "recompute": it is in every sequence
+    backend: str
+    reason: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences lie in one row, without padding and without copies of the prefix."""
+        return self.mode == "packed"
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether a prefix is computed once."""
+        return self.mode != "recompute"
+
+
+@torch.no_grad()
+def find_plan(
+    model: torch.nn.Module,
+    prefix_ids: Sequence[int],
+    record: Callable[[], SharedPrefix] | None = None,
+) -> Plan:
+    """Score two short sequences in every way, from the slowest up, and stop where one differs.
+
+    A difference counts that is beyond the dtype's noise, in nats a token under the model's head.
+    `record` hands out the recorded prefix; without it one is recorded for the test alone.
+    """
+    ids = list(prefix_ids)
+    pool = ids
+    if len(set(ids)) < 8:  # tokens that differ, or a leak between sequences would not show
+        vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+        pool = [(ids[0] + k) % vocabulary for k in range(8)]
+    prompts, completions = [pool[-1:], pool[-5:-2]], [pool[:3], pool[:7]]
+    full = completion_hidden(model, [[*ids, *p] for p in prompts], completions)
+    rows = "padded rows"
+    try:
+        prefix = record() if record is not None else SharedPrefix(model, ids)
+    except UnsupportedModelError as error:
+        return Plan("recompute", rows, str(error))
+    padded = completion_hidden(model, prompts, completions, prefix)
+    if wrong := _disagreement(model, padded, full):
+        return Plan("recompute", rows, f"behind the recorded prefix {wrong}")
+    states = "" if prefix.only_attention else ", recurrent states copied"
+    slower = Plan("padded", f"{rows}, expanded DynamicCache{states}", "")
+    try:
+        backends = packing_backends(model, prefix)
+        packed = completion_hidden(model, prompts, completions, prefix, packed=True)
+    except (UnsupportedModelError, RuntimeError) as error:  # or what a kernel refuses
+        return slower._replace(reason=str(error).splitlines()[0])
+    if wrong := _disagreement(model, packed, full):
+        log.warning("sequences are padded, not packed: in a packed row %s", wrong)
+        return slower._replace(reason=f"in a packed row {wrong}")
+    gap = _divergence(model, packed, full)
+    return Plan("packed", backends, f"a full pass gives the same to {gap:.1g} nats a token")
+
+
+def planned_hidden(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    plan: Plan,
+) -> Tensor:  # (N, D), with gradients where they are enabled
+    """`completion_hidden` of whole prompts; what all of them start with is computed once."""
+    if model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
+        # The backward runs the layers again, behind the pass: without its cache and its attention.
+        return completion_hidden(model, prompt_ids, completion_ids)
+    prefix = common_prefix(model, prompt_ids) if plan.shares_prefix else None
+    start = len(prefix) if prefix is not None else 0
+    rest = [p[start:] for p in prompt_ids]
+    # With gradients, packed attention has a fused kernel on CPUs alone.
+    fused = causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()
+    return completion_hidden(model, rest, completion_ids, prefix, plan.packed and fused)
+
+
+def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:
+    head = head_of(model)
+    return head_divergence(hidden, head, expected, head).per_token.max().item()
+
+
+def _disagreement(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> str | None:
+    found = _divergence(model, hidden, expected)
+    bound = 1e-4 if causal_lm(model).dtype == torch.float32 else 0.05
+    if found <= bound:
+        return None
+    return (
+        f"two short sequences differ from full passes by {found:.2g} nats a token, more than "
+        f"{bound:g}"
+    )

@@ -1,0 +1,284 @@
+"""Completions that grow by one token a step, all rows at once, on memory that never moves.
+
+A step is a packed pass (`packed.py`) over one token of each row. What it reads and writes (tokens,
+positions, keys and values) lies in tensors made once, nothing in it waits for the device, and the
+token is drawn inside. So a CUDA graph can record one step and replay it: one launch a token instead
+of one for every small kernel of every layer, which is what plain decoding on a GPU spends its time
+on. Elsewhere the same step simply runs.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from opcd.errors import InputError
+from opcd.models.lm import causal_lm
+from opcd.passes.attention import Packing, Shape, cached_attention
+from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.prefix import SharedPrefix
+
+# Steps of a graph between two looks at whether all rows have finished: a look waits for the GPU.
+STEPS_BETWEEN_LOOKS = 8
+
+
+class StaticCache:
+    """Keys and values of B rows of T slots; the slot of a token is row · T + position."""
+
+    def __init__(self, rows: int, length: int, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.length = length
+        self._dtype = dtype
+        self._layers: dict[int, list[Tensor]] = {}  # (B · T, H_kv, D) and (B · T, H_kv, D_v)
+
+    def write(
+        self,
+        layer: int,
+        slots: Tensor,  # (N,), no two the same
+        key: Tensor,  # (N, H_kv, D)
+        value: Tensor,  # (N, H_kv, D_v)
+    ) -> None:
+        """Put tokens into their slots. The first call for a layer makes its memory."""
+        if layer not in self._layers:
+            shapes = [(self.rows * self.length, *x.shape[1:]) for x in (key, value)]
+            self._layers[layer] = [key.new_zeros(s, dtype=self._dtype) for s in shapes]
+        for held, new in zip(self._layers[layer], (key, value), strict=True):
+            held.index_copy_(0, slots, new.to(self._dtype))
+
+    def clear(self) -> None:
+        """Zeros everywhere: a value that is hidden still counts 0 times, and 0 · NaN is NaN."""
+        for held in chain.from_iterable(self._layers.values()):
+            held.zero_()
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(B, H_kv, T, D) and (B, H_kv, T, D_v), views."""
+        keys, values = (
+            x.unflatten(0, (self.rows, self.length)).transpose(1, 2) for x in self._layers[layer]
+        )
+        return keys, values
+
+
+class _StepPass:
+    """One new token of each row, behind what the cache holds of it."""
+
+    def __init__(self, cache: StaticCache, position: Tensor) -> None:
+        device = position.device
+        self._cache = cache
+        self._slots = torch.arange(cache.rows, device=device) * cache.length + position  # (B,)
+        self._distance = position[:, None] - torch.arange(cache.length, device=device)  # (B, T)
+        self._visible: dict[int | None, Tensor] = {}  # (B, T), by window
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+        self._cache.write(layer, self._slots, key, value)
+        if shape.window not in self._visible:
+            visible = self._distance >= 0
+            if shape.window is not None:
+                visible = visible & (self._distance < shape.window)
+            self._visible[shape.window] = visible
+        keys, values = self._cache.read(layer)
+        return cached_attention(query, keys, values, self._visible[shape.window], shape)
+
+
+class CastWeights:
+    """fp32 weights of linear layers in autocast's dtype, by the model's names for them.
+
+    Under autocast every pass casts them: once more a step, or once a context and stale in a graph
+    that outlives it. These are cast when told to, into the same memory; results are the same.
+    """
+
+    def __init__(self, lm: torch.nn.Module, dtype: torch.dtype) -> None:
+        linear = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
+        named = {f"{n}.{k}": p for n, m in linear.items() for k, p in m.named_parameters("", False)}
+        self._weights = {n: p.detach() for n, p in named.items() if p.dtype == torch.float32}
+        self.casts = {n: torch.empty_like(p, dtype=dtype) for n, p in self._weights.items()}
+
+    def refresh(self) -> None:
+        """Take the model's weights as they are now."""
+        for name, weight in self._weights.items():
+            self.casts[name].copy_(weight)
+
+
+class Decoder:
+    """Memory for B rows of at most T tokens, and the step that appends a token to each.
+
+    Arithmetic is that of the autocast context in which it is made, and must be used.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, rows: int, length: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        lm = causal_lm(model)
+        self.rows = rows
+        self.length = length
+        self._model = model
+        self._device = device = lm.device
+        low = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if low else lm.dtype
+        self._weights = CastWeights(lm, dtype) if low else None
+        self._cache = StaticCache(rows, length, dtype)
+        self._eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
+        # Rows of prompt and completion. A finished row writes behind its end: one column more.
+        self._tokens = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
+        # Of each row's newest token, the next to be computed; and of the last that it may get.
+        self._position = torch.zeros(rows, dtype=torch.long, device=device)
+        self._last = torch.zeros_like(self._position)
+        self._live = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._temperature = torch.zeros((), device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None  # of the graph's last replay
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over changed weights, which autocast's casts do not follow by themselves."""
+        if self._weights is not None:
+            self._weights.refresh()
+
+    def load(
+        self,
+        prompts: Sequence[Sequence[int]],  # at most B
+        prefix: SharedPrefix | None,  # what they all start with
+        max_new_tokens: int,
+        temperature: float,
+    ) -> None:
+        """Start a row for each prompt. Equal prompts are computed once."""
+        tokens = torch.zeros(self._tokens.shape, dtype=torch.long)
+        position = torch.zeros(self.rows, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+            position[row] = len(prompt) - 1
+        live = torch.arange(self.rows) < len(prompts)
+        last = position + max_new_tokens * live
+        assert last.max() < self.length, "a row that does not fit"
+        self._tokens.copy_(tokens)
+        self._position.copy_(position)
+        self._last.copy_(last)
+        self._live.copy_(live)
+        self._temperature.fill_(temperature)
+        self._cache.clear()
+        self._fill_cache(prompts, prefix)
+
+    def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
+        """Keys and values of every prompt but its last token, which the first step computes."""
+        start = len(prefix) if prefix is not None else 0
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt[start:-1]), []).append(row)
+        sequences = sorted(filter(None, rows_of), key=len, reverse=True)
+        if sequences:
+            slots: list[int] = []
+            source: list[int] = []  # the place in the packed row of what goes into a slot
+            packed: list[int] = []
+            for sequence in sequences:
+                for row in rows_of[sequence]:
+                    first = row * self.length + start
+                    slots += range(first, first + len(sequence))
+                    source += range(len(packed), len(packed) + len(sequence))
+                packed += sequence
+            to, of, ids = (torch.tensor(x, device=self._device) for x in (slots, source, packed))
+            packing = Packing(list(map(len, sequences)), self._device)
+
+            def store(layer: int, key: Tensor, value: Tensor) -> None:
+                self._cache.write(layer, to, key[of], value[of])
+
+            packed_pass(self._model, ids[None], packing, prefix, store)
+        if prefix is not None:
+            self._copy_prefix(prefix, len(prompts))
+
+    def _copy_prefix(self, prefix: SharedPrefix, rows: int) -> None:
+        first = torch.arange(rows, device=self._device)[:, None] * self.length + len(prefix)
+        for layer in prefix.attention_layers:
+            key, value = prefix.keys_values(layer)  # (H_kv, S, D), the last S that the layer sees
+            kept = torch.arange(-key.shape[1], 0, device=self._device)
+            key, value = (x.transpose(0, 1).repeat(rows, 1, 1) for x in (key, value))
+            self._cache.write(layer, (first + kept).flatten(), key, value)
+
+    def step(self) -> Tensor:  # (B, V), fp32: what the appended tokens were drawn from
+        """Append a token to every row that is not finished. Call it inside `packed_attention`."""
+        output = functional_call(
+            causal_lm(self._model),
+            self._weights.casts if self._weights is not None else {},
+            kwargs={
+                "input_ids": self._tokens.gather(1, self._position[:, None]).T,  # (1, B)
+                "position_ids": self._position[None],
+                "use_cache": False,
+                "packed_pass": _StepPass(self._cache, self._position),
+            },
+            tie_weights=False,  # an embedding is not cast where the head is
+        )
+        logits = output.logits[0].float()
+        # The largest of logit / T − log q, with q exponentially distributed, is a draw from the
+        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. In fp64,
+        # since CUDA's fp32 draws have steps of 2^-24: rarer tokens would come too seldom, or never.
+        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
+        noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_().float()
+        token = (logits - self._temperature * noise).argmax(-1)
+        self._tokens.scatter_(1, self._position[:, None] + 1, token[:, None])
+        self._position += self._live
+        ends = (token[:, None] == self._eos).any(-1) | (self._position >= self._last)
+        self._live &= ~ends
+        return logits
+
+    def capture(self) -> None:
+        """Record the step in a CUDA graph, which `run` replays from now on.
+
+        Raises RuntimeError if the model waits for the GPU in a step: a graph would not. Raises
+        InputError if CUDA refuses to record a step that ran.
+        """
+        with (
+            torch.cuda.device(self._device),
+            torch.random.fork_rng([self._device]),  # what it draws here is nobody's sample
+            packed_attention(self._model),
+        ):
+            self.step()  # whatever is made on first use is made now
+            with _waiting_is_an_error():
+                self.step()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    logits = self.step()
+            except torch.AcceleratorError as error:
+                # No other engine can go on from here: the current stream and the generator stay
+                # as they were in the recording.
+                raise InputError(
+                    f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
+                    f"graph, got {str(error).splitlines()[0]}; pass --rollout_engine generate"
+                ) from error
+        self._graph, self._logits = graph, logits
+
+    def run(self, steps: int) -> None:
+        """At most so many steps; fewer where all rows finish before."""
+        graph = self._graph
+        looks = 1 if graph is None else STEPS_BETWEEN_LOOKS
+        advance = self.step if graph is None else graph.replay
+        with packed_attention(self._model) if graph is None else contextlib.nullcontext():
+            for done in range(1, steps + 1):
+                advance()
+                if done % looks == 0 and not self._live.any():
+                    return
+
+    def step_logits(self) -> Tensor:  # (B, V), fp32
+        """One step, as `run` does it; the logits hold until the next one."""
+        if self._graph is None or self._logits is None:
+            with packed_attention(self._model):
+                return self.step()
+        self._graph.replay()
+        return self._logits
+
+    def sequences(self) -> list[list[int]]:
+        """Prompt and completion of each row so far."""
+        ends = (self._position + 1).tolist()
+        return [row[:end] for row, end in zip(self._tokens.tolist(), ends, strict=True)]
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """torch raises RuntimeError for a call inside that waits for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

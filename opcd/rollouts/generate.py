@@ -1,0 +1,162 @@
+"""Completions sampled from a model: the rollout engine of the training loop and of evaluation."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
+from opcd.passes.prefix import SharedPrefix, common_prefix
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn."""
+
+    max_completion_tokens: int
+    temperature: float = 1.0  # 0 is greedy; otherwise the whole, unaltered distribution
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion."""
+
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]  # ends with the EOS token that the model chose, if it did
+    finish_reason: str  # "stop" or "length"
+    weights_version: int
+
+
+class RolloutEngine(Protocol):
+    """Anything that turns prompts into completions: token ids in, token ids out."""
+
+    name: str  # as the configuration calls it
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[Rollout]:
+        """n completions of each prompt, those of one prompt next to each other, in order."""
+        ...
+
+    def sync(self, student: torch.nn.Module, version: int) -> None:
+        """Take over the student's weights."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+class TransformersEngine:
+    """`transformers.generate` on the trained module itself: its weights are never stale.
+
+    What all prompts of a call start with (a context, a default system message) is computed once,
+    unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
+    only prompts of one length are batched.
+    """
+
+    name = "generate"
+
+    def __init__(
+        self, model: torch.nn.Module, batch_size: int = 32, share_prefix: bool = True
+    ) -> None:
+        self._share_prefix = share_prefix
+        self._model = model
+        self._batch_size = batch_size
+        self._eos = eos_token_ids(model)
+        self._version = 0
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[Rollout]:
+        """See RolloutEngine.generate. Draws from torch's global generator."""
+        repeated = [list(p) for p in prompts for _ in range(n)]
+        prefix = common_prefix(self._model, repeated) if self._share_prefix else None
+        completions: dict[int, list[int]] = {}
+        lengths = [len(p) for p in repeated]
+        total = max(lengths, default=0) + params.max_completion_tokens
+        pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
+        for batch in self._batches(lengths, pads):
+            output = self._generate_batch([repeated[i] for i in batch], params, prefix)
+            completions.update(zip(batch, output, strict=True))
+        rollouts = []
+        for i, prompt in enumerate(repeated):
+            ids = completions[i]
+            reason = "stop" if ids and ids[-1] in self._eos else "length"
+            rollouts.append(Rollout(prompt, ids, reason, self._version))
+        return rollouts
+
+    def sync(self, student: torch.nn.Module, version: int) -> None:
+        """The weights are shared: only the version changes."""
+        assert student is self._model, "this engine samples from the module that is trained"
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _batches(self, lengths: Sequence[int], pads: bool) -> Iterator[list[int]]:
+        if pads:
+            yield from batches_by_length(lengths, self._batch_size)
+            return
+        for length in sorted(set(lengths)):
+            same = [i for i, x in enumerate(lengths) if x == length]
+            for start in range(0, len(same), self._batch_size):
+                yield same[start : start + self._batch_size]
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        prefix: SharedPrefix | None,
+    ) -> list[list[int]]:
+        lm = causal_lm(self._model)
+        shared = len(prefix) if prefix is not None else 0
+        pad, width = self._eos[0], max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)  # (B, T): prefix, pads, the rest of the prompt
+        mask = torch.zeros_like(ids)
+        for row, kept, prompt in zip(ids, mask, prompts, strict=True):
+            tokens = torch.tensor(prompt)
+            row[:shared], row[width - len(prompt) + shared :] = tokens[:shared], tokens[shared:]
+            kept[:shared], kept[width - len(prompt) + shared :] = 1, 1
+        config = GenerationConfig(
+            max_new_tokens=params.max_completion_tokens,
+            do_sample=params.temperature > 0,
+            temperature=params.temperature or None,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=self._eos,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        generate: Any = self._model.generate
+        with _plain_generation_config(lm):
+            output = generate(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                generation_config=config,
+                past_key_values=prefix.expand(len(prompts)) if prefix is not None else None,
+            )
+        return [self._until_eos(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _until_eos(self, token_ids: list[int]) -> list[int]:
+        """Cut behind the first EOS: what follows are pads, which may be the same token."""
+        for i, token in enumerate(token_ids):
+            if token in self._eos:
+                return token_ids[: i + 1]
+        return token_ids
+
+
+@contextlib.contextmanager
+def _plain_generation_config(lm: torch.nn.Module) -> Iterator[None]:
+    """Hide the model's own generation defaults (top_k, penalties, ...): they would fill in every
+    value that a call leaves open, and bend the distribution."""
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own

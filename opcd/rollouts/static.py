@@ -1,0 +1,160 @@
+"""Rollouts from a static cache: the step of `decode.py`, for lists of prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
+from opcd.passes.plan import Plan
+from opcd.passes.prefix import UnsupportedModelError, common_prefix
+from opcd.passes.prefix_cache import adapter_state
+from opcd.rollouts.decode import Decoder
+from opcd.rollouts.generate import Rollout, SamplingParams
+
+LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
+
+
+class StaticEngine:
+    """Decodes on the trained module itself, on a GPU by replaying a CUDA graph.
+
+    Weights are never stale: the graph reads them where the optimizer writes them, casts for
+    autocast are made anew in every call, and whatever else a graph holds fast is compared in every
+    call (where each tensor lies, adapters, training mode).
+
+    Between calls the engine keeps its decoder: the largest number of rows and tokens asked for, as
+    keys and values, and under autocast a copy of the linear layers' weights; `close` frees them.
+    """
+
+    name = "static"
+
+    def __init__(self, model: torch.nn.Module, batch_size: int = 32) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._eos = eos_token_ids(model)
+        self._graphed = causal_lm(model).device.type == "cuda"
+        self._version = 0
+        self._decoder: Decoder | None = None
+        self._fixed: Any = None  # what the decoder was made for
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[Rollout]:
+        """See RolloutEngine.generate. Draws from torch's global generator of the model's device.
+
+        On a GPU what is drawn depends on the decoder's rows too, so on the calls before.
+        """
+        if not prompts:
+            return []
+        repeated = [list(p) for p in prompts for _ in range(n)]
+        longest = max(map(len, prompts)) + params.max_completion_tokens
+        sequences: dict[int, list[int]] = {}
+        with uncached_autocast(causal_lm(self._model).device):
+            prefix = common_prefix(self._model, prompts)
+            decoder = self._decoder_for(min(self._batch_size, len(repeated)), longest)
+            for batch in batches_by_length(list(map(len, repeated)), self._batch_size):
+                decoder.load(
+                    [repeated[i] for i in batch],
+                    prefix,
+                    params.max_completion_tokens,
+                    params.temperature,
+                )
+                decoder.run(params.max_completion_tokens)
+                sequences.update(zip(batch, decoder.sequences(), strict=False))
+        rollouts = []
+        for i, prompt in enumerate(repeated):
+            ids = sequences[i][len(prompt) :]
+            reason = "stop" if ids[-1] in self._eos else "length"
+            rollouts.append(Rollout(prompt, ids, reason, self._version))
+        return rollouts
+
+    def sync(self, student: torch.nn.Module, version: int) -> None:
+        """The weights are shared: only the version changes."""
+        assert student is self._model, "this engine samples from the module that is trained"
+        self._version = version
+
+    def close(self) -> None:
+        """Free the graph, keys and values; the next call makes them anew."""
+        self._decoder = None
+
+    def _decoder_for(self, rows: int, longest: int) -> Decoder:
+        """The decoder of the call before, if it fits, with the weights as they are now."""
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
+        if held is not None and fixed == self._fixed:
+            if self._graphed:  # idle rows cost a graph little, a new graph costs a second
+                rows, length = max(rows, held.rows), max(length, held.length)
+            if (held.rows, held.length) == (rows, length):
+                held.refresh()
+                return held
+        self._decoder = held = None  # its memory, before as much is asked for again
+        decoder = Decoder(self._model, rows, length, self._eos)
+        if self._graphed:
+            decoder.capture()
+        self._decoder, self._fixed = decoder, fixed
+        return decoder
+
+
+@torch.no_grad()
+def why_not_static(model: torch.nn.Module, plan: Plan) -> str | None:
+    """Why `StaticEngine` cannot sample from this model; None if it can.
+
+    Two short sequences are decoded as the engine does it, on a GPU through a graph, in the autocast
+    context of the call; every step's distribution is compared with that of full passes.
+    """
+    if not plan.packed:
+        return f"it needs packed passes, and sequences are {plan.mode}: {plan.reason}"
+    device = causal_lm(model).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), uncached_autocast(device):
+        try:
+            gap = _gap_to_full_passes(model)
+        except (UnsupportedModelError, RuntimeError) as error:  # or what a capture refuses
+            return str(error).splitlines()[0]
+    exact = causal_lm(model).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    bound = 1e-4 if exact else 0.05
+    if gap <= bound:
+        return None
+    return f"steps differ from full passes by {gap:.2g} nats, more than {bound:g}"
+
+
+def uncached_autocast(device: torch.device) -> torch.autocast:
+    """The autocast around it, keeping no casts: in a graph they would go stale."""
+    kind = device.type
+    return torch.autocast(
+        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+
+
+def _gap_to_full_passes(model: torch.nn.Module) -> float:
+    """The largest divergence of a decoder's steps from full passes, in nats."""
+    lm = causal_lm(model)
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    ids = [(7919 * k + 11) % vocabulary for k in range(12)]
+    decoder = Decoder(model, 2, LENGTH_STEP, [])
+    if lm.device.type == "cuda":
+        decoder.capture()
+    decoder.load([ids[:3], ids[3:]], None, 4, temperature=1.0)
+    gaps = []
+    for _ in range(3):
+        before = decoder.sequences()
+        found = decoder.step_logits().log_softmax(-1)
+        for sequence, row in zip(before, found, strict=True):
+            full = lm(input_ids=torch.tensor([sequence], device=lm.device), use_cache=False)
+            expected = full.logits[0, -1].float().log_softmax(-1)
+            gaps.append((expected.exp() * (expected - row)).sum())
+    return torch.stack(gaps).max().item()
+
+
+def _what_a_graph_holds_fast(model: torch.nn.Module) -> Any:
+    """What must not change while a graph of the model is replayed; values of weights may."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    kind = causal_lm(model).device.type
+    adapters = [adapter_state(m) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    # Tensors that are made in inference mode cannot be written to outside of it.
+    mode = model.training, torch.is_inference_mode_enabled()
+    return [t.data_ptr() for t in tensors], adapters, autocast, mode

@@ -1,0 +1,145 @@
+"""A task: the context, the prompts of each part as token ids, and the scorer."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.passes.prefix import shared_prefix_length
+from opcd.tasks.chat import Chat, check_lengths
+from opcd.tasks.data import (
+    Example,
+    Message,
+    check_contexts,
+    check_disjoint,
+    read_contexts,
+    read_examples,
+)
+from opcd.tasks.scorers import Scorer, load_scorer
+
+
+class Prompt(NamedTuple):
+    """One prompt as both models see it."""
+
+    example: Example
+    student_ids: list[int]  # without the context
+    teacher_ids: list[int]  # with the context, behind its shared prefix
+
+    @property
+    def context(self) -> str:
+        """The name of its context."""
+        return self.example.context
+
+
+@dataclass
+class Task:
+    """What is distilled, and how it is judged; the training loop knows nothing else about it."""
+
+    # The tokens that all teacher prompts of a context start with, by the context's name.
+    prefixes: dict[str, list[int]]
+    train: list[Prompt]
+    validation: list[Prompt]
+    test: list[Prompt]
+    scorer: Scorer
+
+    def prompted_ids(self, prompt: Prompt) -> list[int]:
+        """The whole prompt with its context in front."""
+        return self.prefixes[prompt.context] + prompt.teacher_ids
+
+    @property
+    def a_prefix(self) -> list[int]:
+        """The first context's, to try models on."""
+        return next(iter(self.prefixes.values()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what is trained on: a resumed run must see the very same token ids."""
+        prefixes = [ids for _, ids in sorted(self.prefixes.items())]
+        prompts = [[*p.student_ids, -1, *p.teacher_ids] for p in self.train]
+        named = [p.context for p in self.train if p.context]
+        return hashlib.sha256(json.dumps(prefixes + prompts + named).encode()).hexdigest()
+
+    @property
+    def prompt_tokens_saved(self) -> float:
+        """Prompt tokens a request no longer carries, on average over the test prompts."""
+        prompts = self.test or self.train
+        return fmean(len(self.prompted_ids(p)) - len(p.student_ids) for p in prompts)
+
+
+class TaskFiles(NamedTuple):
+    """A task's inputs, read and checked; everything that needs no model."""
+
+    contexts: dict[str, list[Message]]  # by name; one alone is ""
+    parts: dict[str, list[Example]]
+    scorer: Scorer
+
+
+def read_task_files(config: TrainConfig) -> TaskFiles:
+    """Read context, prompts and evaluation data. Raises InputError for whatever is wrong there."""
+    contexts = read_contexts(config.context)
+    parts = {"train": read_examples(config.prompts, answers_required=False)}
+    for part, path in (("validation", config.validation_data), ("test", config.eval_data)):
+        parts[part] = read_examples(path, answers_required=True) if path else []
+    check_contexts(parts, contexts)
+    check_disjoint(parts, contexts)
+    scorer = load_scorer(config.scorer)
+    for example in parts["validation"] + parts["test"]:
+        for completion in ("", "a completion"):
+            scorer(completion, example.answers)  # a scorer that raises must be found out here
+    return TaskFiles(contexts, parts, scorer)
+
+
+def render_task(
+    files: TaskFiles,
+    chats: Mapping[str, Chat],  # by the name of the context
+    max_positions: int | None,
+    max_completion_tokens: int,
+) -> Task:
+    """Turn the files into token ids, and find the prefix that a context's prompts share.
+
+    Raises InputError if a prompt with its context, or without it, does not fit the model.
+    """
+    rendered: dict[int, Prompt] = {}
+    prefixes = {}
+    for name, chat in chats.items():
+        examples = [e for part in files.parts.values() for e in part if e.context == name]
+        if not examples:
+            continue
+        with_context = [_render(chat.teacher_ids, example) for example in examples]
+        # A first user message of another kind: the common start must be the context's alone.
+        probes = [chat.teacher_ids([{"role": "user", "content": t}]) for t in ("Hm?", "3 + 4")]
+        length = shared_prefix_length([*with_context, *probes])
+        if length == 0:
+            raise InputError(
+                "the rendered prompts must start with the context, but have no common first "
+                "token; look at the chat template"
+            )
+        lengths = [len(ids) for ids in with_context]
+        check_lengths(examples, lengths, max_completion_tokens, max_positions, length)
+        prefixes[name] = with_context[0][:length]
+        for example, ids in zip(examples, with_context, strict=True):
+            student_ids = _render(chat.student_ids, example)
+            rendered[id(example)] = Prompt(example, student_ids, ids[length:])
+
+    def prompts(part: str) -> list[Prompt]:
+        return [rendered[id(example)] for example in files.parts[part]]
+
+    return Task(prefixes, prompts("train"), prompts("validation"), prompts("test"), files.scorer)
+
+
+def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:
+    try:
+        return render(example.messages)
+    except InputError as error:
+        raise InputError(f"{example.source}: {error}") from error
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """At most `count` prompts, evenly spread over the file's order."""
+    if len(prompts) <= count:
+        return list(prompts)
+    return [prompts[i * len(prompts) // count] for i in range(count)]

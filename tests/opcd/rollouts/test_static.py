@@ -1,0 +1,396 @@
+"""Decoding from a static cache: weights never stale, graphs made anew in time, reasons given.
+
+What both engines must do stands in test_rollout.py; tests marked gpu go through a CUDA graph.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from opcd.errors import InputError
+from opcd.models.lm import autocast
+from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.plan import find_plan
+from opcd.rollouts.choice import build_engine
+from opcd.rollouts.decode import STEPS_BETWEEN_LOOKS, Decoder
+from opcd.rollouts.generate import SamplingParams, TransformersEngine
+from opcd.rollouts.static import StaticEngine, why_not_static
+from tests.conftest import tiny_llama
+from tests.opcd.architectures import ARCHITECTURES, build
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(max_completion_tokens=12, temperature=0.0)
+SHARED = list(range(60, 90))
+PROMPTS = [[5], [6, 7, 8], [9, 10], [6, 7, 8], [*SHARED, 11]]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def completions(engine: StaticEngine | TransformersEngine, prompts: list = PROMPTS) -> list:
+    return [r.completion_token_ids for r in engine.generate(prompts, GREEDY)]
+
+
+@torch.no_grad()
+def assert_greedy(model: torch.nn.Module, prompt: list, completion: list) -> None:
+    """Each token has the largest logit of a full pass; in bf16 nearly, as ties are many."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt + completion], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    exact = not torch.is_autocast_enabled(device.type)
+    assert (logits.amax(-1) - chosen).max() <= (1e-4 if exact else 0.02 * logits.abs().max())
+
+
+def optimizer_step(model: torch.nn.Module) -> None:
+    """As the training loop makes it: fused, in place, on gradients of a pass."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    ids = torch.tensor([[5, 6, 7, 8]], device=trained[0].device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+def test_weights_are_never_stale(dtype: torch.dtype, lora: bool, device: str) -> None:
+    model = tiny_llama(tie_word_embeddings=True).to(device)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    engine = StaticEngine(model)
+    found, decoders = [], []
+    for _ in range(3):
+        with autocast(torch.device(device), dtype):
+            found.append(completions(engine))
+            decoders.append(engine._decoder)
+            for prompt, completion in zip(PROMPTS, found[-1], strict=True):
+                assert_greedy(model, prompt, completion)
+        optimizer_step(model)
+    assert found[0] != found[1] != found[2], "a step must change what is sampled"
+    assert all(d is decoders[0] for d in decoders), "nothing had to be made anew"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_adapter_is_followed(device: str) -> None:
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).to(device).eval()  # fmt: skip
+    engine, plain = StaticEngine(model), TransformersEngine(model)
+    adapted = completions(engine)
+    assert adapted == completions(plain)
+    with model.disable_adapter():
+        assert completions(engine) == completions(plain) != adapted
+    assert completions(engine) == adapted
+    model.merge_adapter()
+    assert completions(engine) == completions(plain)
+
+
+def moved(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    weight = next(p for n, p in model.named_parameters() if "up_proj" in n)
+    weight.data = weight.data.clone()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def training(model: torch.nn.Module) -> Iterator[None]:
+    model.train()
+    yield
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [moved, training, lambda model: autocast(CPU, torch.bfloat16),
+     lambda model: model.disable_adapter(), lambda model: torch.inference_mode()],
+    ids=["moved", "training", "autocast", "adapter", "inference"],
+)  # fmt: skip
+def test_a_decoder_is_made_anew_where_a_graph_would_be_wrong(change: Callable) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear")).eval()
+    engine = StaticEngine(model)
+    engine.generate(PROMPTS, GREEDY)
+    first = engine._decoder
+    engine.generate(PROMPTS, GREEDY)
+    assert engine._decoder is first
+    with change(model):
+        engine.generate(PROMPTS, GREEDY)
+    assert engine._decoder is not first
+    engine.generate(PROMPTS, GREEDY)
+    engine.close()
+    assert engine._decoder is None
+
+
+def test_casts_give_what_autocast_gives() -> None:
+    """Bit for bit, with an embedding that is tied to the head and stays in fp32."""
+    model = tiny_llama(tie_word_embeddings=True)
+    logits = []
+    for casts in (True, False):
+        with torch.no_grad(), autocast(CPU, torch.bfloat16):
+            decoder = Decoder(model, 2, 64, [1])
+            assert decoder._weights.casts["lm_head.weight"].dtype == torch.bfloat16
+            if not casts:
+                decoder._weights.casts.clear()
+            decoder.load([[5, 6], [7, 8, 9]], None, 4, 0.0)
+            logits.append(decoder.step_logits())
+    assert torch.equal(*logits)
+
+
+def test_what_was_in_the_cache_before_is_not_seen() -> None:
+    model = tiny_llama()
+    engine = StaticEngine(model, 2)
+    alone = completions(engine, [[5, 6]])
+    completions(engine, [[7] * 30, [8] * 30])
+    assert completions(engine, [[5, 6], [5, 6, 7], [5, 6]])[::2] == alone * 2
+
+
+def test_weights_that_were_not_finite_leave_nothing_behind() -> None:
+    model = tiny_llama()
+    engine = StaticEngine(model, 2)
+    prompts = [[5, 6], [7]]
+    before = completions(engine, prompts)
+    weight = model.model.layers[0].self_attn.v_proj.weight.data
+    good = weight.clone()
+    weight.fill_(torch.nan)
+    completions(engine, [[9] * 30, [8] * 30])
+    weight.copy_(good)
+    assert completions(engine, prompts) == before
+
+
+class FakeGraph:
+    """A captured step, played by the step itself."""
+
+    decoder: Decoder
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        with packed_attention(self.decoder._model):
+            self.decoder.step()
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps and what `capture` asks of torch.cuda, in order; nothing of it needs a GPU."""
+    seen: list[str] = []
+    step = Decoder.step
+
+    def stepped(self: Decoder) -> torch.Tensor:
+        seen.append("step")
+        return step(self)
+
+    @contextlib.contextmanager
+    def captured(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+        seen.append("capture")
+        yield
+        seen.append("captured")
+
+    monkeypatch.setattr(Decoder, "step", stepped)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: seen.append(f"sync {mode}"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    return seen
+
+
+def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
+    decoder = Decoder(tiny_llama(), 2, 64, [1])
+    with torch.no_grad():
+        decoder.capture()
+    assert events == ["step", "sync error", "step", "sync 0", "capture", "step", "captured"]
+    assert [len(row) for row in decoder.sequences()] == [1, 1], "no row took part"
+
+
+def test_a_capture_that_fails_ends_the_run(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for `auto`: a process in which a capture failed cannot sample."""
+    model = tiny_llama()
+    plan = find_plan(model, SHARED)
+
+    @contextlib.contextmanager
+    def refused(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+        yield
+        raise torch.AcceleratorError("CUDA error: operation not permitted\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr("opcd.rollouts.static._gap_to_full_passes", _captured)
+    with pytest.raises(InputError, match="got CUDA error: operation not permitted; pass"):
+        why_not_static(model, plan)
+    assert events[-1] == "step", "the step itself had run"
+
+
+def _captured(model: torch.nn.Module) -> float:
+    Decoder(model, 2, 64, []).capture()
+    return 0.0
+
+
+def test_a_graph_is_kept_for_whatever_fits(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    engine = StaticEngine(model, 4)
+    engine._graphed = True
+    capture = Decoder.capture
+
+    def captured(self: Decoder) -> None:
+        capture(self)
+        self._graph.decoder = self
+
+    monkeypatch.setattr(Decoder, "capture", captured)
+    long = [[*range(40, 100), 5], [6]]
+    sizes = []
+    for prompts in (PROMPTS[:1], PROMPTS[:3], [[5]], long, PROMPTS):
+        assert completions(engine, prompts) == completions(TransformersEngine(model), prompts)
+        sizes.append((engine._decoder.rows, engine._decoder.length))
+    assert sizes == [(1, 64), (3, 64), (3, 64), (3, 128), (4, 128)]
+    assert events.count("capture") == 4
+    assert engine._decoder._graph.replays > 0
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@torch.no_grad()
+def test_decoding_ends_soon_after_the_last_row(graphed: bool) -> None:
+    model = tiny_llama()
+    expected = completions(TransformersEngine(model), [[5], [6, 7]])
+    eos = expected[0][3], expected[1][5]
+    decoder = Decoder(model, 3, 64, eos)
+    graph = FakeGraph()
+    graph.decoder = decoder
+    if graphed:
+        decoder._graph = graph
+    steps: list[int] = []
+    step = decoder.step
+    decoder.step = lambda: (steps.append(1), step())[1]
+    decoder.load([[5], [6, 7]], None, 50, 0.0)
+    decoder.run(50)
+    needed = 1 + max(
+        min(i for i, t in enumerate(row) if t in eos) for row in expected
+    )  # fmt: skip
+    assert 1 < needed < STEPS_BETWEEN_LOOKS
+    assert len(steps) == (STEPS_BETWEEN_LOOKS if graphed else needed)
+    assert graph.replays == (len(steps) if graphed else 0)
+    rows = decoder.sequences()
+    for prompt, row, full in zip([[5], [6, 7]], rows, expected, strict=False):
+        end = min(i for i, t in enumerate(full) if t in eos)
+        assert row == prompt + full[: end + 1], "nothing follows the EOS, whatever runs on"
+    assert len(rows[2]) == 1, "an idle row stays idle"
+
+
+def test_what_a_graph_reads_and_writes_never_moves() -> None:
+    decoder = Decoder(tiny_llama(), rows=3, length=64, eos_token_ids=[1])
+
+    def places() -> dict[str, int]:
+        held = {k: x for k, x in vars(decoder).items() if isinstance(x, torch.Tensor)}
+        layers = enumerate(x for layer in decoder._cache._layers.values() for x in layer)
+        return {k: x.data_ptr() for k, x in [*held.items(), *layers]}
+
+    with torch.no_grad():
+        decoder.load(PROMPTS[:3], None, 4, temperature=1.0)
+        decoder.run(4)
+        before = places()
+        decoder.load(PROMPTS[1:3], None, 6, temperature=0.0)
+        decoder.run(6)
+    assert places() == before
+    assert len(before) > 8
+
+
+def test_equal_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    widths = []
+    monkeypatch.setattr(
+        "opcd.rollouts.decode.packed_pass",
+        lambda *a: widths.append(a[1].shape[1]) or packed_pass(*a),
+    )
+    params = SamplingParams(8, temperature=1.0)
+    StaticEngine(model).generate([[5, 6, 7], [8, 9]], params, n=4)
+    assert widths == [2 + 1]
+
+
+def test_samples_repeat_with_the_seed_and_differ_from_call_to_call() -> None:
+    engine = StaticEngine(tiny_llama())
+    params = SamplingParams(8, temperature=1.0)
+
+    def draw() -> list:
+        return [r.completion_token_ids for r in engine.generate(PROMPTS, params)]
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert (draw(), draw()) == (first, second)
+    assert first != second
+
+
+def test_a_wrong_decoder_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    plan = find_plan(model, SHARED)
+    state = torch.get_rng_state()
+    assert why_not_static(model, plan) is None
+    assert torch.equal(torch.get_rng_state(), state), "the trial draws from a generator of its own"
+    assert isinstance(build_engine("static", model, 4, plan), StaticEngine)
+    monkeypatch.setattr(
+        "opcd.rollouts.decode.cached_attention", lambda q, k, v, *_: v[:, :, 0].repeat(1, 2, 1)
+    )
+    assert "steps differ from full passes" in why_not_static(model, plan)
+    with pytest.raises(InputError, match="must suit the model, got LlamaForCausalLM: steps differ"):
+        build_engine("static", model, 4, plan)
+
+
+def test_auto_is_static_on_a_gpu_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    plan = find_plan(model, SHARED)
+    assert build_engine("auto", model, 4, plan).name == "generate"
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr("opcd.rollouts.choice.causal_lm", lambda model: gpu)
+    assert build_engine("auto", model, 4, plan).name == "static"
+    assert build_engine("generate", model, 4, plan).name == "generate"
+    assert not caplog.records
+
+    def wait(self: Decoder) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+    monkeypatch.setattr(Decoder, "step", wait)
+    assert build_engine("auto", model, 4, plan).name == "generate"
+    assert "not a static cache: called a synchronizing CUDA operation" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_replays_equal_generate(name: str) -> None:
+    model = build(name).cuda()
+    plan = find_plan(model, SHARED)
+    if reason := why_not_static(model, plan):
+        assert not plan.packed or "moe" in name or "gpt-oss" in name, reason
+        pytest.skip(reason)
+    engine = StaticEngine(model, 3)
+    prompts = [[*SHARED, *p] for p in PROMPTS]
+    assert completions(engine, prompts) == completions(TransformersEngine(model, 3), prompts)
+    assert engine._decoder._graph is not None
+
+
+@pytest.mark.gpu
+def test_replays_draw_from_the_global_generator() -> None:
+    model = tiny_llama(initializer_range=0.02).cuda()
+    params = SamplingParams(8, temperature=1.0)
+    found = []
+    for _ in range(2):
+        engine = StaticEngine(model)  # captures anew: that must leave the generator as it was
+        torch.manual_seed(3)
+        found.append([engine.generate(PROMPTS, params) for _ in range(2)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_gpu_is_not_captured() -> None:
+    model = tiny_llama().cuda()
+    plan = find_plan(model, SHARED)
+    assert why_not_static(model, plan) is None
+    model.lm_head.register_forward_hook(lambda *x: x[-1] * int(x[-1].amax().item() < 1e9))
+    assert "synchronizing" in why_not_static(model, plan)
+    assert build_engine("auto", model, 4, plan).name == "generate"

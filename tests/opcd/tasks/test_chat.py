@@ -1,0 +1,95 @@
+"""Rendering prompts with and without the context."""
+
+import pytest
+
+from opcd.errors import InputError
+from opcd.passes.prefix import shared_prefix_length
+from opcd.tasks.chat import Chat, check_lengths, check_same_tokenizer
+from opcd.tasks.data import Example
+from tests.conftest import CHATML, tiny_tokenizer
+
+CONTEXT = [{"role": "system", "content": "Be brief."}]
+PROMPT = [{"role": "user", "content": "Why?"}]
+
+
+def test_the_teacher_sees_the_context_and_both_see_the_same_end() -> None:
+    chat = Chat(tiny_tokenizer(), CONTEXT)
+    tokenizer = chat.tokenizer
+    student, teacher = chat.student_ids(PROMPT), chat.teacher_ids(PROMPT)
+    assert tokenizer.decode(student) == (
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(teacher) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n" + tokenizer.decode(student)
+    )
+    assert teacher[-len(student) :] == student
+
+
+def test_special_tokens_are_not_added_twice() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token = True
+    assert Chat(tokenizer, CONTEXT).student_ids(PROMPT).count(tokenizer.bos_token_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "must have a chat template"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            + CHATML,
+            "rejects their roles",
+        ),
+        ("{% set messages = messages[-1:] %}" + CHATML, "drops or alters the system message"),
+        (
+            CHATML
+            + "{% if add_generation_prompt and messages[0]['role'] == 'system' %}<t>{% endif %}",
+            "same way with and without",
+        ),
+        (
+            "{% if add_generation_prompt %}{{ 'x' }}{% endif %}" + CHATML,
+            "rewrites earlier text",
+        ),
+        ("{{ strftime_now('%d %b %Y') }}" + CHATML, "writes today's date"),
+    ],
+)
+def test_templates_that_cannot_work(template: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Chat(tiny_tokenizer(template), CONTEXT)
+
+
+def test_a_date_that_is_given_is_no_clock() -> None:
+    template = "{{ date_string if date_string else strftime_now('%d %b %Y') }}" + CHATML
+    chat = Chat(tiny_tokenizer(template), CONTEXT, {"date_string": "1 May 2026"})
+    assert chat.tokenizer.decode(chat.student_ids(PROMPT)).startswith("1 May 2026")
+    with pytest.raises(InputError, match="today's date"):
+        Chat(tiny_tokenizer(template), CONTEXT)
+
+
+def test_template_arguments_reach_the_template() -> None:
+    template = CHATML + "{% if think and messages[0]['role'] == 'system' %}<think>{% endif %}"
+    chat = Chat(tiny_tokenizer(template), CONTEXT, {"think": False})
+    assert chat.tokenizer.decode(chat.teacher_ids(PROMPT)).endswith("assistant\n")
+
+
+def test_shared_prefix_leaves_every_sequence_a_token() -> None:
+    assert shared_prefix_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert shared_prefix_length([[1, 2], [1, 2, 3]]) == 1
+    assert shared_prefix_length([[7, 8, 9]]) == 2
+    assert shared_prefix_length([[1], [2]]) == 0
+    assert shared_prefix_length([]) == 0
+
+
+def test_lengths_are_named_and_nothing_is_cut() -> None:
+    examples = [Example((), (), "p.jsonl:1"), Example((), (), "p.jsonl:2")]
+    check_lengths(examples, [50, 70], 30, 100, 40)
+    with pytest.raises(InputError, match=r"100 positions, got 40 \+ 30 \+ 31 = 101.*p.jsonl:2"):
+        check_lengths(examples, [50, 70], 31, 100, 40)
+
+
+def test_another_tokenizer_is_refused() -> None:
+    other = tiny_tokenizer()
+    other.add_tokens(["<extra>"])
+    check_same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
+    with pytest.raises(InputError, match="share one tokenizer"):
+        check_same_tokenizer(tiny_tokenizer(), other)

@@ -1,0 +1,271 @@
+"""One step and many: gradients that do not depend on the passes, and a divergence that falls."""
+
+import json
+import time
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.evaluation.scorecard import held_out_divergence
+from opcd.teacher import SharedPrefixTeacher
+from opcd.training.loop import Distiller, rate_factor, step_prompts, token_weights
+from opcd.training.run import build_distiller, prepare
+from opcd_kernels import reference
+from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
+
+
+def distiller(settings: dict, **overrides: object) -> tuple[Distiller, TrainConfig, object]:
+    config = TrainConfig(**settings | overrides)
+    setup = prepare(config)
+    return build_distiller(config, setup), config, setup.task
+
+
+def gradients(d: Distiller, rollouts: list, teacher_hidden: list) -> tuple[list, dict]:
+    """The gradients of one update, caught where the optimizer would take them."""
+    grads = []
+    d.optimizer.register_step_pre_hook(
+        lambda *_: grads.extend(p.grad.clone() for p in d.parameters)
+    )
+    metrics = d.update(rollouts, teacher_hidden)
+    return grads, metrics
+
+
+@pytest.fixture(params=[1, 10**9], ids=["shared-start", "whole-prompts"], autouse=True)
+def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whether or not the prompts' common start is computed once."""
+    monkeypatch.setattr("opcd.passes.prefix.MIN_TOKENS_SAVED", request.param)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"lora_rank": 8, "learning_rate": 5e-3},
+        {"divergence": "forward_kl"},
+        {"divergence": "jsd", "beta": 0.3},
+        {"average_over": "sequences", "completions_per_prompt": 2},
+        {"rollout_engine": "static", "completions_per_prompt": 2},
+        {"rollout_engine": "static", "dtype": "bfloat16"},
+    ],
+)
+def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dict) -> None:
+    d, config, task = distiller(settings, steps=25, **overrides)
+    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    for step in range(25):
+        d.step(step_prompts(task.train, step, config))
+    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    assert after < 0.7 * before, (before, after)
+
+
+@pytest.mark.parametrize("average_over", ["tokens", "sequences"])
+def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str) -> None:
+    grads = []
+    for size in (1, 300, 4096):
+        d, config, task = distiller(settings, max_tokens_per_pass=size, average_over=average_over)
+        prompts = step_prompts(task.train, 0, config)
+        torch.manual_seed(3)
+        rollouts = d.rollout(prompts)
+        grads.append(gradients(d, rollouts, d.score(prompts, rollouts))[0])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
+    """Each sequence alone, full logits, ordinary autograd: the mean reverse KL over all tokens."""
+    d, config, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
+    prompts = step_prompts(task.train, 0, config)
+    torch.manual_seed(3)
+    rollouts = d.rollout(prompts)
+    stopped = rollouts[1]  # one that ends with EOS: it is a target like any other token
+    rollouts[1] = replace(stopped, completion_token_ids=[40, 1], finish_reason="stop")
+    teacher_hidden = d.score(prompts, rollouts)
+
+    total, tokens = torch.zeros(()), sum(len(r.completion_token_ids) for r in rollouts)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        completion = rollout.completion_token_ids
+        logits = []
+        for model, start in (
+            (d.student, prompt.student_ids),
+            (d.teacher.model, task.prompted_ids(prompt)),
+        ):
+            out = model(input_ids=torch.tensor([[*start, *completion]]), use_cache=False)
+            logits.append(out.logits[0, len(start) - 1 : -1] / config.temperature)
+        total = total + reference.divergence(logits[0], logits[1].detach()).sum() / tokens
+    total.backward()
+    expected = [p.grad.clone() for p in d.parameters]
+    d.optimizer.zero_grad()
+
+    grads, metrics = gradients(d, rollouts, teacher_hidden)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_each_phase_of_a_step_is_timed(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    d, config, task = distiller(settings)
+    for seconds, phase in ((0.4, "rollout"), (0.2, "score"), (0.3, "update")):
+
+        def slow(
+            *args: object, seconds: float = seconds, run: object = getattr(d, phase)
+        ) -> object:
+            time.sleep(seconds)
+            return run(*args)
+
+        monkeypatch.setattr(d, phase, slow)
+    metrics = d.step(step_prompts(task.train, 0, config))
+    phases = [metrics[f"{name}_time_s"] for name in ("rollout", "teacher", "update")]
+    assert all(a >= b for a, b in zip(phases, (0.4, 0.2, 0.3), strict=True)), phases
+    assert metrics["step_time_s"] == pytest.approx(sum(phases))
+
+
+def test_eos_that_was_sampled_is_scored(settings: dict) -> None:
+    d, config, task = distiller(settings)
+    with torch.no_grad():
+        d.student.lm_head.weight.zero_()
+        d.student.lm_head.weight[1] = 0.01
+    torch.manual_seed(0)
+    rollouts = [r for i in range(30) for r in d.rollout(step_prompts(task.train, i, config))]
+    assert any(r.finish_reason == "stop" for r in rollouts)
+    prompts = step_prompts(task.train, 0, config)
+    hidden = d.score(prompts, rollouts[: len(prompts)])
+    for part, rollout in zip(hidden, rollouts, strict=False):
+        assert len(part) == len(rollout.completion_token_ids)
+
+
+def test_learning_rate(settings: dict) -> None:
+    config = TrainConfig(**settings | {"steps": 8, "warmup_steps": 4})
+    assert [rate_factor(i, config) for i in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    config.schedule = "linear"
+    assert [rate_factor(i, config) for i in range(8)] == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
+    config.warmup_steps = 0
+    assert rate_factor(0, config) == 1
+
+
+def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
+    tokens = token_weights([2, 6], TrainConfig(**settings))
+    assert torch.cat(tokens).tolist() == pytest.approx([1 / 8] * 8)
+    sequences = token_weights([2, 6], TrainConfig(**settings | {"average_over": "sequences"}))
+    assert sequences[0].tolist() == pytest.approx([1 / 4] * 2)
+    assert sequences[1].tolist() == pytest.approx([1 / 12] * 6)
+
+
+def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:
+    _, config, task = distiller(settings)  # 12 prompts, 4 a step
+    steps = [step_prompts(task.train, i, config) for i in range(6)]
+    texts = [[p.example.text for p in s] for s in steps]
+    first, second = [*chain(*texts[:3])], [*chain(*texts[3:])]
+    assert sorted(first) == sorted(second) == sorted(p.example.text for p in task.train)
+    assert first != second
+    wide = TrainConfig(**settings | {"prompts_per_step": 24})
+    assert [p.example.text for p in step_prompts(task.train, 0, wide)] == first + second
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dict) -> None:
+    d, config, task = distiller(settings)
+    before = [p.clone() for p in d.parameters]
+    with torch.no_grad():
+        d.teacher.head.weight[3] = torch.nan
+    d.teacher.refresh()
+    with pytest.raises(InputError, match=r"loss must be finite.*step 1"):
+        d.step(step_prompts(task.train, 0, config))
+    assert all(torch.equal(a, b) for a, b in zip(before, d.parameters, strict=True))
+    assert d.steps_done == 0
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(settings: dict) -> None:
+    losses, passes = [], []
+    for on in (False, True):
+        d, config, task = distiller(settings, gradient_checkpointing=on)
+        torch.manual_seed(0)
+        count = [0]
+        d.student.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
+        )
+        losses.append([d.step(step_prompts(task.train, i, config))["loss"] for i in range(3)])
+        passes.append(count[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert passes[1] == 6, "each of three forward passes must be computed again in backward"
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_dropout_is_off(settings: dict, tmp_path: Path, gradient_checkpointing: bool) -> None:
+    """With equal weights and equal sequences the divergence is 0, also on a model with dropout."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = GPT2Config(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)
+    assert config.resid_pdrop == config.attn_pdrop == 0.1
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    d, config, task = distiller(
+        settings,
+        model=str(tmp_path / "gpt2"),
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    prompts = step_prompts(task.train, 0, config)
+    rollouts = d.rollout(prompts)
+    d.teacher = SharedPrefixTeacher(d.teacher.model, task.a_prefix, shared=False)
+    d.teacher._prefix_ids = {"": []}
+    hidden = d.score([p._replace(teacher_ids=p.student_ids) for p in prompts], rollouts)
+    assert d.update(rollouts, hidden)["divergence"] < 1e-9
+
+
+def test_bf16_keeps_weights_and_optimizer_in_fp32(settings: dict) -> None:
+    for lora_rank in (0, 4):
+        d, config, task = distiller(settings, dtype="bfloat16", lora_rank=lora_rank)
+        dtypes = set()
+        layer = d.student.get_submodule(
+            "base_model.model.model.layers.0.mlp" if lora_rank else "model.layers.0.mlp"
+        )
+        layer.register_forward_hook(lambda _, __, out, seen=dtypes: seen.add(out.dtype))
+        d.step(step_prompts(task.train, 0, config))
+        assert dtypes == {torch.bfloat16}, "the passes must run in bf16"
+        assert {p.dtype for p in d.parameters} == {torch.float32}
+        states = [s["exp_avg"].dtype for s in d.optimizer.state.values()]
+        assert set(states) == {torch.float32}
+        assert next(d.teacher.model.parameters()).dtype == torch.bfloat16
+
+
+def test_another_teacher(settings: dict, tmp_path: Path) -> None:
+    tiny_llama(seed=5, hidden_size=48, vocab_size=270).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    d, config, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)
+    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    for step in range(20):
+        d.step(step_prompts(task.train, step, config))
+    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    assert after < 0.7 * before
+
+
+def test_prompts_with_contexts_of_their_own(settings: dict, tmp_path: Path) -> None:
+    """Each prompt is scored behind its own context, and the divergence to both falls."""
+    contexts = {"vowel": "Answer with a vowel.", "digit": "Answer with one digit, no more."}
+    (tmp_path / "contexts.json").write_text(json.dumps(contexts))
+    for name, words in (("prompts", "red blue pink teal"), ("test", "cat dog")):
+        rows = [
+            {"prompt": word, "answer": word[0], "context": list(contexts)[i % 2]}
+            for i, word in enumerate(words.split())
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    own = {"context": str(tmp_path / "contexts.json"), "validation_data": None, "steps": 20}
+    d, config, task = distiller(settings, **own)
+    assert set(task.prefixes) == set(contexts)
+    prompts = step_prompts(task.train, 0, config)
+    rollouts = d.rollout(prompts)
+    for prompt, rollout, hidden in zip(prompts, rollouts, d.score(prompts, rollouts), strict=True):
+        ids = torch.tensor([task.prompted_ids(prompt) + rollout.completion_token_ids])
+        with torch.no_grad():
+            expected = d.teacher.model.model(ids, use_cache=False).last_hidden_state[0]
+        n = len(rollout.completion_token_ids)
+        assert torch.allclose(hidden, expected[-n - 1 : -1], atol=1e-4)
+    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    for step in range(20):
+        d.step(step_prompts(task.train, step, config))
+    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    assert after < 0.7 * before
