@@ -32,9 +32,10 @@ from transformers import (
 from benchmarks.memory import peak_mib
 from opcd.models.by_name import load_model, resolve_device, resolve_dtype
 from opcd.models.lm import head_of
-from opcd.passes.hidden import completion_hidden
+from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.plan import find_plan
-from opcd.rollouts.generate import RolloutEngine, SamplingParams, TransformersEngine
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from opcd_kernels import reference
 
@@ -145,7 +146,7 @@ def continuous_batching(model: PreTrainedModel) -> Sample:
 def gap_to_full_pass(model: PreTrainedModel, prompts: TokenIds, completions: TokenIds) -> float:
     """By how much a full pass's largest logit exceeds that of the token taken, over its size."""
     head = head_of(model)
-    hidden = completion_hidden(model, prompts, completions).to(head.weight.dtype)
+    hidden = scored_hidden(model, completion_rows(prompts, completions)).to(head.weight.dtype)
     logits = reference.logits(hidden, head.weight, head.bias, head.softcap).float()
     taken = torch.tensor([t for c in completions for t in c], device=logits.device)
     largest = logits.amax(-1)

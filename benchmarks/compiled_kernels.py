@@ -86,7 +86,8 @@ def attention_builds() -> Iterator[Build]:
             kernel,
             {"head": width, "group": group, "softcap": softcap, "sinks": sinks},
             dict.fromkeys(pointers, "*bf16")
-            | {"cu_seqlens_ptr": "*i32", "scale": "fp32", "softcap": "fp32"},
+            | dict.fromkeys(("cu_seqlens_ptr", "prefix_bounds_ptr"), "*i32")
+            | {"scale": "fp32", "softcap": "fp32"},
             {
                 "G": group,
                 "D": width,

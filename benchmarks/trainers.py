@@ -27,7 +27,7 @@ from opcd.models import builtin
 from opcd.models.by_name import load_model
 from opcd.models.lm import autocast, switch_off_dropout
 from opcd.rollouts.choice import build_engine
-from opcd.rollouts.generate import Rollout, RolloutEngine, SamplingParams
+from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams
 from opcd.tasks.data import Example
 from opcd.tasks.task import Prompt
 from opcd.teacher import ONLY, SharedPrefixTeacher

@@ -49,15 +49,21 @@ def _run(command: str, values: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from opcd.config import TrainConfig
+    from opcd.terminal import Terminal, show_evaluated, show_trained
     from opcd.training.run import evaluate_run, train
 
     transformers_logging.disable_progress_bar()
     if command == "train":
         resume = values.pop("resume")
-        train(TrainConfig(**values), resume)
+        config = TrainConfig(**values)
+        with Terminal() as terminal:
+            outcome = train(config, resume, terminal)
+        show_trained(outcome, config)
     else:
         distilled, save_to = values.pop("distilled"), values.pop("save_to")
-        evaluate_run(TrainConfig(**values), distilled, save_to)
+        with Terminal(finishes_steps=False) as terminal:
+            folder, scored = evaluate_run(TrainConfig(**values), distilled, save_to, terminal)
+        show_evaluated(folder, scored)
 
 
 def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import opcd.cli` light

@@ -1,13 +1,34 @@
 """The divergence between two models, from their hidden states: where opcd meets opcd_kernels."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opcd.errors import InputError
 from opcd.models.lm import Head, causal_lm, head_of, transformer
+from opcd.runtime.upload import uploaded
 from opcd_kernels import LinearDivergence, linear_divergence, reference
+
+
+class Targets(NamedTuple):
+    """What a student is held against: a teacher's hidden states and the head they belong to."""
+
+    hidden: Tensor  # (N, D): the hidden state that predicts each scored token
+    lengths: tuple[int, ...]  # B: scored tokens of each sequence, N in all
+    head: Head
+
+    @property
+    def cu_seqlens(self) -> Tensor:  # (B + 1,) int64: where each sequence's rows start
+        """The lengths as `FlashAttention` and others write them."""
+        return uploaded(torch.tensor([0, *self.lengths]).cumsum(0), self.hidden.device)
+
+    def of(self, sequences: Sequence[int]) -> "Targets":
+        """Those of some sequences, in that order."""
+        parts = self.hidden.split([*self.lengths])
+        lengths = tuple(self.lengths[i] for i in sequences)
+        return Targets(torch.cat([parts[i] for i in sequences]), lengths, self.head)
 
 
 def head_divergence(

@@ -2,31 +2,25 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import cast, overload
 
 import torch
 from torch import Tensor
 
+from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.errors import InputError
 from opcd.models.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_differs
-from opcd.passes.hidden import completion_hidden
+from opcd.objective import Targets
+from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import Plan, find_plan
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache, StalePrefixError, weights_version
-from opcd.runtime.upload import uploaded
 
 log = logging.getLogger(__name__)
 
 ONLY = ""  # the name of the context where there is one
-
-
-class Scored(NamedTuple):
-    """The teacher's side of a batch."""
-
-    hidden: Tensor  # (N, D): the hidden state that predicts each completion token
-    cu_seqlens: Tensor  # (B + 1,) int64: where each sequence's rows start
 
 
 class SharedPrefixTeacher:
@@ -76,55 +70,107 @@ class SharedPrefixTeacher:
         with self._frozen():
             self._version = weights_version(self.model)
 
-    @torch.no_grad()
+    def add_context(self, name: str, token_ids: Sequence[int]) -> None:
+        """Know one more context; its prefix is computed when it is first needed.
+
+        Raises InputError for a name that stands for other tokens already, and for tokens that do
+        not fit the model.
+        """
+        known = self._prefix_ids.get(name)
+        if known is not None and known != list(token_ids):
+            raise InputError(
+                f"a context's name must keep its meaning, but {name!r} stands for {len(known)} "
+                f"other tokens already; give the new context another name"
+            )
+        _check_prefixes(self.model, {name: token_ids})
+        self._prefix_ids[name] = list(token_ids)
+
+    @overload
+    def score(self, episodes: Sequence[Episode], /) -> Targets: ...
+
+    @overload
     def score(
         self,
         prompt_ids: Sequence[Sequence[int]],
         completion_ids: Sequence[Sequence[int]],
         contexts: Sequence[str] | None = None,
-    ) -> Scored:
-        """Hidden states behind the prefix; `prompt_ids` are the teacher's, without the prefix.
+    ) -> Targets: ...
 
-        `contexts` names the context of each sequence where there are several. The results come in
-        the order given, whatever the passes.
+    @torch.no_grad()
+    def score(
+        self,
+        prompt_ids: Sequence[Episode] | Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> Targets:
+        """What the teacher makes of episodes: hidden states behind their contexts, and its head.
+
+        In short, ``score(prompt_ids, completion_ids, contexts)`` scores completions behind prompts:
+        the teacher's, without the prefix; `contexts` names the context of each sequence where there
+        are several. Results come in the order given, whatever the passes.
 
         Raises InputError for an empty prompt or completion (each prompt keeps at least one token
         behind the prefix, which predicts the first completion token), for a context that the
         teacher was not given, and for a sequence beyond the model's positions; StalePrefixError if
         the weights or the adapter's state are not those that the teacher was made with.
         """
-        names = self._check(prompt_ids, completion_ids, contexts)
-        lengths = [len(c) for c in completion_ids]
-        parts: dict[int, Tensor] = {}
+        if completion_ids is None:
+            episodes = cast(Sequence[Episode], prompt_ids)
+        else:
+            prompts = cast(Sequence[Sequence[int]], prompt_ids)
+            episodes = _completed(prompts, completion_ids, contexts)
+        self._check(episodes)
+        lengths = scored_tokens(episodes)
         with self._frozen():
-            if self.plan.shares_prefix and weights_version(self.model) != self._version:
-                raise StalePrefixError(
-                    "the teacher must stay as it was when its prefix was computed, but its "
-                    "weights, its adapter's state or its dropout have changed; call eval(), pass "
-                    "frozen=model.disable_adapter if the student is the same module, or call "
-                    "refresh() to score with the new weights"
-                )
-            for name in dict.fromkeys(names):
-                members = [i for i, other in enumerate(names) if other == name]
-                totals = [len(prompt_ids[i]) + lengths[i] for i in members]
-                prefix, in_full = self._prefix(name, max(totals))
-                size = [total + len(in_full) for total in totals]
-                for batch in batches_by_tokens(size, self._max_tokens_per_pass):
-                    chosen = [members[i] for i in batch]
-                    hidden = completion_hidden(
-                        self.model,
-                        [[*in_full, *prompt_ids[i]] for i in chosen],
-                        [completion_ids[i] for i in chosen],
-                        prefix,
-                        packed=self.plan.packed and prefix is not None,
+            self._check_version()
+            parts: dict[int, Tensor] = {}
+            for members, rows in self._together(episodes):
+                sizes = [len(row.token_ids) for row in rows]
+                for batch in batches_by_tokens(sizes, self._max_tokens_per_pass):
+                    behind = rows[0].prefix is not None
+                    hidden = scored_hidden(
+                        self.model, [rows[i] for i in batch], self.plan.packed and behind
                     )
-                    split = hidden.split([lengths[i] for i in chosen])
-                    parts.update(zip(chosen, split, strict=True))
+                    split = hidden.split([lengths[members[i]] for i in batch])
+                    parts.update(zip((members[i] for i in batch), split, strict=True))
         weight = self.head.weight
-        ordered = [parts[i] for i in range(len(lengths))]
-        packed = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
-        cu_seqlens = uploaded(torch.tensor([0, *lengths]).cumsum(0), weight.device)
-        return Scored(packed, cu_seqlens)
+        ordered = [parts[i] for i in range(len(episodes))]
+        hidden = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
+        return Targets(hidden, tuple(lengths), self.head)
+
+    def _together(self, episodes: Sequence[Episode]) -> Iterator[tuple[list[int], list[Row]]]:
+        """Episodes that share passes, and how they are given to the model.
+
+        In a packed row sequences may stand behind different prefixes: as many contexts go together
+        as the budget of prefixes holds. Otherwise each context has passes of its own.
+        """
+        by_name: dict[str, list[int]] = {}
+        for i, episode in enumerate(episodes):
+            by_name.setdefault(episode.context, []).append(i)
+        members: list[int] = []
+        rows: list[Row] = []
+        held = 0
+        for name, indices in by_name.items():
+            longest = max(len(episodes[i].teacher_ids) for i in indices)
+            prefix, in_full = self._prefix(name, longest)
+            n = len(in_full)
+            own = [
+                Row(
+                    [*in_full, *episodes[i].teacher_ids],
+                    [(start + n, length) for start, length in episodes[i].teacher_spans],
+                    prefix,
+                )
+                for i in indices
+            ]
+            if prefix is None or not self.plan.packed:
+                yield indices, own
+                continue
+            if rows and held + prefix.nbytes > self._prefixes.budget_bytes:
+                yield members, rows
+                members, rows, held = [], [], 0
+            members, rows, held = members + indices, rows + own, held + prefix.nbytes
+        if rows:
+            yield members, rows
 
     def _prefix(self, name: str, longest: int) -> tuple[SharedPrefix | None, list[int]]:
         """The recorded prefix; or the tokens that each sequence must start with instead.
@@ -138,41 +184,56 @@ class SharedPrefixTeacher:
             return None, ids
         return self._prefixes.get(name, ids), []
 
-    def _check(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        contexts: Sequence[str] | None,
-    ) -> list[str]:
-        """The name of each sequence's context."""
-        for what, sequences in (("prompt", prompt_ids), ("completion", completion_ids)):
-            if not all(sequences):
-                raise InputError(
-                    f"every {what} must hold at least one token, got an empty one; leave its last "
-                    f"token out of the prefix, or drop the sequence"
-                )
-        names = list(contexts) if contexts is not None else [ONLY] * len(prompt_ids)
-        if not len(prompt_ids) == len(completion_ids) == len(names):
-            raise InputError(
-                f"score must get a completion and a context for each prompt, got "
-                f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(names)} "
-                f"contexts"
+    def _check_version(self) -> None:
+        if self.plan.shares_prefix and weights_version(self.model) != self._version:
+            raise StalePrefixError(
+                "the teacher must stay as it was when its prefix was computed, but its "
+                "weights, its adapter's state or its dropout have changed; call eval(), pass "
+                "frozen=model.disable_adapter if the student is the same module, or call "
+                "refresh() to score with the new weights"
             )
-        if unknown := set(names) - set(self._prefix_ids):
+
+    def _check(self, episodes: Sequence[Episode]) -> None:
+        if unknown := {e.context for e in episodes} - set(self._prefix_ids):
             raise InputError(
                 f"contexts must be among {sorted(self._prefix_ids)}, got {sorted(unknown)}; name "
                 f"one for each sequence"
             )
         limit = max_positions(causal_lm(self.model).config)
-        for name, prompt, completion in zip(names, prompt_ids, completion_ids, strict=True):
-            total = len(self._prefix_ids[name]) + len(prompt) + len(completion)
-            if limit is not None and total > limit:
+        for episode in episodes:
+            prefix, own = len(self._prefix_ids[episode.context]), len(episode.teacher_ids)
+            if limit is not None and prefix + own > limit:
                 raise InputError(
                     f"context, prompt and completion must fit the teacher's {limit} positions, got "
-                    f"{len(self._prefix_ids[name])} + {len(prompt)} + {len(completion)} tokens; "
-                    f"shorten the context or the completions"
+                    f"{prefix} tokens of context and {own} behind it; shorten the context or the "
+                    f"completions"
                 )
-        return names
+
+
+def _completed(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    contexts: Sequence[str] | None,
+) -> list[Episode]:
+    """Completions behind the teacher's prompts; what a student sees is not asked."""
+    for what, sequences in (("prompt", prompt_ids), ("completion", completion_ids)):
+        if not all(map(len, sequences)):
+            raise InputError(
+                f"every {what} must hold at least one token, got an empty one; leave its last "
+                f"token out of the prefix, or drop the sequence"
+            )
+    names = list(contexts) if contexts is not None else [ONLY] * len(prompt_ids)
+    if not len(prompt_ids) == len(completion_ids) == len(names):
+        raise InputError(
+            f"score must get a completion and a context for each prompt, got "
+            f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(names)} "
+            f"contexts"
+        )
+    parts = zip(prompt_ids, completion_ids, names, strict=True)
+    return [
+        Episode.of_completion(Prompt([*prompt], [*prompt], name), completion)
+        for prompt, completion, name in parts
+    ]
 
 
 def _check_prefixes(model: torch.nn.Module, prefixes: Mapping[str, Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Attention of packed sequences behind one shared prefix: a Triton forward kernel.
+"""Attention of packed sequences behind shared prefixes: a Triton forward kernel.
 
 One program takes BLOCK_M query rows of one sequence and one key head: the group of query heads
 that share the key lie side by side in the rows, so that keys and values are read once for all of
@@ -80,10 +80,12 @@ def _walk(
 
 @triton.jit
 def prefix_attention_kernel(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, sinks_ptr, out_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, sinks_ptr, out_ptr,
+    cu_seqlens_ptr,  # (B + 1,) int32
+    prefix_bounds_ptr,  # (B, 2) int32
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     stride_pkh, stride_pks, stride_pvh, stride_pvs,
-    S, scale, window, softcap,
+    scale, window, softcap,
     G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
@@ -94,6 +96,8 @@ def prefix_attention_kernel(
     low = tile * BLOCK_Q
     if low >= length:
         return
+    prefix_begin = tl.load(prefix_bounds_ptr + 2 * sequence)
+    S = tl.load(prefix_bounds_ptr + 2 * sequence + 1) - prefix_begin
     # Rows: query position major, head of the group minor.
     rows = tl.arange(0, BLOCK_Q * BLOCK_G)
     i, g = low + rows // BLOCK_G, rows % BLOCK_G
@@ -115,7 +119,8 @@ def prefix_attention_kernel(
         first_own = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
     acc, m, total = _walk(
         q, acc, m, total,
-        prefix_k_ptr + kv_head * stride_pkh, prefix_v_ptr + kv_head * stride_pvh,
+        prefix_k_ptr + kv_head * stride_pkh + prefix_begin.to(tl.int64) * stride_pks,
+        prefix_v_ptr + kv_head * stride_pvh + prefix_begin.to(tl.int64) * stride_pvs,
         stride_pks, stride_pvs, first, S, 0, position, scale, window, softcap,
         D, BLOCK_D, BLOCK_N, False, WINDOW, SOFTCAP,
     )  # fmt: skip
@@ -143,8 +148,9 @@ def prefix_attention_triton(
     query: Tensor,  # (N, H, D), packed
     key: Tensor,  # (N, H_kv, D)
     value: Tensor,  # (N, H_kv, D)
-    prefix_key: Tensor,  # (H_kv, S, D): the prefix's last S tokens; S may be 0
-    prefix_value: Tensor,  # (H_kv, S, D)
+    prefix_key: Tensor,  # (H_kv, Σ S, D): the last S tokens of each prefix; S may be 0
+    prefix_value: Tensor,  # (H_kv, Σ S, D)
+    prefix_bounds: Tensor,  # (B, 2) int32, where each sequence's prefix begins and ends in them
     cu_seqlens: Tensor,  # (B + 1,) int32, where each sequence's rows start
     longest: int,  # sequence; known on the host, so that nobody waits for cu_seqlens
     scale: float,
@@ -152,7 +158,7 @@ def prefix_attention_triton(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (N, H, D)
-    """Attention of each token to the prefix and to its own sequence up to itself; forward only.
+    """Attention of each token to its prefix and to its own sequence up to itself; forward only.
 
     Raises ValueError for values of another width than the keys, or of more than 256.
     """
@@ -175,11 +181,12 @@ def prefix_attention_triton(
     here = contextlib.nullcontext() if INTERPRETED.value else torch.cuda.device_of(query)
     with here:
         prefix_attention_kernel[grid](
-            query, key, value, prefix_key, prefix_value, sinks, out, cu_seqlens,
+            query, key, value, prefix_key, prefix_value, sinks, out,
+            cu_seqlens, prefix_bounds,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), prefix_key.stride(0), prefix_key.stride(1),
             prefix_value.stride(0), prefix_value.stride(1),
-            prefix_key.shape[1], scale, window or 0, softcap or 1.0,
+            scale, window or 0, softcap or 1.0,
             G=heads // kv_heads, D=width, BLOCK_G=block_g, BLOCK_D=block_d,
             BLOCK_Q=block_q, BLOCK_N=block_n,
             WINDOW=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,

@@ -38,6 +38,18 @@ def problem(
     )
 
 
+def grouped() -> list[tuple[Problem, tuple[int, ...]]]:
+    """Groups of sequences, each behind a prefix of its own; one stands behind none."""
+    groups = ((19, 5), (17, 4, 1), (16,), (19,))
+    parts = []
+    for seed, (lengths, prefix) in enumerate(zip(groups, (13, 40, 0, 5), strict=True)):
+        whole = problem(prefix, seed=seed)
+        n = sum(lengths)
+        own = (x[:n] for x in whole[:3])
+        parts.append((Problem(*own, *whole[3:]), lengths))
+    return parts
+
+
 def oracle(
     p: Problem,
     scale: float,

@@ -1,5 +1,8 @@
-"""What was gained.
+"""What was gained: contenders on the same requests.
 
-scorecard   the models before and after, with and without the context, on the same requests
+score       a run's scorecard: the models before and after, without and with the context
+scorecard   what contenders reached, and how sure that is
+contenders  who answers; one model in memory at a time
+agreement   the divergence to the teacher on what a student says itself
 report      the scorecard for people: terminal, report.md, curve
 """

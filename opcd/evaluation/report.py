@@ -6,29 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from opcd.config import TrainConfig
-from opcd.evaluation.scorecard import COLUMNS
-
-MEANING = {
-    "base": "before, without the context",
-    "prompted": "before, with the context",
-    "distilled": "after, without the context",
-    "distilled_prompted": "after, with the context",
-}
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
-    """The four columns as text, one a line."""
+    """The contenders as text, one a line."""
     rows: list[tuple[str, ...]] = [("", "", "accuracy", "95 % interval", "n", "tokens", "cut")]
-    for name in COLUMNS:
-        column = card[name]
-        if column is None:
-            rows.append((name, MEANING[name], *["–"] * 5))
-            continue
+    for name, column in card["contenders"].items():
         low, high = column["accuracy_interval_95"]
         rows.append(
             (
                 name,
-                MEANING[name],
+                column["meaning"],
                 f"{column['accuracy']:.1%}",
                 f"{low:.1%} – {high:.1%}",
                 str(column["n"]),
@@ -48,7 +36,7 @@ def scorecard_table(card: dict[str, Any]) -> str:
 def scorecard_facts(card: dict[str, Any]) -> list[str]:
     """What the table does not say, a sentence each."""
     facts = []
-    if card["distilled"] is not None:
+    if "distilled" in card["contenders"]:
         share = card["internalised"]
         facts.append(
             "internalised: the prompt gained nothing here, so there is nothing to take over"

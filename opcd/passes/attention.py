@@ -1,8 +1,8 @@
 """Attention of packed sequences that share a prefix, merged from two parts by their log-sum-exps.
 
-Each query attends (i) the whole prefix, which no sequence holds a copy of, and (ii) its own
-sequence up to itself. Either part is a softmax attention of its own with a log-sum-exp lse; the
-attention over both is
+Each query attends (i) the whole prefix of its group, which no sequence holds a copy of, and (ii)
+its own sequence up to itself. Either part is a softmax attention of its own with a log-sum-exp lse;
+the attention over both is
 
     w = sigmoid(lse_own − lse_prefix),   out = out_prefix + w (out_own − out_prefix)     in fp32
 
@@ -12,9 +12,9 @@ since its probabilities exp(score − lse) are then those of the whole softmax.
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,17 @@ PLAIN_SCORES_BYTES = 64 * 2**20  # of the fp32 scores that plain PyTorch holds a
 
 
 class Block(NamedTuple):
-    """Neighbours of like length, as the rows of one rectangle."""
+    """Sequences of like length, as the rows of one rectangle."""
 
-    start: int  # in the packed row
-    stop: int
     rows: int
     width: int  # the longest
-    take: Tensor | None  # (rows · width,): the token behind `start` that each place shows
-    real: Tensor | None  # (stop − start,): the places that are no pads; None for both: no pads
+    tokens: slice | Tensor  # of the packed row, in the block's order
+    take: Tensor | None  # (rows · width,): which of them each place shows
+    real: Tensor | None  # the places that are no pads, in the same order; None for both: no pads
 
     def spread(self, x: Tensor, pad: float | None = None) -> Tensor:
         """(N, H, D) packed → (rows, H, width, D); pads repeat a token, or hold `pad`."""
-        x = x[self.start : self.stop]
+        x = x[self.tokens]
         if self.take is not None and self.real is not None:
             if pad is None:
                 x = x[self.take]
@@ -48,57 +47,107 @@ class Block(NamedTuple):
         return x.unflatten(0, (self.rows, self.width)).transpose(1, 2)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(rows, H, width, D) → (stop − start, H, D) without the pads."""
+        """(rows, H, width, D) → (n, H, D) without the pads, in the block's order."""
         x = x.transpose(1, 2).flatten(0, 1)
         return x if self.real is None else x[self.real]
 
 
 class Packing:
-    """Where sequences lie in one packed row of N tokens, the longest first.
+    """Where sequences lie in one packed row of N tokens; each group is behind a prefix of its own.
 
     Everything is worked out on the host and uploaded, so that no pass waits for the one before.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        assert all(lengths), "an empty sequence"
-        assert list(lengths) == sorted(lengths, reverse=True), "longest first"
-        self.longest = lengths[0]
-        self.starts = [0, *accumulate(lengths)]  # B + 1
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]],  # lengths, the longest of a group first
+        device: torch.device,
+    ) -> None:
+        assert all(map(all, groups)), "an empty sequence"
+        assert all(list(g) == sorted(g, reverse=True) for g in groups), "longest first"
+        self._lengths = [*chain.from_iterable(groups)]  # B
+        self._group_of = [i for i, group in enumerate(groups) for _ in group]  # B
+        self._device = device
+        self.longest = max(self._lengths)
+        self.starts = [0, *accumulate(self._lengths)]  # B + 1
+        ends = [0, *accumulate(map(sum, groups))]
+        self.groups = [slice(*bounds) for bounds in pairwise(ends)]  # the tokens of each group
         self.cu_seqlens = uploaded(torch.tensor(self.starts).int(), device)  # (B + 1,) int32
         # (N,): how many tokens of its own sequence stand in front of each token
-        self.offsets = uploaded(torch.cat([torch.arange(n) for n in lengths]), device)
-        self._lengths, self._device = lengths, device
-        self._bounds: dict[int, Tensor] = {}
+        self.offsets = uploaded(torch.cat([torch.arange(n) for n in self._lengths]), device)
+        self._uploads: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def bounds(self, length: int) -> Tensor:
-        """(2,) int32: 0 and `length`, uploaded once for all layers."""
-        if length not in self._bounds:
-            self._bounds[length] = uploaded(torch.tensor([0, length]).int(), self._device)
-        return self._bounds[length]
+    def bounds(self, lengths: Sequence[int]) -> Tensor:
+        """(G + 1,) int32: where parts of these lengths begin and end, uploaded once a pass."""
+        return self._uploaded("bounds", lengths, lambda: torch.tensor([0, *accumulate(lengths)]))
+
+    def prefix_bounds(self, lengths: Sequence[int]) -> Tensor:
+        """(B, 2) int32: first and last + 1 of each sequence's prefix among prefixes in one row."""
+        ends = [*accumulate(lengths)]
+        rows = [(ends[g] - lengths[g], ends[g]) for g in self._group_of]
+        return self._uploaded("prefix_bounds", lengths, lambda: torch.tensor(rows))
+
+    def positions(self, first: Sequence[int]) -> Tensor:
+        """(N,): each token's position, where the sequences of a group start at `first`."""
+        if len(set(first)) == 1:
+            return self.offsets + first[0]
+        counts = torch.tensor([x.stop - x.start for x in self.groups])
+        shifts = torch.tensor(list(first)).repeat_interleave(counts)
+        return self.offsets + uploaded(shifts, self._device)
+
+    def _uploaded(self, kind: str, lengths: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+        key = (kind, tuple(lengths))
+        if key not in self._uploads:
+            self._uploads[key] = uploaded(make().int(), self._device)
+        return self._uploads[key]
 
     @cached_property
     def blocks(self) -> list[Block]:
         """For kernels that take rectangles; those that take `cu_seqlens` never ask for them."""
-        blocks: list[Block] = []
-        lengths, first = self._lengths, 0
-        for i in range(1, len(lengths) + 1):
+        lengths, blocks = self._lengths, []
+        first = 0
+        for i in range(1, len(self._order) + 1):
             # At most half of a rectangle is padding, and there are few rectangles.
-            if i == len(lengths) or 2 * lengths[i] < lengths[first]:
-                blocks.append(_block(self.starts[first], lengths[first:i], self._device))
+            full = i == len(self._order)
+            if full or 2 * lengths[self._order[i]] < lengths[self._order[first]]:
+                blocks.append(self._block(self._order[first:i]))
                 first = i
         return blocks
 
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `Block.gather` gave for each of the blocks, as one packed row."""
+        row = parts[0] if len(parts) == 1 else torch.cat([*parts])
+        return row if self._back is None else row[self._back]
 
-def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
-    width, total = lengths[0], sum(lengths)
-    if lengths[-1] == width:
-        return Block(start, start + total, len(lengths), width, None, None)
-    n, column = torch.tensor(lengths), torch.arange(width)
-    first = n.cumsum(0) - n
-    take = first[:, None] + torch.minimum(column, n[:, None] - 1)  # (rows, width)
-    real = (column < n[:, None]).flatten().nonzero()[:, 0]
-    take, real = uploaded(take.flatten(), device), uploaded(real, device)
-    return Block(start, start + total, len(lengths), width, take, real)
+    @cached_property
+    def _order(self) -> list[int]:
+        """The sequences of all groups, the longest first."""
+        return sorted(range(len(self._lengths)), key=lambda i: -self._lengths[i])
+
+    @cached_property
+    def _back(self) -> Tensor | None:
+        """(N,): from the order of the blocks to that of the row; None if it is the same."""
+        if self._order == list(range(len(self._order))):
+            return None
+        return uploaded(self._tokens(self._order).argsort(), self._device)
+
+    def _tokens(self, sequences: Sequence[int]) -> Tensor:
+        return torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in sequences])
+
+    def _block(self, sequences: Sequence[int]) -> Block:
+        lengths = [self._lengths[i] for i in sequences]
+        rows, width = len(lengths), lengths[0]
+        tokens: slice | Tensor = slice(self.starts[sequences[0]], self.starts[sequences[-1] + 1])
+        if list(sequences) != list(range(sequences[0], sequences[0] + rows)):
+            tokens = uploaded(self._tokens(sequences), self._device)
+        if lengths[-1] == width:
+            return Block(rows, width, tokens, None, None)
+        n, column = torch.tensor(lengths), torch.arange(width)
+        first = n.cumsum(0) - n
+        take = first[:, None] + torch.minimum(column, n[:, None] - 1)  # (rows, width)
+        real = (column < n[:, None]).flatten().nonzero()[:, 0]
+        take, real = uploaded(take.flatten(), self._device), uploaded(real, self._device)
+        return Block(rows, width, tokens, take, real)
 
 
 class Shape(NamedTuple):
@@ -121,8 +170,20 @@ class Operands(NamedTuple):
     query: Tensor  # (N, H, D), packed
     key: Tensor  # (N, H_kv, D)
     value: Tensor  # (N, H_kv, D_v)
-    prefix_key: Tensor  # (H_kv, S, D): the prefix's last S tokens; S may be 0
-    prefix_value: Tensor  # (H_kv, S, D_v)
+    # Of each group: its prefix's last S tokens; S may be 0, and another for every group.
+    prefix_keys: tuple[Tensor, ...]  # (H_kv, S, D)
+    prefix_values: tuple[Tensor, ...]  # (H_kv, S, D_v)
+
+    @property
+    def prefix_lengths(self) -> list[int]:
+        """S of each group."""
+        return [x.shape[1] for x in self.prefix_keys]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of them takes a gradient."""
+        tensors = (self.query, self.key, self.value, *self.prefix_keys, *self.prefix_values)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def prefix_attention(
@@ -131,7 +192,7 @@ def prefix_attention(
     shape: Shape,
     backend: str,  # as `choose_backend` names it
 ) -> Tensor:  # (N, H, D_v)
-    """Attention of each token to the prefix and to its own sequence up to itself.
+    """Attention of each token to its group's prefix and to its own sequence up to itself.
 
     Equals full attention over prefix + sequence for each sequence alone. With a window the S kept
     tokens must hold every position that it shows.
@@ -140,10 +201,15 @@ def prefix_attention(
     if backend == "triton":
         from opcd_kernels.prefix_attention import prefix_attention_triton  # needs Triton
 
-        cu_seqlens, longest = packing.cu_seqlens, packing.longest
-        return prefix_attention_triton(*operands, cu_seqlens, longest, *shape)
+        prefix_key, prefix_value = map(_in_one_row, operands[3:])
+        bounds = packing.prefix_bounds(operands.prefix_lengths)
+        own = operands.query, operands.key, operands.value
+        where = bounds, packing.cu_seqlens, packing.longest
+        options = shape._asdict()
+        return prefix_attention_triton(*own, prefix_key, prefix_value, *where, **options)
     if backend == "aten flash, cpu":
-        out, lse = _FlashCpu.apply(*operands, packing, shape.scale)
+        prefixes = (*operands.prefix_keys, *operands.prefix_values)
+        out, lse = _FlashCpu.apply(packing, shape.scale, *operands[:3], *prefixes)
     elif backend == "plain":
         out, lse = _plain(operands, packing, shape)
     else:
@@ -151,6 +217,11 @@ def prefix_attention(
     if shape.sinks is not None:
         out = out * torch.sigmoid(lse - shape.sinks.float())[..., None]
     return out.to(operands.query.dtype)
+
+
+def _in_one_row(prefixes: Sequence[Tensor]) -> Tensor:
+    """(H_kv, S, D) of each group → (H_kv, Σ S, D)."""
+    return prefixes[0] if len(prefixes) == 1 else torch.cat([*prefixes], 1)
 
 
 def cached_attention(
@@ -179,7 +250,7 @@ def cached_attention(
 def choose_backend(operands: Operands, shape: Shape) -> str:
     """The fastest of what computes this: a name for `Plan.backend`."""
     query, value = operands.query, operands.value
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    grad = operands.requires_grad
     dense = shape.window is None and shape.softcap is None
     width = query.shape[-1]
     if value.shape[-1] != width or (grad and shape.sinks is not None):
@@ -226,16 +297,15 @@ class _FlashCpu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        packing: Packing,
+        scale: float,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        packing: Packing,
-        scale: float,
+        *prefixes: Tensor,  # the keys of each group, then the values of each
     ) -> tuple[Tensor, Tensor]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        (n, heads, _), kv_heads = query.shape, key.shape[1]
+        heads, kv_heads = query.shape[1], key.shape[1]
         outs, lses = [], []
         for block in packing.blocks:
             q, k, v = (block.spread(x) for x in (query, key, value))
@@ -243,13 +313,22 @@ class _FlashCpu(torch.autograd.Function):
             out, lse = flash(q, k, v, 0.0, True, scale=scale)
             outs.append(block.gather(out))
             lses.append(block.gather(lse[..., None])[..., 0])
-        out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
-        if prefix_key.shape[1]:
-            q = _fold(query, kv_heads)
-            out_p, lse_p = flash(q, prefix_key[None], prefix_value[None], 0.0, False, scale=scale)
-            out, lse = _merge(_unfold(out_p[0], n), _unfold(lse_p[0], n), out, lse)
+        out, lse = packing.joined(outs), packing.joined(lses)
+        if any(x.shape[1] for x in prefixes):
+            outs, lses = [], []
+            for group, k, v in _by_group(packing, prefixes):
+                q, n = _fold(query[group], kv_heads), group.stop - group.start
+                if not k.shape[1]:
+                    outs.append(query.new_zeros(n, *query.shape[1:]))
+                    lses.append(lse.new_full((n, heads), -torch.inf))
+                    continue
+                out_p, lse_p = flash(q, k[None], v[None], 0.0, False, scale=scale)
+                outs.append(_unfold(out_p[0], n))
+                lses.append(_unfold(lse_p[0], n))
+            out_p, lse_p = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
+            out, lse = _merge(out_p, lse_p, out, lse)
             out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse)
+        ctx.save_for_backward(query, key, value, out, lse, *prefixes)
         ctx.packing, ctx.scale = packing, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -257,25 +336,43 @@ class _FlashCpu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        query, key, value, prefix_key, prefix_value, out, lse = ctx.saved_tensors
-        (n, heads, _), kv_heads = query.shape, key.shape[1]
-        group = heads // kv_heads
+        query, key, value, out, lse, *prefixes = ctx.saved_tensors
+        heads, kv_heads = query.shape[1], key.shape[1]
+        group_size = heads // kv_heads
         parts: list[tuple[Tensor, ...]] = []
         for block in ctx.packing.blocks:
             q, k, v, o = (block.spread(x) for x in (query, key, value, out))
-            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+            k, v = (x.repeat_interleave(group_size, 1) for x in (k, v))
             do, m = block.spread(grad, pad=0.0), block.spread(lse[..., None])[..., 0]
             dq, dk, dv = flash(do, q, k, v, o, m, 0.0, True, scale=ctx.scale)
-            dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
+            dk, dv = (x.unflatten(1, (kv_heads, group_size)).sum(2) for x in (dk, dv))
             parts.append(tuple(block.gather(x) for x in (dq, dk, dv)))
-        dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
-        if not prefix_key.shape[1]:
-            return dq, dk, dv, None, None, None, None
-        q, o, do = (_fold(x, kv_heads) for x in (query, out, grad))
-        m = _fold(lse[..., None], kv_heads)[..., 0]
-        k, v = prefix_key[None], prefix_value[None]
-        dq_p, dk_p, dv_p = flash(do, q, k, v, o, m, 0.0, False, scale=ctx.scale)
-        return dq + _unfold(dq_p[0], n), dk, dv, dk_p[0], dv_p[0], None, None
+        dq, dk, dv = (ctx.packing.joined(x) for x in zip(*parts, strict=True))
+        prefix_grads: list[tuple[Tensor, Tensor]] = []
+        if any(x.shape[1] for x in prefixes):
+            parts_q = []
+            for group, k, v in _by_group(ctx.packing, prefixes):
+                if not k.shape[1]:
+                    parts_q.append(torch.zeros_like(query[group]))
+                    prefix_grads.append((torch.zeros_like(k), torch.zeros_like(v)))
+                    continue
+                q, o, do = (_fold(x[group], kv_heads) for x in (query, out, grad))
+                m = _fold(lse[group][..., None], kv_heads)[..., 0]
+                found = flash(do, q, k[None], v[None], o, m, 0.0, False, scale=ctx.scale)
+                parts_q.append(_unfold(found[0][0], group.stop - group.start))
+                prefix_grads.append((found[1][0], found[2][0]))
+            dq = dq + (parts_q[0] if len(parts_q) == 1 else torch.cat(parts_q))
+        none = [None] * len(prefixes)
+        of_prefixes = [*chain(*zip(*prefix_grads, strict=True))] if prefix_grads else none
+        return None, None, dq, dk, dv, *of_prefixes
+
+
+def _by_group(
+    packing: Packing, prefixes: Sequence[Tensor]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The tokens of each group, and the keys and values of its prefix."""
+    half = len(prefixes) // 2
+    return zip(packing.groups, prefixes[:half], prefixes[half:], strict=True)
 
 
 # ---- FlashAttention of variable length on CUDA ----
@@ -313,22 +410,36 @@ def _flash_cuda(
     scale: float,
     flash: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    query, key, value, prefix_key, prefix_value = operands
-    n, s, cu, longest = len(query), prefix_key.shape[1], packing.cu_seqlens, packing.longest
+    query, key, value, prefix_keys, prefix_values = operands
+    cu, longest = packing.cu_seqlens, packing.longest
     out, lse = flash(query, key, value, cu, cu, (longest, longest), True, scale)
-    if not s:
-        return out, lse.T
-    cu_all, cu_k = packing.bounds(n), packing.bounds(s)
-    k, v = prefix_key.transpose(0, 1), prefix_value.transpose(0, 1)
-    out_p, lse_p = flash(query, k, v, cu_all, cu_k, (n, s), False, scale)
-    return _merge(out_p, lse_p.T, out, lse.T)
+    lse = lse.T
+    kept = [i for i, s in enumerate(operands.prefix_lengths) if s]
+    if not kept:
+        return out, lse
+    # Groups behind nothing stay out: kernels differ in the log-sum-exp of no keys at all.
+    rows = [packing.groups[i] for i in kept]
+    every = len(kept) == len(packing.groups)
+    q = query if every else torch.cat([query[x] for x in rows])
+    k, v = (_in_one_row([x[i] for i in kept]).transpose(0, 1) for x in (prefix_keys, prefix_values))
+    queries = [x.stop - x.start for x in rows]
+    lengths = [operands.prefix_lengths[i] for i in kept]
+    cu_q, cu_k = packing.bounds(queries), packing.bounds(lengths)
+    out_p, lse_p = flash(q, k, v, cu_q, cu_k, (max(queries), max(lengths)), False, scale)
+    if every:
+        return _merge(out_p, lse_p.T, out, lse)
+    out, lse = out.float(), lse.clone()
+    parts = zip(rows, out_p.split(queries), lse_p.T.split(queries), strict=True)
+    for group, part, part_lse in parts:
+        out[group], lse[group] = _merge(part, part_lse, out[group], lse[group])
+    return out, lse
 
 
 # ---- plain PyTorch: windows, softcaps, any head width, gradients everywhere ----
 
 
 def _plain(operands: Operands, packing: Packing, shape: Shape) -> tuple[Tensor, Tensor]:
-    query, key, value, prefix_key, prefix_value = operands
+    query, key, value, prefix_keys, prefix_values = operands
     outs, lses = [], []
     for block in packing.blocks:
         q, k, v = (block.spread(x) for x in (query, key, value))
@@ -340,21 +451,23 @@ def _plain(operands: Operands, packing: Packing, shape: Shape) -> tuple[Tensor, 
         out, lse = _softmax(q, k, v, visible, shape)
         outs.append(block.gather(out))
         lses.append(block.gather(lse[..., None])[..., 0])
-    out, lse = torch.cat(outs), torch.cat(lses)
-    s = prefix_key.shape[1]
-    if not s:
+    out, lse = packing.joined(outs), packing.joined(lses)
+    if not any(operands.prefix_lengths):
         return out, lse
     outs, lses = [], []
-    step = max(1, PLAIN_SCORES_BYTES // (4 * query.shape[1] * s))
-    for q, offsets in zip(query.split(step), packing.offsets.split(step), strict=True):
-        seen = None
-        if shape.window is not None:
-            distance = offsets[:, None] + s - torch.arange(s, device=q.device)
-            seen = distance < shape.window
-        rows = q.transpose(0, 1)[None]
-        out_p, lse_p = _softmax(rows, prefix_key[None], prefix_value[None], seen, shape)
-        outs.append(out_p[0].transpose(0, 1))
-        lses.append(lse_p[0].T)
+    for group, prefix_key, prefix_value in _by_group(packing, (*prefix_keys, *prefix_values)):
+        s = prefix_key.shape[1]
+        step = max(1, PLAIN_SCORES_BYTES // (4 * query.shape[1] * max(1, s)))
+        parts = zip(query[group].split(step), packing.offsets[group].split(step), strict=True)
+        for q, offsets in parts:
+            seen = None
+            if shape.window is not None:
+                distance = offsets[:, None] + s - torch.arange(s, device=q.device)
+                seen = distance < shape.window
+            rows = q.transpose(0, 1)[None]
+            out_p, lse_p = _softmax(rows, prefix_key[None], prefix_value[None], seen, shape)
+            outs.append(out_p[0].transpose(0, 1))
+            lses.append(lse_p[0].T)
     return _merge(torch.cat(outs), torch.cat(lses), out, lse)
 
 

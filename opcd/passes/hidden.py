@@ -1,6 +1,7 @@
-"""The hidden states that predict completion tokens: one pass over many sequences."""
+"""The hidden states that predict scored tokens: one pass over many sequences."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,69 +13,87 @@ from opcd.passes.prefix import SharedPrefix
 from opcd.runtime.upload import uploaded
 
 
-def completion_hidden(
-    model: torch.nn.Module,
+class Row(NamedTuple):
+    """One sequence of a pass."""
+
+    token_ids: Sequence[int]  # without the prefix
+    spans: Sequence[tuple[int, int]]  # start and length of what is scored, in order
+    prefix: SharedPrefix | None = None  # what it stands behind
+
+    @property
+    def needed(self) -> Sequence[int]:
+        """What a model must be given: the last scored token predicts nothing."""
+        start, length = self.spans[-1]
+        return self.token_ids[: start + length - 1]
+
+    @property
+    def predicting(self) -> list[int]:
+        """The positions that predict the scored tokens: each the one in front of it."""
+        return [t - 1 for start, length in self.spans for t in range(start, start + length)]
+
+
+def completion_rows(
     prompt_ids: Sequence[Sequence[int]],  # without the prefix
     completion_ids: Sequence[Sequence[int]],
     prefix: SharedPrefix | None = None,
-    packed: bool = False,
-) -> Tensor:  # (N, D), N = sum of completion lengths
-    """The hidden states that predict each completion token, packed in the order given.
+) -> list[Row]:
+    """Completions behind prompts, all of them scored."""
+    return [
+        Row([*prompt, *done], [(len(prompt), len(done))], prefix)
+        for prompt, done in zip(prompt_ids, completion_ids, strict=True)
+    ]
 
-    They are ready for the head's weight: a scale that the model puts on its logits is applied. The
-    last completion token predicts nothing and is left out. `packed` is for models on which
-    `find_plan` found that exact; the others take padded rows.
+
+def scored_hidden(
+    model: torch.nn.Module, rows: Sequence[Row], packed: bool = False
+) -> Tensor:  # (N, D), N = all scored tokens
+    """The hidden states that predict each scored token, in the order given.
+
+    They are ready for the head's weight: a scale that the model puts on its logits is applied.
+    `packed` is for models on which `find_plan` found that exact, and its rows may stand behind
+    different prefixes; the others take padded rows, all behind one prefix.
 
     Raises UnsupportedModelError if `packed` and the model does not go through `AttentionInterface`.
     """
-    sequences = [[*p, *c][:-1] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    first = [len(p) - 1 for p in prompt_ids]  # the prompt's last token predicts the first one
-    spans = [(s, s + len(c)) for s, c in zip(first, completion_ids, strict=True)]
-    run = _packed_rows if packed else _padded_rows
-    hidden = run(model, sequences, spans, prefix)
+    hidden = (_packed_rows if packed else _padded_rows)(model, rows)
     scale = head_of(model).scale
     return hidden if scale == 1 else hidden * scale
 
 
-def _packed_rows(
-    model: torch.nn.Module,
-    sequences: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
-    prefix: SharedPrefix | None,
-) -> Tensor:
+def _packed_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
     device = causal_lm(model).device
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    packing = Packing([len(sequences[i]) for i in order], device)
-    ids = torch.tensor([[token for i in order for token in sequences[i]]])
+    groups: dict[int, list[int]] = {}  # rows by their prefix, the longest of each first
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].needed)):
+        groups.setdefault(id(rows[i].prefix), []).append(i)
+    order = [i for group in groups.values() for i in group]
+    packing = Packing([[len(rows[i].needed) for i in g] for g in groups.values()], device)
+    ids = torch.tensor([[token for i in order for token in rows[i].needed]])
     starts = dict(zip(order, packing.starts, strict=False))
-    rows = [starts[i] + t for i, span in enumerate(spans) for t in range(*span)]
-    wanted = uploaded(torch.tensor(rows), device)
-    hidden, _ = packed_pass(model, uploaded(ids, device), packing, prefix)
-    return hidden[0].index_select(0, wanted)
+    wanted = [starts[i] + t for i, row in enumerate(rows) for t in row.predicting]
+    index = uploaded(torch.tensor(wanted), device)
+    prefixes = [rows[group[0]].prefix for group in groups.values()]
+    hidden, _ = packed_pass(model, uploaded(ids, device), packing, prefixes)
+    return hidden[0].index_select(0, index)
 
 
-def _padded_rows(
-    model: torch.nn.Module,
-    sequences: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
-    prefix: SharedPrefix | None,
-) -> Tensor:
+def _padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
     """Rows are padded on the right: under causal attention no real position sees a pad, so that
     no mask is needed."""
-    lm = causal_lm(model)
-    input_ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
-    for row, sequence in zip(input_ids, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    width = input_ids.shape[1]
-    rows = [b * width + t for b, span in enumerate(spans) for t in range(*span)]
-    wanted = uploaded(torch.tensor(rows), lm.device)
+    lm, prefix = causal_lm(model), rows[0].prefix
+    assert all(row.prefix is prefix for row in rows), "padded rows stand behind one prefix"
+    width = max(len(row.needed) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)  # (B, T)
+    for line, row in zip(input_ids, rows, strict=True):
+        line[: len(row.needed)] = torch.tensor(row.needed)
+    wanted = [b * width + t for b, row in enumerate(rows) for t in row.predicting]
+    index = uploaded(torch.tensor(wanted), lm.device)
     start = len(prefix) if prefix is not None else 0
     positions = torch.arange(start, start + width, device=lm.device)
-    cache = prefix.expand(len(sequences), passes=1) if prefix is not None else None
+    cache = prefix.expand(len(rows), passes=1) if prefix is not None else None
     output = transformer(model)(
         input_ids=uploaded(input_ids, lm.device),
         position_ids=positions[None],
         past_key_values=cache,
         use_cache=cache is not None,
     )
-    return output.last_hidden_state.flatten(0, 1).index_select(0, wanted)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, index)

@@ -9,7 +9,7 @@ in `decode.py`.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,22 +43,28 @@ class PackedPass(Protocol):
 
 
 class _SequencesPass:
-    """Whole sequences behind one prefix."""
+    """Whole sequences, each group of them behind a prefix of its own."""
 
-    def __init__(self, packing: Packing, prefix: SharedPrefix | None, store: Store | None) -> None:
+    def __init__(
+        self, packing: Packing, prefixes: Sequence[SharedPrefix | None], store: Store | None
+    ) -> None:
         self._packing = packing
-        self._prefix = prefix
+        self._prefixes = prefixes
         self._store = store
         self.backends: dict[int, str] = {}  # by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        if self._prefix is not None:
-            kept = self._prefix.keys_values(layer, query.dtype)
-        else:
-            kept = (key[:0].transpose(0, 1), value[:0].transpose(0, 1))
-        operands = Operands(query, key, value, *kept)
-        _check_layer(operands, self._prefix, layer, shape.window)
-        shape = shape.within(kept[0].shape[1] + self._packing.longest)
+        nothing = key[:0].transpose(0, 1), value[:0].transpose(0, 1)
+        kept = [
+            nothing if prefix is None else prefix.keys_values(layer, query.dtype)
+            for prefix in self._prefixes
+        ]
+        keys, values = zip(*kept, strict=True)
+        operands = Operands(query, key, value, keys, values)
+        for prefix, states in zip(self._prefixes, kept, strict=True):
+            if prefix is not None:
+                _check_layer(operands, prefix, states, layer, shape.window)
+        shape = shape.within(max(operands.prefix_lengths) + self._packing.longest)
         self.backends[layer] = choose_backend(operands, shape)
         if self._store is not None:
             self._store(layer, key, value)
@@ -67,28 +73,29 @@ class _SequencesPass:
 
 def packed_pass(
     model: torch.nn.Module,
-    input_ids: Tensor,  # (1, N), sequences one after another, the longest first
+    input_ids: Tensor,  # (1, N), sequences one after another, as `packing` has them
     packing: Packing,
-    prefix: SharedPrefix | None,
+    prefixes: Sequence[SharedPrefix | None],  # one for each group of `packing`
     store: Store | None = None,
 ) -> tuple[Tensor, set[str]]:  # (1, N, D), and the names of the attention backends used
-    """The last hidden states of every token, each sequence as if alone behind the prefix.
+    """The last hidden states of every token, each sequence as if alone behind its prefix.
 
-    `store` is given each layer's keys and values of these tokens, without those of the prefix.
+    `store` is given each layer's keys and values of these tokens, without those of prefixes.
 
     Raises UnsupportedModelError if the model does not attend through `AttentionInterface`, or asks
     for something that packed attention does not know.
     """
-    start = len(prefix) if prefix is not None else 0
-    this = _SequencesPass(packing, prefix, store)
+    first = [0 if prefix is None else len(prefix) for prefix in prefixes]
+    this = _SequencesPass(packing, prefixes, store)
     with packed_attention(model):
         output = transformer(model)(
             input_ids=input_ids,
-            position_ids=(packing.offsets + start)[None],
+            position_ids=packing.positions(first)[None],
             use_cache=False,
             packed_pass=this,
         )
-    layers = prefix.attention_layers if prefix is not None else set(this.backends)
+    recorded = next((prefix for prefix in prefixes if prefix is not None), None)
+    layers = recorded.attention_layers if recorded is not None else set(this.backends)
     if not layers or set(this.backends) != layers:
         raise UnsupportedModelError(
             f"every attention layer of {type(causal_lm(model)).__name__} must go through "
@@ -116,7 +123,7 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
             f"brings an attention of its own"
         )
     ids = torch.tensor([prefix.token_ids[:8]], device=lm.device)
-    _, backends = packed_pass(model, ids, Packing([ids.shape[1]], lm.device), prefix)
+    _, backends = packed_pass(model, ids, Packing([[ids.shape[1]]], lm.device), [prefix])
     return " and ".join(sorted(backends))
 
 
@@ -179,20 +186,19 @@ def _attend(
 
 def _check_layer(
     operands: Operands,
-    prefix: SharedPrefix | None,
+    prefix: SharedPrefix,
+    states: tuple[Tensor, Tensor],
     layer: int,
     sliding_window: int | None,
 ) -> None:
     """Raise UnsupportedModelError where what the layer says and what it recorded do not fit."""
-    if prefix is None:
-        return
     if (recorded := prefix.window(layer)) != sliding_window:
         raise UnsupportedModelError(
             f"layer {layer} must tell its attention the window of {recorded} positions "
             f"to be packed, got {sliding_window}: it is in the mask alone"
         )
     ours = [(x.shape[1], x.shape[2]) for x in (operands.key, operands.value)]
-    theirs = [(x.shape[0], x.shape[2]) for x in (operands.prefix_key, operands.prefix_value)]
+    theirs = [(x.shape[0], x.shape[2]) for x in states]
     if ours != theirs:
         raise UnsupportedModelError(
             f"layer {layer} must cache the keys and values that it attends to, to be "

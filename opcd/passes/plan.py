@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opcd.models.lm import causal_lm, head_of
 from opcd.objective import head_divergence
-from opcd.passes.hidden import completion_hidden
+from opcd.passes.hidden import Row, completion_rows, scored_hidden
 from opcd.passes.packed import packing_backends
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
 
@@ -51,20 +51,21 @@ def find_plan(
         vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
         pool = [(ids[0] + k) % vocabulary for k in range(8)]
     prompts, completions = [pool[-1:], pool[-5:-2]], [pool[:3], pool[:7]]
-    full = completion_hidden(model, [[*ids, *p] for p in prompts], completions)
+    full = scored_hidden(model, completion_rows([[*ids, *p] for p in prompts], completions))
     rows = "padded rows"
     try:
         prefix = record() if record is not None else SharedPrefix(model, ids)
     except UnsupportedModelError as error:
         return Plan("recompute", rows, str(error))
-    padded = completion_hidden(model, prompts, completions, prefix)
+    behind = completion_rows(prompts, completions, prefix)
+    padded = scored_hidden(model, behind)
     if wrong := _disagreement(model, padded, full):
         return Plan("recompute", rows, f"behind the recorded prefix {wrong}")
     states = "" if prefix.only_attention else ", recurrent states copied"
     slower = Plan("padded", f"{rows}, expanded DynamicCache{states}", "")
     try:
         backends = packing_backends(model, prefix)
-        packed = completion_hidden(model, prompts, completions, prefix, packed=True)
+        packed = scored_hidden(model, behind, packed=True)
     except (UnsupportedModelError, RuntimeError) as error:  # or what a kernel refuses
         return slower._replace(reason=str(error).splitlines()[0])
     if wrong := _disagreement(model, packed, full):
@@ -76,20 +77,24 @@ def find_plan(
 
 def planned_hidden(
     model: torch.nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[tuple[int, int]]],  # start and length of what is scored
     plan: Plan,
 ) -> Tensor:  # (N, D), with gradients where they are enabled
-    """`completion_hidden` of whole prompts; what all of them start with is computed once."""
+    """`scored_hidden` of whole sequences; what their prompts start with is computed once."""
     if model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
         # The backward runs the layers again, behind the pass: without its cache and its attention.
-        return completion_hidden(model, prompt_ids, completion_ids)
-    prefix = common_prefix(model, prompt_ids) if plan.shares_prefix else None
-    start = len(prefix) if prefix is not None else 0
-    rest = [p[start:] for p in prompt_ids]
+        return scored_hidden(model, [*map(Row, token_ids, spans)])
+    prompts = [ids[: where[0][0]] for ids, where in zip(token_ids, spans, strict=True)]
+    prefix = common_prefix(model, prompts) if plan.shares_prefix else None
+    n = len(prefix) if prefix is not None else 0
+    rows = [
+        Row(ids[n:], [(start - n, length) for start, length in where], prefix)
+        for ids, where in zip(token_ids, spans, strict=True)
+    ]
     # With gradients, packed attention has a fused kernel on CPUs alone.
     fused = causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()
-    return completion_hidden(model, rest, completion_ids, prefix, plan.packed and fused)
+    return scored_hidden(model, rows, plan.packed and fused)
 
 
 def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:

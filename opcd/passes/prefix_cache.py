@@ -25,7 +25,7 @@ class PrefixCache:
 
     def __init__(self, model: torch.nn.Module, budget_bytes: int) -> None:
         self._model = model
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._prefixes: OrderedDict[str, SharedPrefix] = OrderedDict()
 
     def get(self, name: str, token_ids: Sequence[int]) -> SharedPrefix:
@@ -33,7 +33,7 @@ class PrefixCache:
         if name not in self._prefixes:
             self._prefixes[name] = SharedPrefix(self._model, token_ids)
         self._prefixes.move_to_end(name)
-        while len(self._prefixes) > 1 and self.nbytes > self._budget_bytes:
+        while len(self._prefixes) > 1 and self.nbytes > self.budget_bytes:
             self._prefixes.popitem(last=False)
         return self._prefixes[name]
 

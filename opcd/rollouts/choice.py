@@ -7,7 +7,8 @@ import torch
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm
 from opcd.passes.plan import Plan
-from opcd.rollouts.generate import RolloutEngine, TransformersEngine
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import RolloutEngine
 from opcd.rollouts.static import StaticEngine, why_not_static
 
 log = logging.getLogger(__name__)

@@ -178,12 +178,12 @@ class Decoder:
                     source += range(len(packed), len(packed) + len(sequence))
                 packed += sequence
             to, of, ids = (torch.tensor(x, device=self._device) for x in (slots, source, packed))
-            packing = Packing(list(map(len, sequences)), self._device)
+            packing = Packing([list(map(len, sequences))], self._device)
 
             def store(layer: int, key: Tensor, value: Tensor) -> None:
                 self._cache.write(layer, to, key[of], value[of])
 
-            packed_pass(self._model, ids[None], packing, prefix, store)
+            packed_pass(self._model, ids[None], packing, [prefix], store)
         if prefix is not None:
             self._copy_prefix(prefix, len(prompts))
 

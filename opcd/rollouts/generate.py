@@ -1,53 +1,15 @@
-"""Completions sampled from a model: the rollout engine of the training loop and of evaluation."""
+"""Completions by `transformers.generate`."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How completions are drawn."""
-
-    max_completion_tokens: int
-    temperature: float = 1.0  # 0 is greedy; otherwise the whole, unaltered distribution
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One completion."""
-
-    prompt_token_ids: list[int]
-    completion_token_ids: list[int]  # ends with the EOS token that the model chose, if it did
-    finish_reason: str  # "stop" or "length"
-    weights_version: int
-
-
-class RolloutEngine(Protocol):
-    """Anything that turns prompts into completions: token ids in, token ids out."""
-
-    name: str  # as the configuration calls it
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
-    ) -> list[Rollout]:
-        """n completions of each prompt, those of one prompt next to each other, in order."""
-        ...
-
-    def sync(self, student: torch.nn.Module, version: int) -> None:
-        """Take over the student's weights."""
-        ...
-
-    def close(self) -> None:
-        """Free what the engine holds."""
-        ...
+from opcd.rollouts.protocol import Rollout, SamplingParams
 
 
 class TransformersEngine:

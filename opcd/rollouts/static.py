@@ -12,7 +12,7 @@ from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.prefix_cache import adapter_state
 from opcd.rollouts.decode import Decoder
-from opcd.rollouts.generate import Rollout, SamplingParams
+from opcd.rollouts.protocol import Rollout, SamplingParams
 
 LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 

@@ -1,5 +1,6 @@
 """What is distilled, and how it is judged.
 
+prepare     START HERE: everything that can be wrong before weights are loaded
 task        all of a run's prompts, rendered, and the scorer
 data        contexts, prompts, labelled examples; checks line by line
 chat        messages to token ids; checks of the chat template

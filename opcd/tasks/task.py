@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from opcd.config import TrainConfig
+from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.tasks.chat import Chat, check_lengths
@@ -22,17 +23,16 @@ from opcd.tasks.data import (
 from opcd.tasks.scorers import Scorer, load_scorer
 
 
-class Prompt(NamedTuple):
-    """One prompt as both models see it."""
+class Case(NamedTuple):
+    """One request of a task: as people wrote it, and as both models see it."""
 
     example: Example
-    student_ids: list[int]  # without the context
-    teacher_ids: list[int]  # with the context, behind its shared prefix
+    prompt: Prompt
 
     @property
-    def context(self) -> str:
-        """The name of its context."""
-        return self.example.context
+    def source(self) -> str:
+        """Where it stands, for error messages."""
+        return self.example.source
 
 
 @dataclass
@@ -42,13 +42,18 @@ class Task:
     # The tokens that all teacher prompts of a context start with, by the context's name.
     prefixes: dict[str, list[int]]
     train: list[Prompt]
-    validation: list[Prompt]
-    test: list[Prompt]
+    validation: list[Case]
+    test: list[Case]
     scorer: Scorer
 
     def prompted_ids(self, prompt: Prompt) -> list[int]:
         """The whole prompt with its context in front."""
         return self.prefixes[prompt.context] + prompt.teacher_ids
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Those of every part."""
+        return [*self.train, *(case.prompt for case in self.validation + self.test)]
 
     @property
     def a_prefix(self) -> list[int]:
@@ -66,7 +71,7 @@ class Task:
     @property
     def prompt_tokens_saved(self) -> float:
         """Prompt tokens a request no longer carries, on average over the test prompts."""
-        prompts = self.test or self.train
+        prompts = [case.prompt for case in self.test] or self.train
         return fmean(len(self.prompted_ids(p)) - len(p.student_ids) for p in prompts)
 
 
@@ -103,7 +108,7 @@ def render_task(
 
     Raises InputError if a prompt with its context, or without it, does not fit the model.
     """
-    rendered: dict[int, Prompt] = {}
+    rendered: dict[int, Case] = {}
     prefixes = {}
     for name, chat in chats.items():
         examples = [e for part in files.parts.values() for e in part if e.context == name]
@@ -123,12 +128,14 @@ def render_task(
         prefixes[name] = with_context[0][:length]
         for example, ids in zip(examples, with_context, strict=True):
             student_ids = _render(chat.student_ids, example)
-            rendered[id(example)] = Prompt(example, student_ids, ids[length:])
+            prompt = Prompt(student_ids, ids[length:], name)
+            rendered[id(example)] = Case(example, prompt)
 
-    def prompts(part: str) -> list[Prompt]:
+    def cases(part: str) -> list[Case]:
         return [rendered[id(example)] for example in files.parts[part]]
 
-    return Task(prefixes, prompts("train"), prompts("validation"), prompts("test"), files.scorer)
+    train = [case.prompt for case in cases("train")]
+    return Task(prefixes, train, cases("validation"), cases("test"), files.scorer)
 
 
 def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:
@@ -138,8 +145,8 @@ def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) 
         raise InputError(f"{example.source}: {error}") from error
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """At most `count` prompts, evenly spread over the file's order."""
-    if len(prompts) <= count:
-        return list(prompts)
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+def spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """At most `count` cases, evenly spread over the file's order."""
+    if len(cases) <= count:
+        return list(cases)
+    return [cases[i * len(cases) // count] for i in range(count)]

@@ -1,8 +1,8 @@
 """The training loop: sample, score, step.
 
-prompts ── student, without context ──► completions
-completions ── frozen teacher, behind the shared context ──► its hidden states
-both hidden states, both heads ── exact reverse KL over the vocabulary ──► gradient ──► step
+prompts ── student, without context ──► episodes
+episodes ── frozen teacher, behind the shared context ──► targets: its hidden states, its head
+episodes, targets ── exact reverse KL over the vocabulary ──► gradient ──► step
 """
 
 import math
@@ -13,34 +13,37 @@ import torch
 from torch import Tensor
 
 from opcd.config import TrainConfig
+from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
-from opcd.models.lm import autocast, batches_by_tokens, head_of
-from opcd.objective import head_divergence
-from opcd.passes.plan import Plan, planned_hidden
-from opcd.rollouts.generate import Rollout, RolloutEngine, SamplingParams
+from opcd.models.lm import autocast, batches_by_tokens
+from opcd.objective import Targets
+from opcd.rollouts.protocol import RolloutEngine
 from opcd.runtime.stopwatch import Stopwatch
-from opcd.tasks.task import Prompt
+from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
+from opcd.training.sources import Source
 
 
 class Distiller:
-    """On-policy context distillation of `teacher` into `student`, one step at a time."""
+    """On-policy context distillation of `teacher` into a student, one step at a time."""
 
     def __init__(
         self,
-        student: torch.nn.Module,
+        student_loss: StudentLoss,
         teacher: SharedPrefixTeacher,
-        engine: RolloutEngine,
+        engine: RolloutEngine,  # samples from the student
+        source: Source,
         config: TrainConfig,
         compute_dtype: torch.dtype,
-        plan: Plan,
     ) -> None:
-        self.student = student
+        self.student_loss = student_loss
+        self.student = student_loss.student
         self.teacher = teacher
         self.engine = engine
+        self.source = source
         self.config = config
         self.steps_done = 0
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -49,27 +52,25 @@ class Distiller:
         )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
-        self.plan = plan  # of the student's passes
-        self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
 
-    def step(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """One step on `prompts`; returns its metrics."""
+    def step(self) -> dict[str, Any]:
+        """The next step; returns its metrics."""
         watch = Stopwatch(self._device)
         watch.mark()
-        rollouts = self.rollout(prompts)
+        episodes = self.rollout()
         watch.mark()
-        teacher_hidden = self.score(prompts, rollouts)
+        targets = self.score(episodes)
         watch.mark()
-        metrics = self.update(rollouts, teacher_hidden)
+        metrics = self.update(episodes, targets)
         watch.mark()
         rollout_s, teacher_s, update_s = watch.laps()
         step_s = rollout_s + teacher_s + update_s
-        lengths = [len(r.completion_token_ids) for r in rollouts]
+        lengths = scored_tokens(episodes)
         return {
             "step": self.steps_done,
             **metrics,
             "completion_tokens_mean": sum(lengths) / len(lengths),
-            "truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+            "truncated_share": sum(e.finish == "length" for e in episodes) / len(episodes),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,
             "update_time_s": update_s,
@@ -77,53 +78,32 @@ class Distiller:
             "completion_tokens_per_s": sum(lengths) / step_s,
         }
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """The student completes the prompts without the context."""
+    def rollout(self) -> list[Episode]:
+        """What the next step trains on, from the student as it is."""
         self.engine.sync(self.student, self.steps_done)
         with self.autocast():
-            return self.engine.generate(
-                [p.student_ids for p in prompts], self._sampling, self.config.completions_per_prompt
-            )
+            return self.source.episodes(self.steps_done, self.engine)
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """The teacher's hidden states for the same tokens behind the context, one (L, D) each."""
-        n = self.config.completions_per_prompt
-        scored = self.teacher.score(
-            [p.teacher_ids for p in prompts for _ in range(n)],
-            [r.completion_token_ids for r in rollouts],
-            [p.context for p in prompts for _ in range(n)],
-        )
-        return list(scored.hidden.split([len(r.completion_token_ids) for r in rollouts]))
+    def score(self, episodes: Sequence[Episode]) -> Targets:
+        """The teacher's side of the same tokens, behind the context."""
+        return self.teacher.score(episodes)
 
-    def update(
-        self, rollouts: Sequence[Rollout], teacher_hidden: Sequence[Tensor]
-    ) -> dict[str, float]:
+    def update(self, episodes: Sequence[Episode], targets: Targets) -> dict[str, float]:
         """One optimizer step on the divergence; the same whatever `max_tokens_per_pass` is."""
         config = self.config
-        weights = token_weights([len(r.completion_token_ids) for r in rollouts], config)
+        lengths = scored_tokens(episodes)
+        weights = token_weights(lengths, config)
         totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
         for batch in batches_by_tokens(
-            [len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rollouts],
-            config.max_tokens_per_pass,
+            [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
             with self.autocast():
-                hidden = planned_hidden(
-                    self.student,
-                    [rollouts[i].prompt_token_ids for i in batch],
-                    [rollouts[i].completion_token_ids for i in batch],
-                    self.plan,
-                )
-                out = head_divergence(
-                    hidden,
-                    head_of(self.student),
-                    torch.cat([teacher_hidden[i] for i in batch]),
-                    self.teacher.head,
+                out = self.student_loss(
+                    [episodes[i] for i in batch],
+                    targets.of(batch),
                     torch.cat([weights[i] for i in batch]),
-                    config.divergence,
-                    config.beta,
-                    config.temperature,
                 )
             out.loss.backward()
             totals += torch.stack(
@@ -145,11 +125,10 @@ class Distiller:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
-        n = sum(len(r.completion_token_ids) for r in rollouts)
         return {
             "loss": loss,
-            "divergence": divergence / n,
-            "student_entropy": entropy / n,
+            "divergence": divergence / sum(lengths),
+            "student_entropy": entropy / sum(lengths),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
         }
@@ -173,17 +152,3 @@ def token_weights(lengths: Sequence[int], config: TrainConfig) -> list[Tensor]:
     if config.average_over == "tokens":
         return [torch.full((n,), 1 / sum(lengths)) for n in lengths]
     return [torch.full((n,), 1 / (n * len(lengths))) for n in lengths]
-
-
-def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:
-    """The prompts of step number `step` (from 0): epochs of seeded shuffles, one after another."""
-    chosen = []
-    order: list[int] = []
-    first = step * config.prompts_per_step
-    for position in range(first, first + config.prompts_per_step):
-        epoch, offset = divmod(position, len(prompts))
-        if not order or offset == 0:
-            generator = torch.Generator().manual_seed(config.seed + 7919 * epoch)
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen.append(prompts[order[offset]])
-    return chosen

@@ -6,7 +6,8 @@ import torch
 from benchmarks import trainers
 from benchmarks.trainers import Measured, Problem, distiller, full_length, measured
 from opcd.passes.plan import Plan
-from opcd.rollouts.generate import RolloutEngine, TransformersEngine
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import RolloutEngine
 
 PROBLEM = Problem("qwen2.5-tiny", 64, 8, 4, 16, 2)
 CPU = torch.device("cpu")

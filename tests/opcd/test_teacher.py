@@ -13,7 +13,7 @@ from opcd.errors import InputError
 from opcd.models.lm import head_of, rope_differs
 from opcd.objective import check_head, head_divergence
 from opcd.passes.attention import Packing
-from opcd.passes.hidden import completion_hidden
+from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache, StalePrefixError
@@ -313,7 +313,7 @@ def test_gradients_through_the_packed_row_equal_those_of_each_sequence_alone(
                 hidden = planned_hidden(model, prompts, COMPLETIONS, plan)
             else:
                 single = [
-                    completion_hidden(model, [p], [c])
+                    scored_hidden(model, completion_rows([p], [c]))
                     for p, c in zip(prompts, COMPLETIONS, strict=True)
                 ]
                 hidden = torch.cat(single)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opcd_kernels.prefix_attention import prefix_attention_triton
-from tests.attention_oracle import LENGTHS, VARIANTS, oracle, problem
+from tests.attention_oracle import LENGTHS, VARIANTS, grouped, oracle, problem
 
 SCALE = 0.3
 DEVICES = [
@@ -35,7 +35,10 @@ def assert_as_exact_as_plain(
     sinks = options.get("sinks")
     options = options | ({"sinks": sinks.to(device)} if sinks is not None else {})
     operands = [x.to(device, dtype) for x in p]
-    actual = prefix_attention_triton(*operands, cu_seqlens, max(LENGTHS), SCALE, **options).cpu()
+    bounds = torch.tensor([[0, prefix]] * len(LENGTHS)).int().to(device)
+    actual = prefix_attention_triton(
+        *operands, bounds, cu_seqlens, max(LENGTHS), SCALE, **options
+    ).cpu()
     assert actual.dtype == dtype
     error = (actual.double() - expected).abs().max().item()
     bound = 2 * (plain.double() - expected).abs().max().item()
@@ -47,6 +50,29 @@ def assert_as_exact_as_plain(
 @pytest.mark.parametrize("prefix", [0, 13, 150])
 def test_it_equals_the_definition(name: str, prefix: int, device: str) -> None:
     assert_as_exact_as_plain(device, torch.float32, prefix, VARIANTS[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["dense", "everything"])
+def test_sequences_behind_prefixes_of_their_own(name: str, device: str) -> None:
+    parts = grouped()
+    expected = torch.cat([oracle(p, SCALE, **VARIANTS[name], lengths=n) for p, n in parts])
+    query, key, value = (torch.cat([p[i] for p, _ in parts]).to(device).float() for i in range(3))
+    prefixes = [torch.cat([p[i] for p, _ in parts], 1).to(device).float() for i in (3, 4)]
+    sizes = [p.prefix_key.shape[1] for p, n in parts for _ in n]
+    ends = {
+        id(p): sum(q.prefix_key.shape[1] for q, _ in parts[: i + 1])
+        for i, (p, _) in enumerate(parts)
+    }
+    last = [ends[id(p)] for p, n in parts for _ in n]
+    bounds = torch.tensor([[e - s, e] for e, s in zip(last, sizes, strict=True)]).int().to(device)
+    lengths = [n for _, group in parts for n in group]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    options = {k: v.to(device) if k == "sinks" else v for k, v in VARIANTS[name].items()}
+    actual = prefix_attention_triton(
+        query, key, value, *prefixes, bounds, cu_seqlens, max(lengths), SCALE, **options
+    )
+    assert (actual.cpu().double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -66,4 +92,4 @@ def test_heads_and_widths_that_are_no_powers_of_two(
 def test_widths_that_it_cannot_hold_are_refused() -> None:
     q, v = torch.zeros(2, 2, 16), torch.zeros(2, 2, 32)
     with pytest.raises(ValueError, match=r"equally wide, at most 256, got 16 and 32"):
-        prefix_attention_triton(q, q, v, q, v, torch.tensor([0, 2]), 2, 1.0)
+        prefix_attention_triton(q, q, v, q, v, torch.tensor([[0, 2]]), torch.tensor([0, 2]), 2, 1.0)

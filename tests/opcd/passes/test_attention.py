@@ -14,14 +14,15 @@ from opcd.passes.attention import (
     choose_backend,
     prefix_attention,
 )
-from tests.attention_oracle import LENGTHS, VARIANTS, Problem, oracle, problem
+from tests.attention_oracle import LENGTHS, VARIANTS, Problem, grouped, oracle, problem
 
 SCALE = 0.3
 CPU = torch.device("cpu")
 
 
 def ours(p: Problem, backend: str, **options: object) -> Tensor:
-    return prefix_attention(Operands(*p), Packing(LENGTHS, CPU), Shape(SCALE, **options), backend)
+    operands = Operands(*p[:3], (p.prefix_key,), (p.prefix_value,))
+    return prefix_attention(operands, Packing([LENGTHS], CPU), Shape(SCALE, **options), backend)
 
 
 def assert_as_exact_as_plain(p: Problem, dtype: torch.dtype, backend: str, options: dict) -> None:
@@ -68,6 +69,52 @@ def test_gradients_flow_through_the_merge(backend: str, prefix: int) -> None:
         assert torch.allclose(actual.double(), expected, rtol=1e-4, atol=2e-5), name
 
 
+def behind_prefixes_of_their_own(
+    parts: list[tuple[Problem, tuple[int, ...]]], backend: str, **options: object
+) -> Tensor:
+    own = (torch.cat([p[i] for p, _ in parts]) for i in range(3))
+    prefixes = (tuple(p[i] for p, _ in parts) for i in (3, 4))
+    packing = Packing([lengths for _, lengths in parts], CPU)
+    shape = Shape(SCALE, **options)
+    return prefix_attention(Operands(*own, *prefixes), packing, shape, backend)
+
+
+GROUPED = [
+    *(("plain", name) for name in VARIANTS),
+    *(("aten flash, cpu", name) for name in ("dense", "sinks")),
+]
+
+
+@pytest.mark.parametrize(("backend", "name"), GROUPED)
+def test_sequences_behind_prefixes_of_their_own(backend: str, name: str) -> None:
+    parts = grouped()
+    expected = [oracle(p, SCALE, **VARIANTS[name], lengths=lengths) for p, lengths in parts]
+    low = [(p.to(torch.float32), lengths) for p, lengths in parts]
+    actual = behind_prefixes_of_their_own(low, backend, **VARIANTS[name])
+    assert torch.allclose(actual.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["plain", "aten flash, cpu"])
+def test_gradients_behind_prefixes_of_their_own(backend: str) -> None:
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        parts = [
+            (Problem(*(x.clone().to(dtype).requires_grad_() for x in p)), lengths)
+            for p, lengths in grouped()
+        ]
+        if dtype == torch.float64:
+            out = torch.cat([oracle(p, SCALE, lengths=lengths) for p, lengths in parts])
+        else:
+            out = behind_prefixes_of_their_own(parts, backend)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).double()
+        (out * weight).sum().backward()
+        found.append([x.grad for p, _ in parts for x in p])
+    for expected, actual in zip(*found, strict=True):
+        assert (actual is None) == (expected is None) or not expected.numel()
+        if actual is not None and actual.numel():
+            assert torch.allclose(actual.double(), expected, rtol=1e-4, atol=2e-5)
+
+
 def test_cuda_varlen_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """The merge around the CUDA kernels, with their contract played by the definition."""
 
@@ -92,11 +139,17 @@ def test_cuda_varlen_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPat
     for prefix in (0, 13):
         for name in ("dense", "sinks"):
             assert_as_exact_as_plain(problem(prefix), torch.float32, "played", VARIANTS[name])
+    parts = grouped()
+    expected = torch.cat([oracle(p, SCALE, lengths=lengths) for p, lengths in parts])
+    actual = behind_prefixes_of_their_own(
+        [(p.to(torch.float32), lengths) for p, lengths in parts], "played"
+    )
+    assert torch.allclose(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_backend_is_chosen_by_what_it_can_do() -> None:
     q, wide = torch.zeros(3, 2, 16), torch.zeros(3, 2, 32)
-    kept = torch.zeros(2, 5, 16)
+    kept = (torch.zeros(2, 5, 16),)
     same = Operands(q, q, q, kept, kept)
     assert choose_backend(same, Shape(1.0)) == "aten flash, cpu"
     assert choose_backend(same, Shape(1.0, sinks=torch.zeros(2))) == "aten flash, cpu"
@@ -113,10 +166,21 @@ def test_a_backend_is_chosen_by_what_it_can_do() -> None:
 
 
 def test_rectangles_are_at_most_half_padding() -> None:
-    packing = Packing(LENGTHS, CPU)
-    assert [(b.start, b.stop, b.rows, b.width) for b in packing.blocks] == [
-        (0, 52, 3, 19),
-        (52, 61, 2, 5),
-        (61, 62, 1, 1),
+    packing = Packing([LENGTHS], CPU)
+    assert [(b.tokens, b.rows, b.width) for b in packing.blocks] == [
+        (slice(0, 52), 3, 19),
+        (slice(52, 61), 2, 5),
+        (slice(61, 62), 1, 1),
     ]
     assert packing.offsets.tolist() == [i for n in LENGTHS for i in range(n)]
+
+
+def test_rectangles_hold_sequences_of_all_groups() -> None:
+    packing = Packing([(6, 2), (6, 3)], CPU)
+    assert [(b.rows, b.width) for b in packing.blocks] == [(3, 6), (1, 2)]
+    row = torch.arange(17.0)[:, None, None]
+    parts = [block.gather(block.spread(row)) for block in packing.blocks]
+    assert torch.equal(packing.joined(parts), row)
+    assert packing.positions([10, 20]).tolist() == [
+        *range(10, 16), *range(10, 12), *range(20, 26), *range(20, 23)
+    ]  # fmt: skip

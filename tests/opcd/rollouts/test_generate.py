@@ -9,7 +9,8 @@ from transformers import GenerationConfig
 
 from opcd.models.lm import eos_token_ids, stop_at
 from opcd.passes.plan import find_plan
-from opcd.rollouts.generate import RolloutEngine, SamplingParams, TransformersEngine
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build

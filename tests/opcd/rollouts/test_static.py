@@ -17,7 +17,8 @@ from opcd.passes.packed import packed_attention, packed_pass
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.decode import STEPS_BETWEEN_LOOKS, Decoder
-from opcd.rollouts.generate import SamplingParams, TransformersEngine
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build

@@ -8,7 +8,7 @@ import torch
 
 from opcd.models.lm import head_of
 from opcd.objective import head_divergence
-from opcd.passes.hidden import completion_hidden
+from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.prefix import SharedPrefix
 from opcd.runtime.upload import uploaded
 from tests.conftest import tiny_llama
@@ -25,8 +25,8 @@ def test_nothing_is_decided_by_what_the_device_computes(monkeypatch: pytest.Monk
     model = tiny_llama().to("meta")
     prefix = SharedPrefix(model, PREFIX)
     with torch.no_grad():
-        teacher = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
-    student = completion_hidden(model, PROMPTS, COMPLETIONS, prefix)
+        teacher = scored_hidden(model, completion_rows(PROMPTS, COMPLETIONS, prefix), packed=True)
+    student = scored_hidden(model, completion_rows(PROMPTS, COMPLETIONS, prefix))
     head = head_of(model)
     out = head_divergence(student, head, teacher, head, torch.full((12,), 1 / 12))
     out.loss.backward()
@@ -55,7 +55,9 @@ def test_a_packed_pass_does_not_synchronise() -> None:
     model = tiny_llama().to("cuda", torch.bfloat16)
     with torch.no_grad():
         prefix = SharedPrefix(model, PREFIX)
-        expected = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
+        expected = scored_hidden(model, completion_rows(PROMPTS, COMPLETIONS, prefix), packed=True)
         with no_synchronisation():
-            actual = completion_hidden(model, PROMPTS, COMPLETIONS, prefix, packed=True)
+            actual = scored_hidden(
+                model, completion_rows(PROMPTS, COMPLETIONS, prefix), packed=True
+            )
     assert torch.equal(actual, expected)

@@ -1,0 +1,93 @@
+"""What is scored: token ids as both models see them, and which of them count."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from opcd.errors import InputError
+
+
+class Span(NamedTuple):
+    """Scored tokens that stand next to each other: where in either model's ids, and how many."""
+
+    student_start: int
+    teacher_start: int
+    length: int
+
+
+class Prompt(NamedTuple):
+    """What both models are given before anything is sampled."""
+
+    student_ids: list[int]  # without the context
+    teacher_ids: list[int]  # with the context, behind its shared prefix
+    context: str = ""  # its name
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One sequence as both models see it, and which of its tokens count.
+
+    The tokens of a span are the same in `student_ids` and `teacher_ids`, each predicted by the one
+    in front of it. Raises InputError where that is not so.
+    """
+
+    student_ids: Sequence[int]  # prompt and completions in place
+    teacher_ids: Sequence[int]  # the same completions in place, behind the prefix of `context`
+    spans: tuple[Span, ...]  # in order
+    context: str = ""  # what the teacher sees in front: a name that it knows
+    finish: str = "stop"  # "stop", or "length" where the last completion was cut
+
+    def __post_init__(self) -> None:
+        student_end = teacher_end = 0
+        for span in self.spans:
+            ours, theirs = span.student_start, span.teacher_start
+            end = ours + span.length
+            first = max(1, student_end), max(1, teacher_end)
+            scored = list(self.student_ids[ours:end])
+            same = scored == list(self.teacher_ids[theirs : theirs + span.length])
+            if ours < first[0] or theirs < first[1] or len(scored) != span.length or not same:
+                raise InputError(
+                    f"a span must hold at least one token that stands in both models' ids behind "
+                    f"another one, and spans must not overlap, got {span} of "
+                    f"{len(self.student_ids)} student and {len(self.teacher_ids)} teacher tokens"
+                )
+            student_end, teacher_end = end, theirs + span.length
+        if not self.spans or not all(span.length > 0 for span in self.spans):
+            raise InputError(
+                f"an episode must hold at least one token that is scored, got spans {self.spans}; "
+                f"drop it"
+            )
+
+    @classmethod
+    def of_completion(
+        cls, prompt: Prompt, completion_ids: Sequence[int], finish: str = "stop"
+    ) -> "Episode":
+        """A completion behind a prompt, all of it scored."""
+        span = Span(len(prompt.student_ids), len(prompt.teacher_ids), len(completion_ids))
+        return cls(
+            [*prompt.student_ids, *completion_ids],
+            [*prompt.teacher_ids, *completion_ids],
+            (span,),
+            prompt.context,
+            finish,
+        )
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens count."""
+        return sum(span.length for span in self.spans)
+
+    @property
+    def student_spans(self) -> tuple[tuple[int, int], ...]:
+        """Start and length of each span in the student's ids."""
+        return tuple((span.student_start, span.length) for span in self.spans)
+
+    @property
+    def teacher_spans(self) -> tuple[tuple[int, int], ...]:
+        """Start and length of each span in the teacher's ids."""
+        return tuple((span.teacher_start, span.length) for span in self.spans)
+
+
+def scored_tokens(episodes: Iterable[Episode]) -> list[int]:
+    """How many tokens count in each."""
+    return [episode.scored_tokens for episode in episodes]

@@ -1,0 +1,98 @@
+"""Who answers the requests of a scorecard."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from opcd.passes.plan import Plan, find_plan
+from opcd.rollouts.choice import build_engine
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.tasks.prepare import Setup
+from opcd.tasks.task import Case
+
+
+class Answer(NamedTuple):
+    """What a contender says to one request."""
+
+    text: str
+    tokens: int
+    finish: str  # "stop" or "length"
+
+
+class Contender(NamedTuple):
+    """A row of the scorecard: anything that answers requests."""
+
+    name: str
+    meaning: str  # for people
+    answer: Callable[[Sequence[Case]], list[Answer]]
+
+
+class Subject(NamedTuple):
+    """A model that answers greedily, and what samples from it."""
+
+    model: Any
+    plan: Plan
+    engine: RolloutEngine
+    setup: Setup
+
+    def alone(self, cases: Sequence[Case]) -> list[Answer]:
+        """Answers without the context."""
+        return greedy_answers(self.engine, [c.prompt.student_ids for c in cases], self.setup)
+
+    def prompted(self, cases: Sequence[Case]) -> list[Answer]:
+        """Answers behind the context; requests with the same one share its prefix."""
+        by_context: dict[str, list[int]] = {}
+        for i, case in enumerate(cases):
+            by_context.setdefault(case.prompt.context, []).append(i)
+        found: dict[int, Answer] = {}
+        for members in by_context.values():
+            ids = [self.setup.task.prompted_ids(cases[i].prompt) for i in members]
+            found.update(zip(members, greedy_answers(self.engine, ids, self.setup), strict=True))
+        return [found[i] for i in range(len(cases))]
+
+
+class Subjects:
+    """Models under test by name, one in memory at a time."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._held: tuple[str, Subject] | None = None
+
+    def get(self, name: str) -> Subject:
+        """The model of that name; the one before is gone."""
+        if self._held is None or self._held[0] != name:
+            self.close()
+            self._held = name, self._load(name)
+        return self._held[1]
+
+    def close(self) -> None:
+        """Free what is held."""
+        if self._held is not None:
+            self._held[1].engine.close()
+            self._held = None
+            gc.collect()  # engines and wrappers refer to each other
+
+    def _load(self, name: str) -> Subject:
+        config, setup = self._setup.config, self._setup
+        model = setup.load(name)
+        plan = find_plan(model, setup.task.a_prefix)
+        engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
+        return Subject(model, plan, engine, setup)
+
+
+def greedy_answers(
+    engine: RolloutEngine, prompt_ids: Sequence[Sequence[int]], setup: Setup
+) -> list[Answer]:
+    """The likeliest completions, decoded; equal prompts are answered once."""
+    distinct = {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
+    params = SamplingParams(setup.config.max_completion_tokens, temperature=0.0)
+    rollouts = engine.generate([*distinct], params)
+    answers = [
+        Answer(
+            setup.chat.decode(rollout.completion_token_ids),
+            len(rollout.completion_token_ids),
+            rollout.finish_reason,
+        )
+        for rollout in rollouts
+    ]
+    return [answers[distinct[tuple(ids)]] for ids in prompt_ids]

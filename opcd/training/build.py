@@ -1,0 +1,49 @@
+"""Student, frozen teacher and sampler from a configuration."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from opcd.evaluation.score import teacher_of
+from opcd.models.lm import autocast, switch_off_dropout
+from opcd.passes.plan import find_plan
+from opcd.rollouts.choice import build_engine
+from opcd.student_loss import StudentLoss
+from opcd.tasks.prepare import Setup
+from opcd.training.loop import Distiller
+from opcd.training.sources import OnPolicy
+
+
+def build_distiller(setup: Setup) -> Distiller:
+    """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
+    config = setup.config
+    torch.manual_seed(config.seed)
+    frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    if config.lora_rank:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        student = get_peft_model(setup.load(config.model), lora)
+    else:
+        student = setup.load(config.model, torch.float32).requires_grad_(True)
+    switch_off_dropout(student)
+    if isinstance(student, PeftModel) and not config.teacher:
+        scorer, frozen = student, student.disable_adapter
+    else:
+        scorer = setup.load(config.teacher or config.model)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = teacher_of(scorer, setup, frozen=frozen)
+    plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
+    student.eval()
+    with autocast(setup.device, setup.dtype):
+        engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
+    loss = StudentLoss(student, plan, config.divergence, config.beta, config.temperature)
+    source = OnPolicy(setup.task.train, config)
+    return Distiller(loss, teacher, engine, source, config, setup.dtype)
