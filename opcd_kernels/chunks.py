@@ -27,12 +27,33 @@ _GPU_BUFFER_SHARE = 0.03  # of the device's memory
 ChunkDivergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    student_hidden: Tensor  # (N, D_s)
+    student_weight: Tensor  # (V_s, D_s)
+    student_bias: Tensor | None  # (V_s,)
+    teacher_hidden: Tensor  # (N, D_t)
+    teacher_weight: Tensor  # (V_t, D_t)
+    teacher_bias: Tensor | None  # (V_t,)
+    token_weights: Tensor  # (N,) fp32 or fp64, on the same device or on the CPU
+
+
 class Gradients(NamedTuple):
     """Which gradients are needed."""
 
     hidden: bool
     weight: bool
     bias: bool
+
+
+class Work(NamedTuple):
+    """How a call is computed."""
+
+    chunk_tokens: int | None
+    compute_dtype: torch.dtype  # the operands of the products are rounded to it
+    backend: str  # "torch", "triton" or "triton_dual"
+    need: Gradients
 
 
 class Result(NamedTuple):
@@ -47,13 +68,12 @@ class Result(NamedTuple):
     scale: Tensor  # ()
 
 
-def empty_result(
-    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, need: Gradients
-) -> Result:
+def empty_result(inputs: Inputs, need: Gradients) -> Result:
     """A result's tensors, uninitialised."""
+    student_hidden = inputs.student_hidden
     wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
     # Sizes may be symbolic here: len() would make torch.compile specialise on them.
-    n, (rows, d) = student_hidden.shape[0], student_weight.shape
+    n, (rows, d) = student_hidden.shape[0], inputs.student_weight.shape
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return student_hidden.new_empty(shape, dtype=dtype)
@@ -70,67 +90,65 @@ def empty_result(
 
 
 def loss_and_gradients(
-    student_hidden: Tensor,  # (N, D_s)
-    student_weight: Tensor,  # (V_s, D_s)
-    student_bias: Tensor | None,  # (V_s,)
-    teacher_hidden: Tensor,  # (N, D_t)
-    teacher_weight: Tensor,  # (V_t, D_t)
-    teacher_bias: Tensor | None,  # (V_t,)
-    token_weights: Tensor,  # (N,) fp32 or fp64, on the same device or on the CPU
-    options: Options,
-    need: Gradients,
-    compute_dtype: torch.dtype,
-    backend: str,  # "torch", "triton" or "triton_dual"
-    chunk_tokens: int | None,
+    inputs: Inputs, options: Options, work: Work, weight_grad: Tensor | None = None
 ) -> Result:
-    """Σ token_weights · divergence, and the gradients that `need` names, in one pass."""
-    v, device = options.vocab_size, student_hidden.device
-    result = empty_result(student_hidden, student_weight, student_bias, need)
-    if len(student_hidden) == 0:
+    """Σ token_weights · divergence, and the gradients that `work.need` names, in one pass.
+
+    With `weight_grad` (V_s, D_s) the head's gradient is added to that instead, unscaled.
+    """
+    need, v, device = work.need, options.vocab_size, inputs.student_hidden.device
+    adds = weight_grad is not None
+    result = empty_result(inputs, need._replace(weight=need.weight and not adds))
+    if len(inputs.student_hidden) == 0:
         return Result(*(x.zero_() for x in result))
-    products = products_for(device, compute_dtype)
-    w_s = products.head(student_weight[:v])
-    shared = _is_same(student_weight, teacher_weight)
-    w_t = w_s if shared else products.head(teacher_weight[:v])
-    b_s, b_t = (None if b is None else b[:v].contiguous() for b in (student_bias, teacher_bias))
-    kept, weights = _kept_tokens(token_weights, device)
+    products = products_for(device, work.compute_dtype)
+    w_s = products.head(inputs.student_weight[:v])
+    shared = _is_same(inputs.student_weight, inputs.teacher_weight)
+    w_t = w_s if shared else products.head(inputs.teacher_weight[:v])
+    biases = inputs.student_bias, inputs.teacher_bias
+    b_s, b_t = (None if b is None else b[:v].contiguous() for b in biases)
+    kept, weights = _kept_tokens(inputs.token_weights, device)
     if kept is not None:
         for x in (result.per_token, result.entropy, result.grad_hidden):
             x.zero_()
 
-    # The weights enter the products relative to the largest: 1/N would underflow in fp16.
     n = len(weights)
-    largest = weights.abs().max() if n else weights.new_zeros(())
-    exponent = torch.frexp(largest).exponent.clamp(max=127)
-    scale = result.scale.copy_(torch.exp2(exponent.to(largest.dtype)))
+    scale = result.scale.fill_(1) if adds else result.scale.copy_(_scale(weights))
     factors = weights / scale / options.temperature
     result.grad_bias.zero_()
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
+    grad_weight = result.grad_weight if weight_grad is None else weight_grad
 
-    chunk = _equal_chunks(n, chunk_tokens or default_chunk_tokens(device, v))
+    chunk = _equal_chunks(n, work.chunk_tokens or default_chunk_tokens(device, v))
     divergence = chunk_divergence(
-        products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), backend
+        products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), work.backend
     )
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         tokens = part if kept is None else kept[part]
-        h_s, h_t = student_hidden[tokens], teacher_hidden[tokens]
+        h_s, h_t = inputs.student_hidden[tokens], inputs.teacher_hidden[tokens]
         value, entropy, dz, scratch = divergence(h_s, h_t, factors[part])
         result.per_token[tokens], result.entropy[tokens] = value, entropy
         if need.bias:
             result.grad_bias[:v] += dz.sum(0, dtype=result.grad_bias.dtype)
         if need.hidden:
             result.grad_hidden[tokens] = products.grad_hidden(
-                dz, w_s, student_hidden.dtype, scratch
+                dz, w_s, result.grad_hidden.dtype, scratch
             )
         if need.weight:
             # A dropped token must not even multiply 0 with infinity.
             h_s = h_s.masked_fill((factors[part] == 0)[:, None], 0)
-            products.grad_weight_(result.grad_weight[:v], dz, h_s, start > 0, scratch)
+            products.grad_weight_(grad_weight[:v], dz, h_s, adds or start > 0, scratch)
     result.loss.copy_(
         (weights * (result.per_token if kept is None else result.per_token[kept])).sum()
     )
     return result
+
+
+def _scale(weights: Tensor) -> Tensor:
+    """The power of two above the largest weight: relative to it 1/N does not underflow in fp16."""
+    largest = weights.abs().max() if len(weights) else weights.new_zeros(())
+    return torch.exp2(torch.frexp(largest).exponent.clamp(max=127).to(largest.dtype))
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

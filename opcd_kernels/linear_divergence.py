@@ -1,9 +1,7 @@
 """Exact divergence between student and teacher, from hidden states and lm_head weights.
 
-The public function checks its arguments and hands them to one custom operator, which forms the loss
-and its gradients in a single pass over chunks of tokens (`chunks.py`). Because the token weights
-are an input, nothing is left for backward but to scale those gradients, and torch.compile sees one
-opaque operation.
+The public function checks its arguments and hands them to one custom operator (`autograd.py`),
+which forms the loss and its gradients in a single pass over chunks of tokens (`chunks.py`).
 
     gradient with respect to the student's logits z_s, for D_i at token i
       reverse KL   p_s (log p_s − log p_t − D_i)
@@ -25,11 +23,11 @@ from opcd_kernels.arguments import (
     checked_token_weights,
     checked_vocab_size,
 )
-from opcd_kernels.backends import BACKENDS, check_backend, chosen_backend
-from opcd_kernels.chunks import Gradients, Result, empty_result, loss_and_gradients
+from opcd_kernels.autograd import AddingWeightGrad, operator
+from opcd_kernels.backends import BACKENDS, check_backend
+from opcd_kernels.chunks import Gradients, Inputs, Work
 from opcd_kernels.options import DIVERGENCES, Options
-
-_SCALED_BYTES = 8 * 2**20  # of a gradient scaled at once
+from opcd_kernels.weight_grad import check_weight_grad
 
 
 class LinearDivergence(NamedTuple):
@@ -57,6 +55,7 @@ def linear_divergence(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     backend: str = "auto",
+    add_weight_grad: bool = False,
 ) -> LinearDivergence:
     """Σ_i token_weights_i · D_i between two language-model heads, summed over the whole vocabulary.
 
@@ -79,9 +78,20 @@ def linear_divergence(
     the memory and needs bf16 without bias and softcap; "auto" is "torch" on a CPU and on a GPU
     whichever of the other two was measured to be faster.
 
+    ``add_weight_grad`` adds the head's gradient to ``student_weight.grad`` while the forward pass
+    forms it, and leaves nothing of it to backward: one buffer of the head's size and two passes
+    over it less. It is for a training loop that calls ``loss.backward()`` exactly once, unscaled,
+    with no ``zero_grad`` in between: backward raises RuntimeError for any other gradient than 1 (on
+    a GPU a device-side assertion), a second time, and where ``.grad`` was replaced. It takes an
+    fp32 parameter without hooks and fp16 nowhere in the products, one process, no DDP, no
+    torch.compile, no activation checkpointing around the call, all of which are refused. The
+    gradients of hidden states and bias go through autograd as always. Without gradients (no_grad)
+    it has no effect.
+
     Raises ValueError for shapes, dtypes, devices or options that do not fit together.
     Source of the objective: arXiv 2602.12275.
     """
+    parameter = student_weight
     student_weight, student_bias = _gathered(student_weight), _gathered(student_bias)
     teacher_weight, teacher_bias = _gathered(teacher_weight), _gathered(teacher_bias)
     check_number("temperature", temperature)
@@ -100,34 +110,31 @@ def linear_divergence(
     vocab_size = checked_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
     weights = checked_token_weights(token_weights, student_hidden)
     compute_dtype = _compute_dtype(student_hidden, student_weight)
-    extras = (student_bias, teacher_bias, student_softcap, teacher_softcap)
-    plain = all(x is None for x in extras)
+    options = Options(
+        *(divergence, float(beta), float(temperature)),
+        *(student_softcap, teacher_softcap, vocab_size),
+    )
+    plain = student_bias is None and teacher_bias is None and options.plain
     check_backend(backend, student_hidden.device, compute_dtype, plain)
+    adds = add_weight_grad and torch.is_grad_enabled()
+    if adds:
+        check_weight_grad(parameter, compute_dtype)
 
-    h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
-    h_t = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    loss, per_token, entropy, *_ = _operator(
-        h_s,
+    inputs = Inputs(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_weight,
         student_bias,
-        h_t.detach(),
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]).detach(),
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         weights,
-        divergence,
-        float(beta),
-        float(temperature),
-        student_softcap,
-        teacher_softcap,
-        vocab_size,
-        chunk_tokens,
-        compute_dtype,
-        backend,
-        [
-            torch.is_grad_enabled() and x is not None and x.requires_grad
-            for x in (h_s, student_weight, student_bias)
-        ],
     )
+    wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
+    work = Work(chunk_tokens, compute_dtype, backend, Gradients(*wanted))
+    if adds:
+        loss, per_token, entropy, *_ = AddingWeightGrad.apply(*inputs[:3], inputs, options, work)
+    else:
+        loss, per_token, entropy, *_ = operator(*inputs, *options, *work[:-1], list(work.need))
     return LinearDivergence(loss, per_token.detach(), entropy.detach())
 
 
@@ -147,95 +154,3 @@ def _compute_dtype(h_s: Tensor, w_s: Tensor) -> torch.dtype:
     if h_s.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.promote_types(h_s.dtype, w_s.dtype)
-
-
-@torch.library.custom_op("opcd_kernels::linear_divergence", mutates_args=())
-def _operator(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    token_weights: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    vocab_size: int,
-    chunk_tokens: int | None,
-    compute_dtype: torch.dtype,
-    backend: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if backend == "auto":  # here, where torch.compile does not trace
-        extras = (student_bias, teacher_bias, student_softcap, teacher_softcap)
-        backend = chosen_backend(
-            student_hidden.device,
-            compute_dtype,
-            all(x is None for x in extras),
-            (vocab_size, student_hidden.shape[1]),
-            "trained" if need[1] else "frozen",
-        )
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        return loss_and_gradients(
-            student_hidden,
-            student_weight,
-            student_bias,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            token_weights,
-            Options(divergence, beta, temperature, student_softcap, teacher_softcap, vocab_size),
-            Gradients(*need),
-            compute_dtype,
-            backend,
-            chunk_tokens,
-        )
-
-
-@_operator.register_fake
-def _(
-    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *args: Any
-) -> Result:
-    return empty_result(student_hidden, student_weight, student_bias, Gradients(*args[-1]))
-
-
-def _save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
-    result = Result(*output)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*result[1:])
-    ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias, result.scale)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.need = inputs[-1]
-
-
-def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_divergence has no second derivative: its gradient is formed in the forward "
-            "pass; call backward or autograd.grad without create_graph"
-        )
-    *grads, scale = ctx.saved_tensors
-    if grad_loss is None:
-        return (None,) * 17
-    scaled = [
-        _scaled(grad, grad_loss * scale, dtype) if needed else None
-        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.need, strict=True)
-    ]
-    return (*scaled, *(None,) * 14)
-
-
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad · factor in the factor's precision, rounded to `dtype` once, a part at a time."""
-    if grad.dtype == dtype == factor.dtype:
-        return grad * factor
-    out = torch.empty_like(grad, dtype=dtype)
-    rows = max(1, _SCALED_BYTES // (factor.dtype.itemsize * max(1, grad[:1].numel())))
-    for part, source in zip(out.split(rows), grad.split(rows), strict=True):
-        part.copy_(source.to(factor.dtype) * factor)
-    return out
-
-
-_operator.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -109,7 +109,10 @@ class WideProducts:
         self, dz: Tensor, weight: Tensor, dtype: torch.dtype, scratch: Tensor
     ) -> Tensor:
         if dtype == weight.dtype == torch.bfloat16:  # sums are fp32 inside, and nothing is widened
-            return _rounded(dz, dtype, scratch) @ weight
+            # Packed: oneDNN on AMX also multiplies what lies between the end of a strided row and
+            # the next multiple of 32 columns, and 0 · NaN is NaN.
+            packed = scratch.view(dtype).as_strided(dz.shape, (dz.shape[1], 1))
+            return packed.copy_(dz) @ weight
         dz = dz.to(self.wide)
         out = dz.new_zeros(len(dz), weight.shape[1])
         with self._rounding():

@@ -82,6 +82,19 @@ def test_nothing_waits_for_the_gpu(weights_on: str, backend: str) -> None:
     assert out.per_token[::3].eq(0).all()
 
 
+@pytest.mark.usefixtures("strict_synchronisation")
+def test_adding_the_heads_gradient_waits_for_nothing_either(backend: str) -> None:
+    h, w, h_t, w_t = inputs(300, 64, 5000)
+    w = w.detach().float().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        linear_divergence(h, w, h_t, w_t, backend=backend).loss.backward()
+        expected, w.grad = w.grad, None
+        out = linear_divergence(h, w, h_t, w_t, backend=backend, add_weight_grad=True)
+    out.loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
+    assert error(w.grad, expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_gradient_does_not_overtake_the_logits_it_overwrites(dtype: torch.dtype) -> None:
     h, w, h_t, w_t = (x.detach().to(dtype) for x in inputs(2048, 64))

@@ -300,7 +300,8 @@ def test_batched_and_strided_inputs() -> None:
 
 
 def test_autocast_multiplies_in_bf16_and_returns_gradients_in_fp32() -> None:
-    t = {k: v.float() for k, v in problem(n=32, v=300, d_s=64, d_t=64).items()}
+    t = rounded(problem(n=32, v=300, d_s=64, d_t=64), torch.bfloat16)  # some CPUs do not round
+    t = {k: v.float() for k, v in t.items()}
     h = t["student_hidden"].clone().requires_grad_()
     w = t["student_weight"].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -310,6 +311,6 @@ def test_autocast_multiplies_in_bf16_and_returns_gradients_in_fp32() -> None:
     assert h.grad is not None
     assert w.grad is not None
     assert h.grad.dtype == w.grad.dtype == torch.float32
-    assert error(w.grad, expected.grad_weight) < 0.01  # the operands were rounded
+    assert error(w.grad, expected.grad_weight) < 0.005  # of rounding dz
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     assert getattr(setting, "fp32_precision", "none") == "none"

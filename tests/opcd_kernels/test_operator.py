@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_kernels import linear_divergence
-from opcd_kernels.chunks import Gradients, loss_and_gradients
+from opcd_kernels.chunks import Gradients, Inputs, Work, loss_and_gradients
 from opcd_kernels.options import Options
 from tests.opcd_kernels.problems import error, oracle, problem
 
@@ -40,19 +40,11 @@ class Operations(TorchDispatchMode):
 def operations(need: Gradients, n: int, v: int, chunk_tokens: int, **more: Any) -> Operations:
     """What one call does, seen below the operator that hides it."""
     t = {k: x.bfloat16() for k, x in problem(n=n, v=v).items()}
-    arguments = {
-        **t,
-        "student_bias": None,
-        "teacher_bias": None,
-        "token_weights": torch.full((n,), 1 / n),
-        "options": Options("reverse_kl", 0.5, 1.0, None, None, v),
-        "need": need,
-        "compute_dtype": torch.bfloat16,
-        "backend": "torch",
-        "chunk_tokens": chunk_tokens,
-    }
+    rest = {"student_bias": None, "teacher_bias": None, "token_weights": torch.full((n,), 1 / n)}
+    inputs = Inputs(**t | rest | more)
+    options = Options("reverse_kl", 0.5, 1.0, None, None, v)
     with Operations() as seen:
-        loss_and_gradients(**arguments | more)
+        loss_and_gradients(inputs, options, Work(chunk_tokens, torch.bfloat16, "torch", need))
     return seen
 
 
