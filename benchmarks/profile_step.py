@@ -38,16 +38,16 @@ def trace(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[
     str, list[Range], list[Work]
 ]:  # fmt: skip
     """The model's name, and what host and device did in a few steps behind a first one."""
-    name, made, recorder, prompts = distiller(problem, device, dtype)
+    name, made, recorder = distiller(problem, device, dtype)
     name_phases(made)
     recorder.limit = ROLLOUT_TOKENS
-    made.step(prompts)
+    made.step()
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         for _ in range(STEPS):
-            made.step(prompts)
+            made.step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))

@@ -23,13 +23,13 @@ from transformers import (
 from benchmarks.memory import peak_mib
 from benchmarks.providers import Unavailable
 from opcd.config import TrainConfig
+from opcd.episodes import Episode, Prompt
 from opcd.models import builtin
 from opcd.models.by_name import load_model
 from opcd.models.lm import autocast, switch_off_dropout
 from opcd.rollouts.choice import build_engine
-from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams
-from opcd.tasks.data import Example
-from opcd.tasks.task import Prompt
+from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams, complete
+from opcd.student_loss import StudentLoss
 from opcd.teacher import ONLY, SharedPrefixTeacher
 from opcd.training.loop import Distiller
 
@@ -170,10 +170,22 @@ class Recorder:
         self._engine.close()
 
 
+class SamePrompts:
+    """A source whose every step has the same prompts, in the same order."""
+
+    def __init__(self, prompts: list[Prompt], config: TrainConfig) -> None:
+        self._prompts = prompts
+        self._params = SamplingParams(config.max_completion_tokens, config.temperature)
+
+    def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
+        """See Source.episodes."""
+        return complete(sampler, self._prompts, self._params)
+
+
 def distiller(
     problem: Problem, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Distiller, Recorder, list[Prompt]]:
-    """Ours, ready for its first step, on the name of its model; and the prompts of every step."""
+) -> tuple[str, Distiller, Recorder]:
+    """Ours, ready for its first step, with the name of its model."""
     context, prompt_ids = tokens(problem)
     name, student, teacher_model = models(problem.model, device, dtype)
     config = TrainConfig(
@@ -194,21 +206,21 @@ def distiller(
             config.rollout_engine, student, config.rollout_batch_size, teacher.plan
         )
     recorder = Recorder(engine)
-    prompts = [Prompt(Example((), (), "", ONLY), ids, ids) for ids in prompt_ids]
-    made = Distiller(student, teacher, recorder, config, dtype, teacher.plan)
-    return name, made, recorder, prompts
+    source = SamePrompts([Prompt(ids, ids, ONLY) for ids in prompt_ids], config)
+    loss = StudentLoss(student, teacher.plan)
+    return name, Distiller(loss, teacher, recorder, source, config, dtype), recorder
 
 
 def ours(
     problem: Problem, device: torch.device, dtype: torch.dtype, _: TokenIds, rounds: int
 ) -> Measured:
     """The training loop as it is; the completions are its own, of its first step."""
-    name, made, recorder, prompts = distiller(problem, device, dtype)
-    first = made.step(prompts)
+    name, made, recorder = distiller(problem, device, dtype)
+    first = made.step()
     kept = recorder.kept
-    sampled = made.step(prompts)
+    sampled = made.step()
     recorder.kept, recorder.replays = kept, True
-    steps = [made.step(prompts) for _ in range(rounds)]
+    steps = [made.step() for _ in range(rounds)]
     return Measured(
         name,
         first["loss"],

@@ -8,6 +8,7 @@ from torch import Tensor
 from opcd.episodes import Episode
 from opcd.models.lm import head_of
 from opcd.objective import Targets, head_divergence
+from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden
 from opcd_kernels import LinearDivergence
 
@@ -37,8 +38,7 @@ class StudentLoss(torch.nn.Module):
         """Loss, and divergence and entropy of each scored token, in the order of the episodes."""
         hidden = planned_hidden(
             self.student,
-            [episode.student_ids for episode in episodes],
-            [episode.student_spans for episode in episodes],
+            [Row(episode.student_ids, episode.student_spans) for episode in episodes],
             self.plan,
         )
         head = head_of(self.student)

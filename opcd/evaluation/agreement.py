@@ -10,6 +10,7 @@ from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.models.lm import Head, batches_by_tokens, head_of
 from opcd.objective import head_divergence
+from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
 from opcd.teacher import SharedPrefixTeacher
@@ -44,12 +45,8 @@ def own_side(
     lengths = scored_tokens(episodes)
     sizes = [len(e.student_ids) for e in episodes]
     for batch in batches_by_tokens(sizes, config.max_tokens_per_pass):
-        hidden = planned_hidden(
-            student,
-            [episodes[i].student_ids for i in batch],
-            [episodes[i].student_spans for i in batch],
-            plan,
-        )
+        rows = [Row(episodes[i].student_ids, episodes[i].student_spans) for i in batch]
+        hidden = planned_hidden(student, rows, plan)
         parts.update(zip(batch, hidden.split([lengths[i] for i in batch]), strict=True))
     in_order = torch.cat([parts[i] for i in range(len(episodes))])
     return OwnSide(episodes, in_order, head_of(student))

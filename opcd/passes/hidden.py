@@ -20,6 +20,12 @@ class Row(NamedTuple):
     spans: Sequence[tuple[int, int]]  # start and length of what is scored, in order
     prefix: SharedPrefix | None = None  # what it stands behind
 
+    def behind(self, prefix: SharedPrefix | None) -> "Row":
+        """The same, what it starts with left to a prefix."""
+        n = len(prefix) if prefix is not None else 0
+        spans = [(start - n, length) for start, length in self.spans]
+        return Row(self.token_ids[n:], spans, prefix)
+
     @property
     def needed(self) -> Sequence[int]:
         """What a model must be given: the last scored token predicts nothing."""

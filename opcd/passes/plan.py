@@ -76,25 +76,17 @@ def find_plan(
 
 
 def planned_hidden(
-    model: torch.nn.Module,
-    token_ids: Sequence[Sequence[int]],
-    spans: Sequence[Sequence[tuple[int, int]]],  # start and length of what is scored
-    plan: Plan,
+    model: torch.nn.Module, rows: Sequence[Row], plan: Plan
 ) -> Tensor:  # (N, D), with gradients where they are enabled
     """`scored_hidden` of whole sequences; what their prompts start with is computed once."""
     if model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
         # The backward runs the layers again, behind the pass: without its cache and its attention.
-        return scored_hidden(model, [*map(Row, token_ids, spans)])
-    prompts = [ids[: where[0][0]] for ids, where in zip(token_ids, spans, strict=True)]
+        return scored_hidden(model, rows)
+    prompts = [row.token_ids[: row.spans[0][0]] for row in rows]
     prefix = common_prefix(model, prompts) if plan.shares_prefix else None
-    n = len(prefix) if prefix is not None else 0
-    rows = [
-        Row(ids[n:], [(start - n, length) for start, length in where], prefix)
-        for ids, where in zip(token_ids, spans, strict=True)
-    ]
     # With gradients, packed attention has a fused kernel on CPUs alone.
     fused = causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()
-    return scored_hidden(model, rows, plan.packed and fused)
+    return scored_hidden(model, [row.behind(prefix) for row in rows], plan.packed and fused)
 
 
 def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:

@@ -19,7 +19,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr("opcd.training.run.load_model", refuse)
+    monkeypatch.setattr("opcd.tasks.prepare.load_model", refuse)
 
 
 def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train") -> str:

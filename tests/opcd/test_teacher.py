@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from opcd.episodes import Episode, Prompt, Span
 from opcd.errors import InputError
 from opcd.models.lm import head_of, rope_differs
 from opcd.objective import check_head, head_divergence
 from opcd.passes.attention import Packing
 from opcd.passes.hidden import completion_rows, scored_hidden
+from opcd.passes.packed import packed_pass
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache, StalePrefixError
@@ -290,7 +292,7 @@ def test_prefixes_are_kept_within_their_budget_the_last_used_longest() -> None:
 
 def test_sequences_beyond_the_positions_are_refused() -> None:
     teacher = SharedPrefixTeacher(tiny_llama(max_position_embeddings=50), PREFIX)
-    with pytest.raises(InputError, match=r"must fit the teacher's 50 positions, got 40 \+ 8 \+ 3"):
+    with pytest.raises(InputError, match=r"50 positions, got 40 tokens of context and 11"):
         teacher.score([[5] * 8], [[6] * 3])
 
 
@@ -310,7 +312,7 @@ def test_gradients_through_the_packed_row_equal_those_of_each_sequence_alone(
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             if plan is not None:
-                hidden = planned_hidden(model, prompts, COMPLETIONS, plan)
+                hidden = planned_hidden(model, completion_rows(prompts, COMPLETIONS), plan)
             else:
                 single = [
                     scored_hidden(model, completion_rows([p], [c]))
@@ -394,3 +396,78 @@ def test_bf16_teacher_agrees_within_its_noise() -> None:
     assert teacher.plan.mode == "packed"
     hidden = teacher.score(PROMPTS, COMPLETIONS).hidden
     assert divergence(model, hidden, alone(model)) < 0.05
+
+
+def many_contexts(count: int) -> dict[str, list[int]]:
+    """Contexts of unequal lengths."""
+    return {f"c{i}": [(7 * i + k) % 200 + 20 for k in range(24 + 3 * i)] for i in range(count)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "gpt-oss-sinks"])
+def test_sequences_behind_many_contexts_are_one_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as exact as alone behind its own context, and all of them in one row."""
+    model, contexts = build(name), many_contexts(4)
+    teacher = SharedPrefixTeacher(model, contexts)
+    assert teacher.plan.packed
+    names = ["c1", "c0", "c3", "c1"]
+    expected = [
+        SharedPrefixTeacher(model, contexts[c], shared=False).score([p], [done]).hidden
+        for c, p, done in zip(names, PROMPTS, COMPLETIONS, strict=True)
+    ]
+    passes = []
+    monkeypatch.setattr(
+        "opcd.passes.hidden.packed_pass",
+        lambda *args: passes.append(args[1].shape[1]) or packed_pass(*args),
+    )
+    hidden = teacher.score(PROMPTS, COMPLETIONS, names).hidden
+    assert len(passes) == 1
+    assert divergence(model, hidden, torch.cat(expected)) < 1e-6
+
+
+def test_contexts_that_pass_the_budget_take_passes_of_their_own() -> None:
+    model, contexts = tiny_llama(), many_contexts(4)
+    names = [*contexts]
+    whole = SharedPrefixTeacher(model, contexts)
+    expected = whole.score(PROMPTS, COMPLETIONS, names).hidden
+    small = SharedPrefixTeacher(model, contexts, prefix_cache_bytes=20_000)
+    assert torch.allclose(small.score(PROMPTS, COMPLETIONS, names).hidden, expected, atol=1e-5)
+    assert small._prefixes.nbytes <= 20_000 < whole._prefixes.nbytes
+
+
+def test_a_context_is_added_to_a_living_teacher() -> None:
+    model, contexts = tiny_llama(), many_contexts(2)
+    teacher = SharedPrefixTeacher(model, {"c0": contexts["c0"]})
+    with pytest.raises(InputError, match="contexts must be among"):
+        teacher.score(PROMPTS[:1], COMPLETIONS[:1], ["c1"])
+    teacher.add_context("c1", contexts["c1"])
+    teacher.add_context("c1", contexts["c1"])  # the same again
+    found = teacher.score(PROMPTS[:2], COMPLETIONS[:2], ["c1", "c0"]).hidden
+    both = SharedPrefixTeacher(model, contexts)
+    assert torch.equal(found, both.score(PROMPTS[:2], COMPLETIONS[:2], ["c1", "c0"]).hidden)
+    with pytest.raises(InputError, match="'c1' stands for 27 other tokens already"):
+        teacher.add_context("c1", [5, 6])
+    with pytest.raises(InputError, match="must hold at least one token"):
+        teacher.add_context("c2", [])
+    with pytest.raises(InputError, match="token ids from 0 to 257"):
+        teacher.add_context("c2", [300])
+
+
+def test_episodes_with_several_spans() -> None:
+    """What is scored stands where the spans say, also in the middle; the rest is only seen."""
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    ids = [30, 31, 32, 33, 34, 35, 36, 37, 38]
+    spans = (Span(2, 3, 2), Span(6, 7, 2))
+    episode = Episode(ids, [29, *ids], spans)
+    plain = Episode.of_completion(Prompt([5], [6]), [40, 41, 42])
+    targets = teacher.score([episode, plain])
+    assert targets.lengths == (4, 3)
+    with torch.no_grad():
+        full = model.model(torch.tensor([[*PREFIX, 29, *ids]])).last_hidden_state[0]
+    n = len(PREFIX)
+    expected = full[[n + 2, n + 3, n + 6, n + 7]]
+    assert torch.allclose(targets.hidden[:4], expected, atol=1e-5)
+    assert torch.equal(targets.of([1]).hidden, targets.hidden[4:])
+    assert targets.head.weight is model.lm_head.weight

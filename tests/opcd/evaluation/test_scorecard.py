@@ -1,18 +1,25 @@
 """The scorecard's numbers."""
 
 import json
+import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from opcd.config import TrainConfig
+from opcd.evaluation.contenders import Answer, Contender, greedy_answers
 from opcd.evaluation.report import before_after, read_metrics, scorecard_facts, scorecard_table
-from opcd.evaluation.scorecard import evaluate, internalised, wilson_interval
+from opcd.evaluation.score import Scored, score
+from opcd.evaluation.scorecard import internalised, scorecard, wilson_interval
 from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
-from opcd.teacher import SharedPrefixTeacher
-from opcd.training.run import prepare
+from opcd.rollouts.protocol import Rollout, SamplingParams
+from opcd.runtime.progress import Progress
+from opcd.tasks.prepare import Setup, prepare
+from opcd.tasks.task import Case
 
 
 def test_wilson_interval() -> None:
@@ -29,12 +36,10 @@ def test_internalised() -> None:
 
 
 @pytest.fixture
-def scored(settings: dict) -> tuple[dict, list]:
+def scored(settings: dict, tmp_path: Path) -> Scored:
     """A model that always says "a" and stops, against one that never stops."""
-    config = TrainConfig(**settings)
-    setup = prepare(config)
-    base = load_model(config.model, torch.float32)
-    distilled = load_model(config.model, torch.float32)
+    setup = prepare(TrainConfig(**settings))
+    distilled = load_model(setup.config.model, torch.float32)
     letter = setup.tokenizer("a")["input_ids"][0]
     with torch.no_grad():
         for layer in distilled.model.layers:
@@ -46,19 +51,23 @@ def scored(settings: dict) -> tuple[dict, list]:
         distilled.lm_head.weight.zero_()
         distilled.lm_head.weight[letter] = embed[newline] * 10
         distilled.lm_head.weight[eos_token_ids(distilled)[0]] = embed[letter] * 10
-    teacher = SharedPrefixTeacher(base, setup.task.prefixes)
-    return evaluate(base, distilled, teacher, setup.task, setup.chat, config)
+    distilled.save_pretrained(tmp_path / "distilled")
+    return score(setup, str(tmp_path / "distilled"), Progress())
 
 
-def test_scorecard(scored: tuple[dict, list]) -> None:
+def test_scorecard(scored: Scored) -> None:
     card, answers = scored
     assert json.loads(json.dumps(card)) == card
-    assert card["distilled"]["accuracy"] == 0.25  # "ant" of cat, dog, owl, ant
-    assert card["distilled"]["accuracy_interval_95"] == pytest.approx([0.0456, 0.6994], abs=1e-4)
-    assert card["distilled"]["n"] == 4
-    assert card["distilled"]["mean_completion_tokens"] == 2
-    assert card["distilled"]["truncated_share"] == 0
-    assert card["base"]["truncated_share"] > 0
+    names = ["base", "prompted", "distilled", "distilled_prompted"]
+    assert list(card["contenders"]) == names, "in the order in which people read them"
+    distilled = card["contenders"]["distilled"]
+    assert distilled["meaning"] == "after, without the context"
+    assert distilled["accuracy"] == 0.25  # "ant" of cat, dog, owl, ant
+    assert distilled["accuracy_interval_95"] == pytest.approx([0.0456, 0.6994], abs=1e-4)
+    assert distilled["n"] == 4
+    assert distilled["mean_completion_tokens"] == 2
+    assert distilled["truncated_share"] == 0
+    assert card["contenders"]["base"]["truncated_share"] > 0
     assert card["internalised"] is None  # the random model gains nothing from its prompt
     assert card["divergence"]["before"] > 0
     assert card["divergence"]["after"] > 0
@@ -69,7 +78,61 @@ def test_scorecard(scored: tuple[dict, list]) -> None:
     assert answers[0]["accepted"] == ["c"]
 
 
-def test_what_people_read(scored: tuple[dict, list]) -> None:
+def test_anything_that_answers_is_a_contender(settings: dict) -> None:
+    """Two that know no model: one is always right, one hears the prompt's first letter as z."""
+    task = prepare(TrainConfig(**settings)).task
+
+    def right(cases: Sequence[Case]) -> list[Answer]:
+        return [Answer(case.example.answers[0], 1, "stop") for case in cases]
+
+    def wrong(cases: Sequence[Case]) -> list[Answer]:
+        return [Answer("z", 7, "length") for _ in cases]
+
+    contenders = [Contender("oracle", "knows", right), Contender("deaf", "guesses", wrong)]
+    answers = {c.name: c.answer(task.test) for c in contenders}
+    columns, rows = scorecard(contenders, answers, task.test, task.scorer)
+    assert columns["oracle"]["accuracy"] == 1
+    assert columns["deaf"]["accuracy"] == 0
+    assert columns["deaf"]["mean_completion_tokens"] == 7
+    assert columns["deaf"]["truncated_share"] == 1
+    assert rows[1]["oracle"] == "d"
+    assert rows[1]["deaf_right"] is False
+
+
+def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = prepare(TrainConfig(**settings))
+    alive: list[weakref.ref] = []
+    load = Setup.load
+
+    def watched(self: Setup, name: str, *dtype: torch.dtype) -> object:
+        assert not any(ref() is not None for ref in alive), "the model before is still there"
+        model = load(self, name, *dtype)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Setup, "load", watched)
+    copy = Path(settings["output_dir"]).parent / "copy"
+    shutil.copytree(settings["model"], copy)
+    score(setup, str(copy), Progress())
+    assert len(alive) == 2
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_equal_prompts_are_answered_once(settings: dict) -> None:
+    setup = prepare(TrainConfig(**settings))
+    asked: list[int] = []
+
+    class Echo:
+        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+            asked.append(len(prompts))
+            return [Rollout(p, [p[-1] + 2], "stop", 0) for p in prompts]
+
+    answers = greedy_answers(Echo(), [[40], [50], [40]], setup)
+    assert asked == [2]
+    assert [a.text for a in answers] == [setup.chat.decode([x]) for x in (42, 52, 42)]
+
+
+def test_what_people_read(scored: Scored) -> None:
     card, answers = scored
     table = scorecard_table(card)
     assert "25.0%" in table

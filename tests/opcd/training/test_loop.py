@@ -11,28 +11,43 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from opcd.config import TrainConfig
+from opcd.episodes import Episode, Span
 from opcd.errors import InputError
-from opcd.evaluation.scorecard import held_out_divergence
+from opcd.evaluation.agreement import divergence_to, own_side
+from opcd.objective import Targets
+from opcd.tasks.prepare import prepare
+from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
-from opcd.training.loop import Distiller, rate_factor, step_prompts, token_weights
-from opcd.training.run import build_distiller, prepare
+from opcd.training.build import build_distiller
+from opcd.training.loop import Distiller, rate_factor, token_weights
+from opcd.training.sources import step_prompts
 from opcd_kernels import reference
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
 
-def distiller(settings: dict, **overrides: object) -> tuple[Distiller, TrainConfig, object]:
-    config = TrainConfig(**settings | overrides)
-    setup = prepare(config)
-    return build_distiller(config, setup), config, setup.task
+def distiller(settings: dict, **overrides: object) -> tuple[Distiller, Task]:
+    setup = prepare(TrainConfig(**settings | overrides))
+    return build_distiller(setup), setup.task
 
 
-def gradients(d: Distiller, rollouts: list, teacher_hidden: list) -> tuple[list, dict]:
+def held_out_divergence(d: Distiller, task: Task) -> float:
+    prompts = [case.prompt for case in task.test]
+    side = own_side(d.student, d.student_loss.plan, d.engine, prompts, d.config)
+    return divergence_to(d.teacher, side, d.config.temperature)
+
+
+def student_spans(episode: Episode) -> tuple[Span, ...]:
+    """The spans of an episode whose teacher sees what the student does."""
+    return tuple(span._replace(teacher_start=span.student_start) for span in episode.spans)
+
+
+def gradients(d: Distiller, episodes: list, targets: Targets) -> tuple[list, dict]:
     """The gradients of one update, caught where the optimizer would take them."""
     grads = []
     d.optimizer.register_step_pre_hook(
         lambda *_: grads.extend(p.grad.clone() for p in d.parameters)
     )
-    metrics = d.update(rollouts, teacher_hidden)
+    metrics = d.update(episodes, targets)
     return grads, metrics
 
 
@@ -55,11 +70,11 @@ def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dict) -> None:
-    d, config, task = distiller(settings, steps=25, **overrides)
-    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
-    for step in range(25):
-        d.step(step_prompts(task.train, step, config))
-    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    d, task = distiller(settings, steps=25, **overrides)
+    before = held_out_divergence(d, task)
+    for _ in range(25):
+        d.step()
+    after = held_out_divergence(d, task)
     assert after < 0.7 * before, (before, after)
 
 
@@ -67,11 +82,10 @@ def test_the_divergence_on_held_out_prompts_falls(settings: dict, overrides: dic
 def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str) -> None:
     grads = []
     for size in (1, 300, 4096):
-        d, config, task = distiller(settings, max_tokens_per_pass=size, average_over=average_over)
-        prompts = step_prompts(task.train, 0, config)
+        d, _ = distiller(settings, max_tokens_per_pass=size, average_over=average_over)
         torch.manual_seed(3)
-        rollouts = d.rollout(prompts)
-        grads.append(gradients(d, rollouts, d.score(prompts, rollouts))[0])
+        episodes = d.rollout()
+        grads.append(gradients(d, episodes, d.score(episodes))[0])
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
@@ -79,37 +93,37 @@ def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str
 
 def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     """Each sequence alone, full logits, ordinary autograd: the mean reverse KL over all tokens."""
-    d, config, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
-    prompts = step_prompts(task.train, 0, config)
+    d, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
+    prompts = step_prompts(task.train, 0, d.config)
     torch.manual_seed(3)
-    rollouts = d.rollout(prompts)
-    stopped = rollouts[1]  # one that ends with EOS: it is a target like any other token
-    rollouts[1] = replace(stopped, completion_token_ids=[40, 1], finish_reason="stop")
-    teacher_hidden = d.score(prompts, rollouts)
+    episodes = d.rollout()
+    # One that ends with EOS: it is a target like any other token.
+    episodes[1] = Episode.of_completion(prompts[1], [40, 1])
+    targets = d.score(episodes)
 
-    total, tokens = torch.zeros(()), sum(len(r.completion_token_ids) for r in rollouts)
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
-        completion = rollout.completion_token_ids
+    total, tokens = torch.zeros(()), sum(e.scored_tokens for e in episodes)
+    for prompt, episode in zip(prompts, episodes, strict=True):
+        completion = episode.student_ids[len(prompt.student_ids) :]
         logits = []
         for model, start in (
             (d.student, prompt.student_ids),
             (d.teacher.model, task.prompted_ids(prompt)),
         ):
             out = model(input_ids=torch.tensor([[*start, *completion]]), use_cache=False)
-            logits.append(out.logits[0, len(start) - 1 : -1] / config.temperature)
+            logits.append(out.logits[0, len(start) - 1 : -1] / d.config.temperature)
         total = total + reference.divergence(logits[0], logits[1].detach()).sum() / tokens
     total.backward()
     expected = [p.grad.clone() for p in d.parameters]
     d.optimizer.zero_grad()
 
-    grads, metrics = gradients(d, rollouts, teacher_hidden)
+    grads, metrics = gradients(d, episodes, targets)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
     for a, b in zip(grads, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_each_phase_of_a_step_is_timed(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    d, config, task = distiller(settings)
+    d, _ = distiller(settings)
     for seconds, phase in ((0.4, "rollout"), (0.2, "score"), (0.3, "update")):
 
         def slow(
@@ -119,24 +133,24 @@ def test_each_phase_of_a_step_is_timed(settings: dict, monkeypatch: pytest.Monke
             return run(*args)
 
         monkeypatch.setattr(d, phase, slow)
-    metrics = d.step(step_prompts(task.train, 0, config))
+    metrics = d.step()
     phases = [metrics[f"{name}_time_s"] for name in ("rollout", "teacher", "update")]
     assert all(a >= b for a, b in zip(phases, (0.4, 0.2, 0.3), strict=True)), phases
     assert metrics["step_time_s"] == pytest.approx(sum(phases))
 
 
 def test_eos_that_was_sampled_is_scored(settings: dict) -> None:
-    d, config, task = distiller(settings)
+    d, _ = distiller(settings)
     with torch.no_grad():
         d.student.lm_head.weight.zero_()
         d.student.lm_head.weight[1] = 0.01
     torch.manual_seed(0)
-    rollouts = [r for i in range(30) for r in d.rollout(step_prompts(task.train, i, config))]
-    assert any(r.finish_reason == "stop" for r in rollouts)
-    prompts = step_prompts(task.train, 0, config)
-    hidden = d.score(prompts, rollouts[: len(prompts)])
-    for part, rollout in zip(hidden, rollouts, strict=False):
-        assert len(part) == len(rollout.completion_token_ids)
+    episodes = [e for _ in range(30) for e in d.rollout()]
+    stopped = [e for e in episodes if e.finish == "stop"]
+    assert stopped
+    assert all(e.student_ids[-1] == 1 for e in stopped)
+    lengths = [len(e.student_ids) - e.spans[0].student_start for e in episodes]
+    assert d.score(episodes).lengths == tuple(lengths)
 
 
 def test_learning_rate(settings: dict) -> None:
@@ -159,22 +173,21 @@ def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
 def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:
     _, config, task = distiller(settings)  # 12 prompts, 4 a step
     steps = [step_prompts(task.train, i, config) for i in range(6)]
-    texts = [[p.example.text for p in s] for s in steps]
-    first, second = [*chain(*texts[:3])], [*chain(*texts[3:])]
-    assert sorted(first) == sorted(second) == sorted(p.example.text for p in task.train)
+    first, second = [*chain(*steps[:3])], [*chain(*steps[3:])]
+    assert sorted(first) == sorted(second) == sorted(task.train)
     assert first != second
     wide = TrainConfig(**settings | {"prompts_per_step": 24})
-    assert [p.example.text for p in step_prompts(task.train, 0, wide)] == first + second
+    assert step_prompts(task.train, 0, wide) == first + second
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dict) -> None:
-    d, config, task = distiller(settings)
+    d, _ = distiller(settings)
     before = [p.clone() for p in d.parameters]
     with torch.no_grad():
         d.teacher.head.weight[3] = torch.nan
     d.teacher.refresh()
     with pytest.raises(InputError, match=r"loss must be finite.*step 1"):
-        d.step(step_prompts(task.train, 0, config))
+        d.step()
     assert all(torch.equal(a, b) for a, b in zip(before, d.parameters, strict=True))
     assert d.steps_done == 0
 
@@ -182,13 +195,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dic
 def test_gradient_checkpointing_changes_memory_and_not_the_result(settings: dict) -> None:
     losses, passes = [], []
     for on in (False, True):
-        d, config, task = distiller(settings, gradient_checkpointing=on)
+        d, _ = distiller(settings, gradient_checkpointing=on)
         torch.manual_seed(0)
         count = [0]
         d.student.model.layers[0].mlp.register_forward_pre_hook(
             lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
         )
-        losses.append([d.step(step_prompts(task.train, i, config))["loss"] for i in range(3)])
+        losses.append([d.step()["loss"] for _ in range(3)])
         passes.append(count[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert passes[1] == 6, "each of three forward passes must be computed again in backward"
@@ -203,28 +216,26 @@ def test_dropout_is_off(settings: dict, tmp_path: Path, gradient_checkpointing: 
     assert config.resid_pdrop == config.attn_pdrop == 0.1
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    d, config, task = distiller(
+    d, task = distiller(
         settings,
         model=str(tmp_path / "gpt2"),
         gradient_checkpointing=gradient_checkpointing,
     )
-    prompts = step_prompts(task.train, 0, config)
-    rollouts = d.rollout(prompts)
+    same = [replace(e, teacher_ids=e.student_ids, spans=student_spans(e)) for e in d.rollout()]
     d.teacher = SharedPrefixTeacher(d.teacher.model, task.a_prefix, shared=False)
     d.teacher._prefix_ids = {"": []}
-    hidden = d.score([p._replace(teacher_ids=p.student_ids) for p in prompts], rollouts)
-    assert d.update(rollouts, hidden)["divergence"] < 1e-9
+    assert d.update(same, d.score(same))["divergence"] < 1e-9
 
 
 def test_bf16_keeps_weights_and_optimizer_in_fp32(settings: dict) -> None:
     for lora_rank in (0, 4):
-        d, config, task = distiller(settings, dtype="bfloat16", lora_rank=lora_rank)
+        d, _ = distiller(settings, dtype="bfloat16", lora_rank=lora_rank)
         dtypes = set()
         layer = d.student.get_submodule(
             "base_model.model.model.layers.0.mlp" if lora_rank else "model.layers.0.mlp"
         )
         layer.register_forward_hook(lambda _, __, out, seen=dtypes: seen.add(out.dtype))
-        d.step(step_prompts(task.train, 0, config))
+        d.step()
         assert dtypes == {torch.bfloat16}, "the passes must run in bf16"
         assert {p.dtype for p in d.parameters} == {torch.float32}
         states = [s["exp_avg"].dtype for s in d.optimizer.state.values()]
@@ -235,11 +246,11 @@ def test_bf16_keeps_weights_and_optimizer_in_fp32(settings: dict) -> None:
 def test_another_teacher(settings: dict, tmp_path: Path) -> None:
     tiny_llama(seed=5, hidden_size=48, vocab_size=270).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
-    d, config, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)
-    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
-    for step in range(20):
-        d.step(step_prompts(task.train, step, config))
-    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+    d, task = distiller(settings, teacher=str(tmp_path / "teacher"), steps=20)
+    before = held_out_divergence(d, task)
+    for _ in range(20):
+        d.step()
+    after = held_out_divergence(d, task)
     assert after < 0.7 * before
 
 
@@ -254,18 +265,19 @@ def test_prompts_with_contexts_of_their_own(settings: dict, tmp_path: Path) -> N
         ]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     own = {"context": str(tmp_path / "contexts.json"), "validation_data": None, "steps": 20}
-    d, config, task = distiller(settings, **own)
+    d, task = distiller(settings, **own)
     assert set(task.prefixes) == set(contexts)
-    prompts = step_prompts(task.train, 0, config)
-    rollouts = d.rollout(prompts)
-    for prompt, rollout, hidden in zip(prompts, rollouts, d.score(prompts, rollouts), strict=True):
-        ids = torch.tensor([task.prompted_ids(prompt) + rollout.completion_token_ids])
+    episodes = d.rollout()
+    targets = d.score(episodes)
+    parts = targets.hidden.split([*targets.lengths])
+    assert {e.context for e in episodes} == set(contexts)
+    for episode, hidden in zip(episodes, parts, strict=True):
+        ids = torch.tensor([task.prefixes[episode.context] + list(episode.teacher_ids)])
         with torch.no_grad():
             expected = d.teacher.model.model(ids, use_cache=False).last_hidden_state[0]
-        n = len(rollout.completion_token_ids)
-        assert torch.allclose(hidden, expected[-n - 1 : -1], atol=1e-4)
-    before = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
-    for step in range(20):
-        d.step(step_prompts(task.train, step, config))
-    after = held_out_divergence(d.student, d.engine, d.teacher, task.test, config, d.plan)
+        assert torch.allclose(hidden, expected[-len(hidden) - 1 : -1], atol=1e-4)
+    before = held_out_divergence(d, task)
+    for _ in range(20):
+        d.step()
+    after = held_out_divergence(d, task)
     assert after < 0.7 * before

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.cli import main
 from opcd.evaluation.report import read_metrics
+from opcd.objective import Targets
 from opcd.training.checkpoint import list_checkpoints
 from tests.conftest import write_jsonl
 
@@ -63,7 +64,7 @@ def test_a_run_leaves_everything_it_promises(
     assert [row["step"] for row in metrics if "validation" in row] == [3, 6]
     card = json.loads((run / "scorecard.json").read_text())
     for column in ("base", "prompted", "distilled", "distilled_prompted"):
-        assert card[column]["n"] == 4
+        assert card["contenders"][column]["n"] == 4
     assert card["divergence"]["after"] < card["divergence"]["before"]
     assert card["selection"]["step"] in (3, 6)
     assert card["selection"]["data"] == settings["validation_data"]
@@ -177,8 +178,8 @@ def test_base_and_prompted_alone_before_anything_is_trained(settings: dict) -> N
     assert main(["eval", "--config", write_config(settings), "--distilled", "none"]) == 0
     folder = Path(settings["output_dir"]) / "eval-none-test"
     card = json.loads((folder / "scorecard.json").read_text())
-    assert card["prompted"]["n"] == 4
-    assert card["distilled"] is None
+    assert card["contenders"]["prompted"]["n"] == 4
+    assert set(card["contenders"]) == {"base", "prompted"}
     assert card["internalised"] is None
 
 
@@ -229,7 +230,8 @@ def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: d
     other = write_jsonl(run.parent / "other.jsonl", [{"prompt": "yak", "answer": "y"}])
     assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
     assert (run / "scorecard.json").read_text() == own
-    assert json.loads((run / "eval-other" / "scorecard.json").read_text())["base"]["n"] == 1
+    card = json.loads((run / "eval-other" / "scorecard.json").read_text())
+    assert card["contenders"]["base"]["n"] == 1
     assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
     assert (run / "eval-other-2" / "scorecard.json").is_file(), "the first must not be replaced"
     checkpoint = str(list_checkpoints(run / "checkpoints")[-1])
@@ -251,9 +253,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
 
     score = Distiller.score
 
-    def poisoned(self: Distiller, *arguments: object) -> list[torch.Tensor]:
-        hidden = score(self, *arguments)
-        return hidden if self.steps_done < 3 else [part * torch.nan for part in hidden]
+    def poisoned(self: Distiller, *arguments: object) -> Targets:
+        found = score(self, *arguments)
+        return found if self.steps_done < 3 else found._replace(hidden=found.hidden * torch.nan)
 
     monkeypatch.setattr(Distiller, "score", poisoned)
     assert main(["train", "--config", write_config(settings)]) == 2
