@@ -105,7 +105,7 @@ def static(model: PreTrainedModel, case: Case) -> RolloutEngine:
 
 def engine_sample(engine: RolloutEngine) -> Sample:
     return lambda prompts, params: [
-        r.completion_token_ids for r in engine.generate(prompts, params)
+        r.completion_token_ids for r in engine.generate(prompts, params, range(len(prompts)))
     ]
 
 

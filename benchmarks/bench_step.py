@@ -24,7 +24,9 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks.trainers import SMOLLM2, TRAINERS, Measured, Problem, Unavailable, measured
+from benchmarks.problems import SMOLLM2, Measured, Problem
+from benchmarks.providers import Unavailable
+from benchmarks.trainers import TRAINERS, measured
 from opcd.models.by_name import resolve_device, resolve_dtype
 
 DEVICE = resolve_device("auto")

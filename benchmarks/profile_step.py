@@ -18,9 +18,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_step import DEVICE, DTYPE, PROBLEMS
+from benchmarks.problems import Problem
 from benchmarks.rows import RESULTS, device_name, origin, write
 from benchmarks.timeline import Phase, Range, Work, analyse, read_trace
-from benchmarks.trainers import Problem, distiller, free
+from benchmarks.trainers import distiller, free
 from opcd.training.loop import Distiller
 
 PHASES = {"rollout": "rollout", "score": "teacher", "update": "update"}  # method: name

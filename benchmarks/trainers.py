@@ -9,129 +9,33 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
 
 from benchmarks.memory import peak_mib
+from benchmarks.problems import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    Measured,
+    Problem,
+    TokenIds,
+    models,
+    tokens,
+)
 from benchmarks.providers import Unavailable
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
-from opcd.models import builtin
-from opcd.models.by_name import load_model
-from opcd.models.lm import autocast, switch_off_dropout
+from opcd.models.lm import autocast
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams, complete
 from opcd.student_loss import StudentLoss
 from opcd.teacher import ONLY, SharedPrefixTeacher
 from opcd.training.loop import Distiller
 
-TokenIds = list[list[int]]
-LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
-
-SMOLLM2 = "smollm2-135m"
-SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    SMOLLM2: lambda: LlamaConfig(
-        vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, intermediate_size=1536, max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-1.5b": lambda: Qwen2Config(
-        vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, intermediate_size=8960, max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-tiny": lambda: Qwen2Config(
-        vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-
-
-class Problem(NamedTuple):
-    """What one step does."""
-
-    model: str  # of SHAPES
-    context: int  # tokens that only the teacher sees, in front of every prompt
-    prompt: int  # tokens
-    completions: int  # sequences, each of a prompt of its own
-    completion: int  # tokens
-    micro_batch: int  # sequences in one pass of the student
-
-
-class Tokens(NamedTuple):
-    """A problem's token ids: random ones, as only their number matters."""
-
-    context: list[int]
-    prompts: TokenIds
-
-
-class Measured(NamedTuple):
-    """What a trainer did."""
-
-    model: str
-    loss: float  # of the first step, like the norm
-    grad_norm: float
-    completions: TokenIds  # of all steps but those that were sampled for their time
-    rollout_s: float
-    teacher_s: list[float]  # a step each
-    update_s: list[float]
-    micro_batch: int
-    teacher: str  # how its passes were made
-    peak_mib: float | None = None  # beyond what was held before: weights, optimizer and all
-
-    @property
-    def seconds(self) -> list[float]:
-        """Teacher and update together, a step each."""
-        return [t + u for t, u in zip(self.teacher_s, self.update_s, strict=True)]
-
-
 # problem, device, dtype of the arithmetic, the completions to train on, steps to time
 Trainer = Callable[[Problem, torch.device, torch.dtype, TokenIds, int], Measured]
-
-
-def tokens(problem: Problem) -> Tokens:
-    """The same for everybody."""
-    generator = torch.Generator().manual_seed(0)
-    counts = [problem.context, *[problem.prompt] * problem.completions]
-    vocab = SHAPES[problem.model]().vocab_size
-    ids = torch.randint(20, vocab - 20, (sum(counts),), generator=generator)
-    context, *prompts = (x.tolist() for x in ids.split(counts))
-    return Tokens(context, prompts)
-
-
-def models(
-    name: str, device: torch.device, dtype: torch.dtype
-) -> tuple[str, PreTrainedModel, PreTrainedModel]:
-    """A name, the student with weights in fp32, and the frozen teacher that it starts from.
-
-    SmolLM2 has its own weights where they are at hand. Its EOS is a token that it hardly samples:
-    completions have their full length.
-    """
-    weights = builtin.cache_dir() / builtin.NAME / "model.safetensors"
-    if name == SMOLLM2 and weights.is_file():
-        found = builtin.NAME
-        student = load_model(found, torch.float32, device)
-    else:
-        found = f"{name} random"
-        torch.manual_seed(0)
-        with torch.device(device):
-            student = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float32)
-    student.generation_config.eos_token_id = student.config.vocab_size - 1
-    with torch.device(device):  # a copy that is cast would have its rotary frequencies rounded
-        teacher = AutoModelForCausalLM.from_config(student.config, dtype=dtype)
-    teacher.load_state_dict(student.state_dict())
-    switch_off_dropout(student)
-    return found, student.requires_grad_(True).eval(), teacher.requires_grad_(False).eval()
 
 
 def full_length(completion: Sequence[int], length: int) -> list[int]:
@@ -149,7 +53,10 @@ class Recorder:
         self.limit: int | None = None  # tokens that are sampled of each completion
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        streams: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """See RolloutEngine.generate; completions have the full length."""
         length = params.max_completion_tokens
@@ -157,7 +64,7 @@ class Recorder:
             params = replace(params, max_completion_tokens=min(length, self.limit or length))
             self.kept = [
                 replace(r, completion_token_ids=full_length(r.completion_token_ids, length))
-                for r in self._engine.generate(prompts, params, n)
+                for r in self._engine.generate(prompts, params, streams)
             ]
         return self.kept
 
@@ -179,7 +86,7 @@ class SamePrompts:
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes."""
-        return complete(sampler, self._prompts, self._params)
+        return complete(sampler, self._prompts, self._params, seed=0, step=step)
 
 
 def distiller(

@@ -1,4 +1,4 @@
-"""TRL 1.16's trainers on the problems of `benchmarks.trainers`, timed at their own seams.
+"""TRL 1.16's trainers on `benchmarks.problems`, timed at their own seams.
 
     sdft          SDFTTrainer: the student without, the teacher with a context, full logits of both;
                   does exactly this, with the options below
@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-from benchmarks import trainers
-from benchmarks.trainers import Measured, Problem, TokenIds
+from benchmarks import problems
+from benchmarks.problems import Measured, Problem, TokenIds
 from opcd.runtime.stopwatch import Stopwatch
 
 
@@ -130,10 +130,10 @@ def options(
         "per_device_train_batch_size": problem.micro_batch,
         "gradient_accumulation_steps": problem.completions // problem.micro_batch,
         "max_steps": steps,
-        "learning_rate": trainers.LEARNING_RATE,
+        "learning_rate": problems.LEARNING_RATE,
         "lr_scheduler_type": "constant",
-        "weight_decay": trainers.WEIGHT_DECAY,
-        "max_grad_norm": trainers.MAX_GRAD_NORM,
+        "weight_decay": problems.WEIGHT_DECAY,
+        "max_grad_norm": problems.MAX_GRAD_NORM,
         "optim": "adamw_torch_fused",
         "bf16": dtype == torch.bfloat16,
         "use_cpu": device.type == "cpu",
@@ -153,7 +153,7 @@ def trainer_of(
     kind: str, problem: Problem, student: Any, teacher: Any, shared: dict[str, Any]
 ) -> Any:
     """The trainer with everything but the completions; `shared` are its options."""
-    context, prompts = trainers.tokens(problem)
+    context, prompts = problems.tokens(problem)
     rows = {"prompt": [text(ids) for ids in prompts]}
     processing = numbers(student.config.vocab_size)
     if kind == "distillation":
@@ -194,7 +194,7 @@ def measure(
     rounds: int,
 ) -> Measured:
     """A step to warm up, `rounds` on the completions given, and one that samples its own."""
-    name, student, teacher = trainers.models(problem.model, device, dtype)
+    name, student, teacher = problems.models(problem.model, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         shared = options(problem, device, dtype, rounds + 2, folder)
         trainer = trainer_of(kind, problem, student, teacher, shared)

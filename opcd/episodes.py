@@ -1,5 +1,6 @@
 """What is scored: token ids as both models see them, and which of them count."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,12 @@ class Prompt(NamedTuple):
     student_ids: list[int]  # without the context
     teacher_ids: list[int]  # with the context, behind its shared prefix
     context: str = ""  # its name
+
+    @property
+    def key(self) -> int:
+        """64 bits that tell prompts apart, the same in every process."""
+        text = f"{self.student_ids} {self.teacher_ids} {self.context}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

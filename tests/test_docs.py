@@ -79,10 +79,3 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
-
-
-def test_the_map_names_every_module() -> None:
-    for folder in ("opcd", "opcd_kernels"):
-        for file in (ROOT / folder).glob("*.py"):
-            if file.name not in ("__init__.py",):
-                assert file.name in README, f"{folder}/{file.name} is missing from the map"

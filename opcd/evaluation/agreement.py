@@ -12,6 +12,7 @@ from opcd.models.lm import Head, batches_by_tokens, head_of
 from opcd.objective import head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden
+from opcd.rollouts.noise import HELD_OUT
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
 from opcd.teacher import SharedPrefixTeacher
 
@@ -32,15 +33,9 @@ def own_side(
     prompts: Sequence[Prompt],
     config: TrainConfig,
 ) -> OwnSide:
-    """Completions that the student samples, and its hidden states for them.
-
-    Draws from a generator of its own, so that the state of the run stays as it was.
-    """
-    device = next(student.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        params = SamplingParams(config.max_completion_tokens, config.temperature)
-        episodes = complete(engine, prompts, params)
+    """Completions that the student samples, the same draws at every call, and what it thinks."""
+    params = SamplingParams(config.max_completion_tokens, config.temperature)
+    episodes = complete(engine, prompts, params, config.seed, HELD_OUT)
     parts: dict[int, Tensor] = {}
     lengths = scored_tokens(episodes)
     sizes = [len(e.student_ids) for e in episodes]

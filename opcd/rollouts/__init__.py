@@ -2,6 +2,7 @@
 
 protocol    what an engine is; episodes from completions
 generate    the engine that calls transformers.generate
+noise       what a completion draws, whatever the engine, the batch and the order
 static      the engine with a static cache; when that is exact
 decode      one step of it on memory that never moves, for CUDA graphs
 choice      which engine makes the rollouts

@@ -20,6 +20,7 @@ from opcd.models.lm import causal_lm
 from opcd.passes.attention import Packing, Shape, cached_attention
 from opcd.passes.packed import packed_attention, packed_pass
 from opcd.passes.prefix import SharedPrefix
+from opcd.rollouts.noise import drawn, uniforms
 
 # Steps of a graph between two looks at whether all rows have finished: a look waits for the GPU.
 STEPS_BETWEEN_LOOKS = 8
@@ -127,6 +128,8 @@ class Decoder:
         self._last = torch.zeros_like(self._position)
         self._live = torch.zeros(rows, dtype=torch.bool, device=device)
         self._temperature = torch.zeros((), device=device)
+        self._streams = torch.zeros_like(self._position)
+        self._first = torch.zeros_like(self._position)  # where the completion's first token goes
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # of the graph's last replay
         self.refresh()
@@ -142,6 +145,7 @@ class Decoder:
         prefix: SharedPrefix | None,  # what they all start with
         max_new_tokens: int,
         temperature: float,
+        streams: Tensor,  # (B,) int64, on the CPU: what each row draws by
     ) -> None:
         """Start a row for each prompt. Equal prompts are computed once."""
         tokens = torch.zeros(self._tokens.shape, dtype=torch.long)
@@ -149,6 +153,8 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
             position[row] = len(prompt) - 1
+        numbers = torch.zeros(self.rows, dtype=torch.long)
+        numbers[: len(prompts)] = streams
         live = torch.arange(self.rows) < len(prompts)
         last = position + max_new_tokens * live
         assert last.max() < self.length, "a row that does not fit"
@@ -157,6 +163,8 @@ class Decoder:
         self._last.copy_(last)
         self._live.copy_(live)
         self._temperature.fill_(temperature)
+        self._streams.copy_(numbers)
+        self._first.copy_(position + 1)
         self._cache.clear()
         self._fill_cache(prompts, prefix)
 
@@ -209,12 +217,10 @@ class Decoder:
             tie_weights=False,  # an embedding is not cast where the head is
         )
         logits = output.logits[0].float()
-        # The largest of logit / T − log q, with q exponentially distributed, is a draw from the
-        # softmax (the Gumbel-max trick). Times T, it is the largest logit where T is 0. In fp64,
-        # since CUDA's fp32 draws have steps of 2^-24: rarer tokens would come too seldom, or never.
-        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
-        noise = noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_().float()
-        token = (logits - self._temperature * noise).argmax(-1)
+        greedy = self._temperature == 0
+        uniform = uniforms(self._streams, self._position + 1 - self._first)
+        token = drawn(logits, uniform, self._temperature.masked_fill(greedy, 1.0))
+        token = torch.where(greedy, logits.argmax(-1), token)
         self._tokens.scatter_(1, self._position[:, None] + 1, token[:, None])
         self._position += self._live
         ends = (token[:, None] == self._eos).any(-1) | (self._position >= self._last)
@@ -229,7 +235,6 @@ class Decoder:
         """
         with (
             torch.cuda.device(self._device),
-            torch.random.fork_rng([self._device]),  # what it draws here is nobody's sample
             packed_attention(self._model),
         ):
             self.step()  # whatever is made on first use is made now
@@ -240,8 +245,8 @@ class Decoder:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     logits = self.step()
             except torch.AcceleratorError as error:
-                # No other engine can go on from here: the current stream and the generator stay
-                # as they were in the recording.
+                # No other engine can go on from here: the current stream stays as it was in the
+                # recording.
                 raise InputError(
                     f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
                     f"graph, got {str(error).splitlines()[0]}; pass --rollout_engine generate"

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
-from opcd.rollouts.protocol import Rollout, SamplingParams
+from opcd.rollouts.noise import drawn, uniforms
+from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 
 
 class TransformersEngine:
@@ -33,23 +35,28 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        streams: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """See RolloutEngine.generate. Draws from torch's global generator."""
-        repeated = [list(p) for p in prompts for _ in range(n)]
-        prefix = common_prefix(self._model, repeated) if self._share_prefix else None
+        """See RolloutEngine.generate."""
+        numbers = stream_tensor(streams, prompts, params)
+        prefix = common_prefix(self._model, prompts) if self._share_prefix else None
         completions: dict[int, list[int]] = {}
-        lengths = [len(p) for p in repeated]
+        lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
         for batch in self._batches(lengths, pads):
-            output = self._generate_batch([repeated[i] for i in batch], params, prefix)
+            output = self._generate_batch(
+                [prompts[i] for i in batch], params, numbers[batch], prefix
+            )
             completions.update(zip(batch, output, strict=True))
         rollouts = []
-        for i, prompt in enumerate(repeated):
+        for i, prompt in enumerate(prompts):
             ids = completions[i]
             reason = "stop" if ids and ids[-1] in self._eos else "length"
-            rollouts.append(Rollout(prompt, ids, reason, self._version))
+            rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
@@ -73,6 +80,7 @@ class TransformersEngine:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        streams: Tensor,  # (B,)
         prefix: SharedPrefix | None,
     ) -> list[list[int]]:
         lm = causal_lm(self._model)
@@ -86,20 +94,21 @@ class TransformersEngine:
             kept[:shared], kept[width - len(prompt) + shared :] = 1, 1
         config = GenerationConfig(
             max_new_tokens=params.max_completion_tokens,
-            do_sample=params.temperature > 0,
-            temperature=params.temperature or None,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,  # what is drawn is made the likeliest token
             eos_token_id=self._eos,
             pad_token_id=pad,
             use_cache=True,
         )
+        draws = LogitsProcessorList()
+        if params.temperature > 0:
+            draws.append(_Draws(streams.to(lm.device), params.temperature, width))
         generate: Any = self._model.generate
-        with _plain_generation_config(lm):
+        with _plain_generation_config(lm), _contiguous_head_input(lm):
             output = generate(
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 generation_config=config,
+                logits_processor=draws,
                 past_key_values=prefix.expand(len(prompts)) if prefix is not None else None,
             )
         return [self._until_eos(row) for row in output[:, ids.shape[1] :].tolist()]
@@ -110,6 +119,33 @@ class TransformersEngine:
             if token in self._eos:
                 return token_ids[: i + 1]
         return token_ids
+
+
+class _Draws(LogitsProcessor):
+    """Draws the next token of each row, and leaves it as the likeliest one."""
+
+    def __init__(self, streams: Tensor, temperature: float, width: int) -> None:
+        self._streams = streams  # (B,)
+        self._temperature = temperature
+        self._width = width  # of the prompts
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = uniforms(self._streams, input_ids.shape[1] - self._width)
+        token = drawn(scores.float(), uniform, self._temperature)
+        return scores.scatter(1, token[:, None], torch.inf)
+
+
+@contextlib.contextmanager
+def _contiguous_head_input(lm: torch.nn.Module) -> Iterator[None]:
+    """The head is given the last position of padded rows, a strided slice, for which torch on a CPU
+    copies the whole head once a row."""
+    head = causal_lm(lm).get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from opcd.episodes import Episode, Prompt
+from opcd.rollouts.noise import streams
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,16 @@ class RolloutEngine(Protocol):
     name: str  # as the configuration calls it
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        streams: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """n completions of each prompt, those of one prompt next to each other, in order."""
+        """A completion of each prompt, in order.
+
+        `streams` are 64-bit numbers (`noise.streams`), one a completion: with its position they say
+        what a token draws. Greedy completions need none.
+        """
         ...
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
@@ -48,12 +56,36 @@ class RolloutEngine(Protocol):
 
 
 def complete(
-    engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seed: int,
+    step: int,
+    n: int = 1,
 ) -> list[Episode]:
-    """Episodes of n completions of each prompt without its context."""
-    rollouts = engine.generate([p.student_ids for p in prompts], params, n)
+    """Episodes of n completions of each prompt without its context; of one prompt together."""
     repeated = [p for p in prompts for _ in range(n)]
+    numbers = streams(seed, step, prompts, n)
+    rollouts = engine.generate([p.student_ids for p in repeated], params, numbers)
     return [
         Episode.of_completion(prompt, rollout.completion_token_ids, rollout.finish_reason)
         for prompt, rollout in zip(repeated, rollouts, strict=True)
     ]
+
+
+def stream_tensor(
+    streams: Sequence[int] | None, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> torch.Tensor:  # (B,) int64, on the CPU
+    """The streams of a call, zeros where it is greedy."""
+    if streams is None:
+        if params.temperature > 0:
+            raise ValueError(
+                "completions that are sampled must have a stream each, got none; pass "
+                "streams=noise.streams(seed, step, prompts)"
+            )
+        streams = [0] * len(prompts)
+    if len(streams) != len(prompts):
+        raise ValueError(
+            f"there must be one stream a completion, got {len(streams)} for {len(prompts)}"
+        )
+    return torch.tensor(list(streams), dtype=torch.long)

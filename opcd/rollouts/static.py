@@ -12,7 +12,7 @@ from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.prefix_cache import adapter_state
 from opcd.rollouts.decode import Decoder
-from opcd.rollouts.protocol import Rollout, SamplingParams
+from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 
 LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 
@@ -41,34 +41,35 @@ class StaticEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        streams: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """See RolloutEngine.generate. Draws from torch's global generator of the model's device.
-
-        On a GPU what is drawn depends on the decoder's rows too, so on the calls before.
-        """
+        """See RolloutEngine.generate."""
+        numbers = stream_tensor(streams, prompts, params)
         if not prompts:
             return []
-        repeated = [list(p) for p in prompts for _ in range(n)]
         longest = max(map(len, prompts)) + params.max_completion_tokens
         sequences: dict[int, list[int]] = {}
         with uncached_autocast(causal_lm(self._model).device):
             prefix = common_prefix(self._model, prompts)
-            decoder = self._decoder_for(min(self._batch_size, len(repeated)), longest)
-            for batch in batches_by_length(list(map(len, repeated)), self._batch_size):
+            decoder = self._decoder_for(min(self._batch_size, len(prompts)), longest)
+            for batch in batches_by_length(list(map(len, prompts)), self._batch_size):
                 decoder.load(
-                    [repeated[i] for i in batch],
+                    [prompts[i] for i in batch],
                     prefix,
                     params.max_completion_tokens,
                     params.temperature,
+                    numbers[batch],
                 )
                 decoder.run(params.max_completion_tokens)
                 sequences.update(zip(batch, decoder.sequences(), strict=False))
         rollouts = []
-        for i, prompt in enumerate(repeated):
+        for i, prompt in enumerate(prompts):
             ids = sequences[i][len(prompt) :]
             reason = "stop" if ids[-1] in self._eos else "length"
-            rollouts.append(Rollout(prompt, ids, reason, self._version))
+            rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
@@ -108,8 +109,7 @@ def why_not_static(model: torch.nn.Module, plan: Plan) -> str | None:
     if not plan.packed:
         return f"it needs packed passes, and sequences are {plan.mode}: {plan.reason}"
     device = causal_lm(model).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), uncached_autocast(device):
+    with uncached_autocast(device):
         try:
             gap = _gap_to_full_passes(model)
         except (UnsupportedModelError, RuntimeError) as error:  # or what a capture refuses
@@ -137,7 +137,7 @@ def _gap_to_full_passes(model: torch.nn.Module) -> float:
     decoder = Decoder(model, 2, LENGTH_STEP, [])
     if lm.device.type == "cuda":
         decoder.capture()
-    decoder.load([ids[:3], ids[3:]], None, 4, temperature=1.0)
+    decoder.load([ids[:3], ids[3:]], None, 4, 1.0, torch.tensor([1, 2]))
     gaps = []
     for _ in range(3):
         before = decoder.sequences()

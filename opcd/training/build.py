@@ -20,7 +20,6 @@ from opcd.training.sources import OnPolicy
 def build_distiller(setup: Setup) -> Distiller:
     """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
     config = setup.config
-    torch.manual_seed(config.seed)
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     if config.lora_rank:
         lora = LoraConfig(
@@ -29,7 +28,10 @@ def build_distiller(setup: Setup) -> Distiller:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        student = get_peft_model(setup.load(config.model), lora)
+        model = setup.load(config.model)
+        with torch.random.fork_rng([setup.device] if setup.device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            student = get_peft_model(model, lora)
     else:
         student = setup.load(config.model, torch.float32).requires_grad_(True)
     switch_off_dropout(student)

@@ -25,9 +25,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -> Path:
-    """Save model, optimizer, random state, number of steps and `extra` as ``folder/step-NNNNNN``.
+    """Save model, optimizer, number of steps and `extra` as ``folder/step-NNNNNN``.
 
-    Learning rate and data position are functions of the number of steps.
+    Learning rate, data position and what is sampled are functions of the number of steps.
     """
     target = folder / f"step-{distiller.steps_done:06d}"
 
@@ -36,7 +36,6 @@ def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -
         state = {
             "steps_done": distiller.steps_done,
             "optimizer": distiller.optimizer.state_dict(),
-            "random": _random_state(),
             **extra,
         }
         torch.save(state, aside / STATE_FILE)
@@ -58,9 +57,6 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
             f"delete that folder to continue from the one before"
         ) from error
     distiller.steps_done = state["steps_done"]
-    torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return state
 
 
@@ -71,13 +67,6 @@ def rotate(folder: Path, keep: int, best_step: int | None) -> None:
     for old in list_checkpoints(folder)[:-keep]:
         if old.name != f"step-{best_step or 0:06d}":
             remove_folder(old)
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
 
 
 def _save_student(student: Any, folder: Path) -> None:

@@ -28,8 +28,10 @@ class OnPolicy:
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes."""
-        prompts = step_prompts(self._prompts, step, self._config)
-        return complete(sampler, prompts, self._sampling, self._config.completions_per_prompt)
+        config = self._config
+        prompts = step_prompts(self._prompts, step, config)
+        n = config.completions_per_prompt
+        return complete(sampler, prompts, self._sampling, config.seed, step, n)
 
 
 def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import profile_step
-from benchmarks.trainers import Problem
+from benchmarks.problems import Problem
 
 
 def test_every_phase_is_told_and_kept(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import trainers
-from benchmarks.trainers import Measured, Problem, distiller, full_length, measured
+from benchmarks.problems import Measured, Problem
+from benchmarks.trainers import distiller, full_length, measured
 from opcd.passes.plan import Plan
 from opcd.rollouts.generate import TransformersEngine
 from opcd.rollouts.protocol import RolloutEngine
@@ -43,13 +44,14 @@ def test_every_phase_is_timed(ours: Measured) -> None:
 
 
 def test_what_was_sampled_is_given_again() -> None:
-    _, made, recorder, prompts = distiller(PROBLEM, CPU, torch.float32)
+    _, made, recorder = distiller(PROBLEM, CPU, torch.float32)
     recorder.limit = 3
-    first = made.rollout(prompts)
-    assert all(r.completion_token_ids[:3] == r.completion_token_ids[3:6] for r in first)
-    assert made.rollout(prompts) != first
-    recorder.kept, recorder.replays = first, True
-    assert made.rollout(prompts) == first
+    first, kept = made.rollout(), recorder.kept
+    assert all(r.completion_token_ids[:3] == r.completion_token_ids[3:6] for r in kept)
+    made.steps_done += 1
+    assert made.rollout() != first
+    recorder.kept, recorder.replays = kept, True
+    assert made.rollout() == first
 
 
 def test_ours_samples_with_the_engine_of_the_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:

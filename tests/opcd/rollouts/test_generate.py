@@ -104,10 +104,9 @@ def test_samples_follow_the_models_own_distribution(engine: Engine, temperature:
     model.generation_config = GenerationConfig(
         top_k=2, top_p=0.5, repetition_penalty=3.0, eos_token_id=1, pad_token_id=1
     )
-    torch.manual_seed(0)
     n, prompt = 6000, [3, 4, 5]
     params = SamplingParams(max_completion_tokens=2, temperature=temperature)
-    drawn = engine(model, n).generate([prompt], params, n=n)
+    drawn = engine(model, n).generate([prompt] * n, params, range(n))
     with torch.no_grad():
         ids = torch.tensor([[*prompt, token] for token in range(12)])
         first, second = (model(ids).logits[:, -2:] / temperature).softmax(-1).unbind(1)
@@ -130,8 +129,8 @@ def test_eos_is_kept_and_what_follows_is_not(engine: Engine) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    torch.manual_seed(0)
-    rollouts = engine(model).generate([[5], [6, 7]], SamplingParams(200, 1.0), n=20)
+    prompts = [[5]] * 20 + [[6, 7]] * 20
+    rollouts = engine(model).generate(prompts, SamplingParams(200, 1.0), range(40))
     assert len(rollouts) == 40
     stopped = [r for r in rollouts if r.finish_reason == "stop"]
     cut = [r for r in rollouts if r.finish_reason == "length"]
@@ -142,7 +141,7 @@ def test_eos_is_kept_and_what_follows_is_not(engine: Engine) -> None:
     for r in cut:
         assert 1 not in r.completion_token_ids
         assert len(r.completion_token_ids) == 200
-    assert [r.prompt_token_ids for r in rollouts] == [[5]] * 20 + [[6, 7]] * 20
+    assert [r.prompt_token_ids for r in rollouts] == prompts
 
 
 def test_the_version_of_the_weights_is_recorded(engine: Engine) -> None:

@@ -83,7 +83,6 @@ def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str
     grads = []
     for size in (1, 300, 4096):
         d, _ = distiller(settings, max_tokens_per_pass=size, average_over=average_over)
-        torch.manual_seed(3)
         episodes = d.rollout()
         grads.append(gradients(d, episodes, d.score(episodes))[0])
     for other in grads[1:]:
@@ -95,7 +94,6 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     """Each sequence alone, full logits, ordinary autograd: the mean reverse KL over all tokens."""
     d, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
     prompts = step_prompts(task.train, 0, d.config)
-    torch.manual_seed(3)
     episodes = d.rollout()
     # One that ends with EOS: it is a target like any other token.
     episodes[1] = Episode.of_completion(prompts[1], [40, 1])
@@ -144,8 +142,9 @@ def test_eos_that_was_sampled_is_scored(settings: dict) -> None:
     with torch.no_grad():
         d.student.lm_head.weight.zero_()
         d.student.lm_head.weight[1] = 0.01
-    torch.manual_seed(0)
-    episodes = [e for _ in range(30) for e in d.rollout()]
+    episodes = []
+    for d.steps_done in range(30):
+        episodes += d.rollout()
     stopped = [e for e in episodes if e.finish == "stop"]
     assert stopped
     assert all(e.student_ids[-1] == 1 for e in stopped)
@@ -171,8 +170,8 @@ def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
 
 
 def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:
-    _, config, task = distiller(settings)  # 12 prompts, 4 a step
-    steps = [step_prompts(task.train, i, config) for i in range(6)]
+    d, task = distiller(settings)  # 12 prompts, 4 a step
+    steps = [step_prompts(task.train, i, d.config) for i in range(6)]
     first, second = [*chain(*steps[:3])], [*chain(*steps[3:])]
     assert sorted(first) == sorted(second) == sorted(task.train)
     assert first != second
