@@ -11,6 +11,8 @@ from opcd.models.lm import Head, causal_lm, head_of, transformer
 from opcd.runtime.upload import uploaded
 from opcd_kernels import LinearDivergence, linear_divergence, reference
 
+Losses = LinearDivergence
+
 
 class Targets(NamedTuple):
     """What a student is held against: a teacher's hidden states and the head they belong to."""
@@ -40,7 +42,8 @@ def head_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
-) -> LinearDivergence:
+    add_weight_grad: bool = False,
+) -> Losses:
     """`linear_divergence` over the rows that both heads have."""
     return linear_divergence(
         student_hidden,
@@ -56,6 +59,7 @@ def head_divergence(
         student_softcap=student.softcap,
         teacher_softcap=teacher.softcap,
         vocab_size=min(len(student.weight), len(teacher.weight)),
+        add_weight_grad=add_weight_grad,
     )
 
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from opcd.episodes import Episode
 from opcd.models.lm import head_of
-from opcd.objective import Targets, head_divergence
+from opcd.objective import Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden
-from opcd_kernels import LinearDivergence
 
 
 class StudentLoss(torch.nn.Module):
@@ -23,18 +22,19 @@ class StudentLoss(torch.nn.Module):
         divergence: str = "reverse_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
+        add_weight_grad: bool = False,  # see `linear_divergence`
     ) -> None:
         super().__init__()
         self.student = student
         self.plan = plan
-        self._options = divergence, beta, temperature
+        self._options = divergence, beta, temperature, add_weight_grad
 
     def forward(
         self,
         episodes: Sequence[Episode],
         targets: Targets,
         token_weights: Tensor | None = None,  # (N,), each scored token's; default 1/N
-    ) -> LinearDivergence:
+    ) -> Losses:
         """Loss, and divergence and entropy of each scored token, in the order of the episodes."""
         hidden = planned_hidden(
             self.student,

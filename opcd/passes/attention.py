@@ -339,6 +339,10 @@ class _FlashCpu(torch.autograd.Function):
         query, key, value, out, lse, *prefixes = ctx.saved_tensors
         heads, kv_heads = query.shape[1], key.shape[1]
         group_size = heads // kv_heads
+        dtype = query.dtype
+        # In fp32 whatever came in: more exact, and on short sequences several times faster.
+        query, key, value, out, grad = (x.float() for x in (query, key, value, out, grad))
+        prefixes = [x.float() for x in prefixes]
         parts: list[tuple[Tensor, ...]] = []
         for block in ctx.packing.blocks:
             q, k, v, o = (block.spread(x) for x in (query, key, value, out))
@@ -362,6 +366,8 @@ class _FlashCpu(torch.autograd.Function):
                 parts_q.append(_unfold(found[0][0], group.stop - group.start))
                 prefix_grads.append((found[1][0], found[2][0]))
             dq = dq + (parts_q[0] if len(parts_q) == 1 else torch.cat(parts_q))
+        dq, dk, dv = (x.to(dtype) for x in (dq, dk, dv))
+        prefix_grads = [(a.to(dtype), b.to(dtype)) for a, b in prefix_grads]
         none = [None] * len(prefixes)
         of_prefixes = [*chain(*zip(*prefix_grads, strict=True))] if prefix_grads else none
         return None, None, dq, dk, dv, *of_prefixes

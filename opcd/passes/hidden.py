@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opcd.models.lm import causal_lm, head_of, transformer
 from opcd.passes.attention import Packing
-from opcd.passes.packed import packed_pass
+from opcd.passes.packed import Behind, InRow, packed_pass
 from opcd.passes.prefix import SharedPrefix
 from opcd.runtime.upload import uploaded
 
@@ -51,33 +51,45 @@ def completion_rows(
 
 
 def scored_hidden(
-    model: torch.nn.Module, rows: Sequence[Row], packed: bool = False
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    packed: bool = False,
+    shared: int = 0,
 ) -> Tensor:  # (N, D), N = all scored tokens
     """The hidden states that predict each scored token, in the order given.
 
     They are ready for the head's weight: a scale that the model puts on its logits is applied.
     `packed` is for models on which `find_plan` found that exact, and its rows may stand behind
-    different prefixes; the others take padded rows, all behind one prefix.
+    different prefixes; the others take padded rows, all behind one prefix. The first `shared`
+    tokens of packed rows without a prefix are the same in all, and are computed once, in the row.
 
     Raises UnsupportedModelError if `packed` and the model does not go through `AttentionInterface`.
     """
-    hidden = (_packed_rows if packed else _padded_rows)(model, rows)
+    assert not shared or packed, "padded rows share what was recorded"
+    hidden = _packed_rows(model, rows, shared) if packed else _padded_rows(model, rows)
     scale = head_of(model).scale
     return hidden if scale == 1 else hidden * scale
 
 
-def _packed_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
+def _packed_rows(model: torch.nn.Module, rows: Sequence[Row], shared: int) -> Tensor:
     device = causal_lm(model).device
     groups: dict[int, list[int]] = {}  # rows by their prefix, the longest of each first
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].needed)):
         groups.setdefault(id(rows[i].prefix), []).append(i)
     order = [i for group in groups.values() for i in group]
-    packing = Packing([[len(rows[i].needed) for i in g] for g in groups.values()], device)
-    ids = torch.tensor([[token for i in order for token in rows[i].needed]])
-    starts = dict(zip(order, packing.starts, strict=False))
-    wanted = [starts[i] + t for i, row in enumerate(rows) for t in row.predicting]
+    lengths = [[len(rows[i].needed) - shared for i in group] for group in groups.values()]
+    sequences = [rows[i].needed[shared:] for i in order]
+    prefixes: list[Behind] = [rows[group[0]].prefix for group in groups.values()]
+    first = 0  # of the rows' sequences among those of the packed row
+    if shared:
+        assert prefixes == [None], "either a prefix or a start of their own"
+        lengths, prefixes = [[shared], *lengths], [None, InRow(0, shared)]
+        sequences, first = [rows[0].needed[:shared], *sequences], 1
+    packing = Packing(lengths, device)
+    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+    starts = dict(zip(order, packing.starts[first:], strict=False))
+    wanted = [starts[i] + t - shared for i, row in enumerate(rows) for t in row.predicting]
     index = uploaded(torch.tensor(wanted), device)
-    prefixes = [rows[group[0]].prefix for group in groups.values()]
     hidden, _ = packed_pass(model, uploaded(ids, device), packing, prefixes)
     return hidden[0].index_select(0, index)
 

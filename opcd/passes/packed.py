@@ -10,7 +10,7 @@ in `decode.py`.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,27 +42,40 @@ class PackedPass(Protocol):
         ...
 
 
+class InRow(NamedTuple):
+    """A prefix that stands in the packed row itself, as the one sequence of a group."""
+
+    group: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Behind = SharedPrefix | InRow | None  # what the sequences of a group stand behind
+
+
 class _SequencesPass:
     """Whole sequences, each group of them behind a prefix of its own."""
 
-    def __init__(
-        self, packing: Packing, prefixes: Sequence[SharedPrefix | None], store: Store | None
-    ) -> None:
+    def __init__(self, packing: Packing, prefixes: Sequence[Behind], store: Store | None) -> None:
         self._packing = packing
         self._prefixes = prefixes
         self._store = store
         self.backends: dict[int, str] = {}  # by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
-        nothing = key[:0].transpose(0, 1), value[:0].transpose(0, 1)
-        kept = [
-            nothing if prefix is None else prefix.keys_values(layer, query.dtype)
-            for prefix in self._prefixes
-        ]
+        kept = []
+        for prefix in self._prefixes:
+            if isinstance(prefix, SharedPrefix):
+                kept.append(prefix.keys_values(layer, query.dtype))
+            else:
+                of = slice(0) if prefix is None else self._packing.groups[prefix.group]
+                kept.append((key[of].transpose(0, 1), value[of].transpose(0, 1)))
         keys, values = zip(*kept, strict=True)
         operands = Operands(query, key, value, keys, values)
         for prefix, states in zip(self._prefixes, kept, strict=True):
-            if prefix is not None:
+            if isinstance(prefix, SharedPrefix):
                 _check_layer(operands, prefix, states, layer, shape.window)
         shape = shape.within(max(operands.prefix_lengths) + self._packing.longest)
         self.backends[layer] = choose_backend(operands, shape)
@@ -75,7 +88,7 @@ def packed_pass(
     model: torch.nn.Module,
     input_ids: Tensor,  # (1, N), sequences one after another, as `packing` has them
     packing: Packing,
-    prefixes: Sequence[SharedPrefix | None],  # one for each group of `packing`
+    prefixes: Sequence[Behind],  # one for each group of `packing`
     store: Store | None = None,
 ) -> tuple[Tensor, set[str]]:  # (1, N, D), and the names of the attention backends used
     """The last hidden states of every token, each sequence as if alone behind its prefix.
@@ -94,7 +107,7 @@ def packed_pass(
             use_cache=False,
             packed_pass=this,
         )
-    recorded = next((prefix for prefix in prefixes if prefix is not None), None)
+    recorded = next((prefix for prefix in prefixes if isinstance(prefix, SharedPrefix)), None)
     layers = recorded.attention_layers if recorded is not None else set(this.backends)
     if not layers or set(this.backends) != layers:
         raise UnsupportedModelError(

@@ -11,7 +11,7 @@ from opcd.models.lm import causal_lm, head_of
 from opcd.objective import head_divergence
 from opcd.passes.hidden import Row, completion_rows, scored_hidden
 from opcd.passes.packed import packing_backends
-from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix, worthwhile_prefix
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +83,11 @@ def planned_hidden(
         # The backward runs the layers again, behind the pass: without its cache and its attention.
         return scored_hidden(model, rows)
     prompts = [row.token_ids[: row.spans[0][0]] for row in rows]
-    prefix = common_prefix(model, prompts) if plan.shares_prefix else None
     # With gradients, packed attention has a fused kernel on CPUs alone.
-    fused = causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()
-    return scored_hidden(model, [row.behind(prefix) for row in rows], plan.packed and fused)
+    if plan.packed and (causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()):
+        return scored_hidden(model, rows, packed=True, shared=worthwhile_prefix(prompts))
+    prefix = common_prefix(model, prompts) if plan.shares_prefix else None
+    return scored_hidden(model, [row.behind(prefix) for row in rows])
 
 
 def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:

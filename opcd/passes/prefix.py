@@ -106,13 +106,19 @@ class SharedPrefix:
 
 def common_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
     """What all prompts start with, where computing it once is worth a pass of its own."""
-    length = shared_prefix_length(prompts)
-    if length == 0 or length * (len(prompts) - 1) < MIN_TOKENS_SAVED:
+    length = worthwhile_prefix(prompts)
+    if length == 0:
         return None
     if rope_differs(causal_lm(model).config, length, max(map(len, prompts)) + 1):
         return None
     prefix = SharedPrefix(model, prompts[0][:length])
     return prefix if prefix.only_attention or not torch.is_grad_enabled() else None
+
+
+def worthwhile_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of what all prompts start with, or 0 where computing it once saves too little."""
+    length = shared_prefix_length(prompts)
+    return length if length * (len(prompts) - 1) >= MIN_TOKENS_SAVED else 0
 
 
 def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:

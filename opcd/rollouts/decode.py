@@ -13,7 +13,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm
@@ -83,25 +82,6 @@ class _StepPass:
         return cached_attention(query, keys, values, self._visible[shape.window], shape)
 
 
-class CastWeights:
-    """fp32 weights of linear layers in autocast's dtype, by the model's names for them.
-
-    Under autocast every pass casts them: once more a step, or once a context and stale in a graph
-    that outlives it. These are cast when told to, into the same memory; results are the same.
-    """
-
-    def __init__(self, lm: torch.nn.Module, dtype: torch.dtype) -> None:
-        linear = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
-        named = {f"{n}.{k}": p for n, m in linear.items() for k, p in m.named_parameters("", False)}
-        self._weights = {n: p.detach() for n, p in named.items() if p.dtype == torch.float32}
-        self.casts = {n: torch.empty_like(p, dtype=dtype) for n, p in self._weights.items()}
-
-    def refresh(self) -> None:
-        """Take the model's weights as they are now."""
-        for name, weight in self._weights.items():
-            self.casts[name].copy_(weight)
-
-
 class Decoder:
     """Memory for B rows of at most T tokens, and the step that appends a token to each.
 
@@ -118,7 +98,6 @@ class Decoder:
         self._device = device = lm.device
         low = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if low else lm.dtype
-        self._weights = CastWeights(lm, dtype) if low else None
         self._cache = StaticCache(rows, length, dtype)
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
         # Rows of prompt and completion. A finished row writes behind its end: one column more.
@@ -132,12 +111,6 @@ class Decoder:
         self._first = torch.zeros_like(self._position)  # where the completion's first token goes
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # of the graph's last replay
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take over changed weights, which autocast's casts do not follow by themselves."""
-        if self._weights is not None:
-            self._weights.refresh()
 
     def load(
         self,
@@ -205,16 +178,11 @@ class Decoder:
 
     def step(self) -> Tensor:  # (B, V), fp32: what the appended tokens were drawn from
         """Append a token to every row that is not finished. Call it inside `packed_attention`."""
-        output = functional_call(
-            causal_lm(self._model),
-            self._weights.casts if self._weights is not None else {},
-            kwargs={
-                "input_ids": self._tokens.gather(1, self._position[:, None]).T,  # (1, B)
-                "position_ids": self._position[None],
-                "use_cache": False,
-                "packed_pass": _StepPass(self._cache, self._position),
-            },
-            tie_weights=False,  # an embedding is not cast where the head is
+        output = causal_lm(self._model)(
+            input_ids=self._tokens.gather(1, self._position[:, None]).T,  # (1, B)
+            position_ids=self._position[None],
+            use_cache=False,
+            packed_pass=_StepPass(self._cache, self._position),
         )
         logits = output.logits[0].float()
         greedy = self._temperature == 0

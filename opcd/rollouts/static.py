@@ -20,12 +20,12 @@ LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes co
 class StaticEngine:
     """Decodes on the trained module itself, on a GPU by replaying a CUDA graph.
 
-    Weights are never stale: the graph reads them where the optimizer writes them, casts for
-    autocast are made anew in every call, and whatever else a graph holds fast is compared in every
-    call (where each tensor lies, adapters, training mode).
+    Weights are never stale: the graph reads them where the optimizer writes them, and whatever else
+    it holds fast is compared in every call (where each tensor lies, adapters, training mode). Under
+    autocast fp32 weights are cast in every step, unless `CastWeights` stand in their places.
 
     Between calls the engine keeps its decoder: the largest number of rows and tokens asked for, as
-    keys and values, and under autocast a copy of the linear layers' weights; `close` frees them.
+    keys and values; `close` frees them.
     """
 
     name = "static"
@@ -82,14 +82,13 @@ class StaticEngine:
         self._decoder = None
 
     def _decoder_for(self, rows: int, longest: int) -> Decoder:
-        """The decoder of the call before, if it fits, with the weights as they are now."""
+        """The decoder of the call before, if it fits."""
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
         if held is not None and fixed == self._fixed:
             if self._graphed:  # idle rows cost a graph little, a new graph costs a second
                 rows, length = max(rows, held.rows), max(length, held.length)
             if (held.rows, held.length) == (rows, length):
-                held.refresh()
                 return held
         self._decoder = held = None  # its memory, before as much is asked for again
         decoder = Decoder(self._model, rows, length, self._eos)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from opcd.evaluation.score import teacher_of
-from opcd.models.lm import autocast, switch_off_dropout
+from opcd.models.lm import autocast, head_of, switch_off_dropout
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
@@ -46,6 +46,13 @@ def build_distiller(setup: Setup) -> Distiller:
     student.eval()
     with autocast(setup.device, setup.dtype):
         engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
-    loss = StudentLoss(student, plan, config.divergence, config.beta, config.temperature)
+    loss = StudentLoss(
+        student,
+        plan,
+        config.divergence,
+        config.beta,
+        config.temperature,
+        add_weight_grad=head_of(student).weight.requires_grad,
+    )
     source = OnPolicy(setup.task.train, config)
     return Distiller(loss, teacher, engine, source, config, setup.dtype)

@@ -56,6 +56,7 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
             f"{checkpoint} must hold a checkpoint of this run, got {reason}; "
             f"delete that folder to continue from the one before"
         ) from error
+    distiller.weights_changed()
     distiller.steps_done = state["steps_done"]
     return state
 

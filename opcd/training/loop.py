@@ -6,8 +6,8 @@ episodes, targets ── exact reverse KL over the vocabulary ──► gradient
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from torch import Tensor
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
+from opcd.models.cast_weights import CastWeights
 from opcd.models.lm import autocast, batches_by_tokens
-from opcd.objective import Targets
+from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
 from opcd.runtime.stopwatch import Stopwatch
 from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.sources import Source
+
+T = TypeVar("T")
 
 
 class Distiller:
@@ -52,6 +55,8 @@ class Distiller:
         )
         self._device = self.parameters[0].device
         self._compute_dtype = compute_dtype
+        low = compute_dtype != torch.float32
+        self.casts = CastWeights(self.student, compute_dtype) if low else None
 
     def step(self) -> dict[str, Any]:
         """The next step; returns its metrics."""
@@ -81,8 +86,7 @@ class Distiller:
     def rollout(self) -> list[Episode]:
         """What the next step trains on, from the student as it is."""
         self.engine.sync(self.student, self.steps_done)
-        with self.autocast():
-            return self.source.episodes(self.steps_done, self.engine)
+        return self.in_low_precision(lambda: self.source.episodes(self.steps_done, self.engine))
 
     def score(self, episodes: Sequence[Episode]) -> Targets:
         """The teacher's side of the same tokens, behind the context."""
@@ -99,12 +103,12 @@ class Distiller:
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
-            with self.autocast():
-                out = self.student_loss(
-                    [episodes[i] for i in batch],
-                    targets.of(batch),
-                    torch.cat([weights[i] for i in batch]),
-                )
+            arguments = (
+                [episodes[i] for i in batch],
+                targets.of(batch),
+                torch.cat([weights[i] for i in batch]),
+            )
+            out = self._loss(*arguments)
             out.loss.backward()
             totals += torch.stack(
                 [out.loss.detach(), out.per_token.sum(), out.student_entropy.sum()]
@@ -124,6 +128,7 @@ class Distiller:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.weights_changed()
         self.steps_done += 1
         return {
             "loss": loss,
@@ -133,9 +138,23 @@ class Distiller:
             "learning_rate": learning_rate,
         }
 
-    def autocast(self) -> torch.autocast:
-        """The arithmetic of every pass of the student."""
-        return autocast(self._device, self._compute_dtype)
+    def _loss(self, *arguments: Any) -> Losses:
+        with autocast(self._device, self._compute_dtype):
+            # A recomputation in backward would no longer find the casts.
+            if self.casts is None or self.config.gradient_checkpointing:
+                return self.student_loss(*arguments)
+            return self.casts.run(lambda: self.student_loss(*arguments))
+
+    @torch.no_grad()
+    def in_low_precision(self, function: Callable[[], T]) -> T:
+        """`function()` in the arithmetic of the student's passes, without gradients."""
+        with autocast(self._device, self._compute_dtype):
+            return function() if self.casts is None else self.casts.run(function, head=True)
+
+    def weights_changed(self) -> None:
+        """The student's weights are others now."""
+        if self.casts is not None:
+            self.casts.outdated()
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
-from opcd.evaluation.contenders import greedy_answers
+from opcd.evaluation.contenders import Answer, greedy_answers
 from opcd.evaluation.report import read_metrics
 from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
@@ -185,13 +185,17 @@ def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
     """Accuracy without the context, and divergence to the teacher, on the validation prompts."""
     config, task, student = setup.config, setup.task, distiller.student
     begin = time.perf_counter()
-    with distiller.autocast():
-        distiller.engine.sync(student, distiller.steps_done)
-        prompt_ids = [case.prompt.student_ids for case in task.validation]
-        answers = greedy_answers(distiller.engine, prompt_ids, setup)
-        prompts = [case.prompt for case in spread(task.validation, config.divergence_prompts)]
-        side = own_side(student, distiller.student_loss.plan, distiller.engine, prompts, config)
-        divergence = divergence_to(distiller.teacher, side, config.temperature)
+    distiller.engine.sync(student, distiller.steps_done)
+    prompt_ids = [case.prompt.student_ids for case in task.validation]
+    prompts = [case.prompt for case in spread(task.validation, config.divergence_prompts)]
+    plan, engine = distiller.student_loss.plan, distiller.engine
+
+    def measured() -> tuple[list[Answer], float]:
+        answers = greedy_answers(engine, prompt_ids, setup)
+        side = own_side(student, plan, engine, prompts, config)
+        return answers, divergence_to(distiller.teacher, side, config.temperature)
+
+    answers, divergence = distiller.in_low_precision(measured)
     return {
         "accuracy": accuracy(answers, task.validation, task.scorer),
         "divergence": divergence,
