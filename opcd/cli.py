@@ -30,6 +30,10 @@ def _main(argv: Sequence[str] | None) -> int:
     command = arguments.subcommand
     values = arguments[command].as_dict()
     values.pop("config", None)
+    if command == "train":
+        # Threads that wait spin, and take a busy machine's processors from those that work. This
+        # lets them sleep; it is read when torch is first imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

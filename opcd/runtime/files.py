@@ -10,11 +10,18 @@ from opcd.errors import InputError
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(folder)`` on a folder aside, then put that in the place of `target`."""
+    """Call ``write(folder)`` on a folder aside, then put that in the place of `target`.
+
+    What was begun is gone where that fails, and `target` is what it was.
+    """
     aside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     remove_folder(target)
     aside.rename(target)
 
@@ -26,6 +33,16 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files in a folder take."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder that is there."""
+    return shutil.disk_usage(folder).free
 
 
 def make_folder(folder: Path) -> Path:

@@ -1,9 +1,14 @@
-"""Checkpoints: complete or absent, never half written; everything a run needs to continue."""
+"""Checkpoints: complete or absent, never half written; everything a run needs to continue.
+
+The newest one holds the optimizer's state, the others (the best on validation data, and
+`keep_checkpoints` in all) the weights alone. A finished run keeps the newest if more steps may
+follow, and nothing if not: what was chosen is in final/.
+"""
 
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -11,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.runtime.files import remove_folder, write_folder
+from opcd.runtime.files import folder_bytes, free_bytes, remove_folder, write_folder
 from opcd.training.loop import Distiller
 
 STATE_FILE = "trainer.pt"
@@ -24,12 +30,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:06d}"
+
+
 def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -> Path:
     """Save model, optimizer, number of steps and `extra` as ``folder/step-NNNNNN``.
 
     Learning rate, data position and what is sampled are functions of the number of steps.
+
+    Raises InputError if it cannot be written; the checkpoints before it are as they were.
     """
-    target = folder / f"step-{distiller.steps_done:06d}"
+    target = checkpoint_of(folder, distiller.steps_done)
 
     def write(aside: Path) -> None:
         _save_student(distiller.student, aside)
@@ -40,12 +53,27 @@ def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -
         }
         torch.save(state, aside / STATE_FILE)
 
-    write_folder(target, write)
+    try:
+        write_folder(target, write)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        kept = list_checkpoints(folder)
+        left = f"{kept[-1].name} is kept" if kept else "no checkpoint is there yet"
+        raise InputError(
+            f"{target} must be written, got {reason}; it needs about "
+            f"{_size(_Sizes.of(distiller).whole)}, and {_size(free_bytes(folder.parent))} are "
+            f"free; make room and continue with --resume ({left})"
+        ) from error
     return target
 
 
 def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
     """Put a distiller where `save_checkpoint` left it; returns the saved state."""
+    if not (checkpoint / STATE_FILE).exists():
+        raise InputError(
+            f"{checkpoint} must hold the optimizer's state to be continued, but holds weights "
+            f"alone, as all but the newest do; restore the newest, or start another output_dir"
+        )
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         _load_student(distiller.student, checkpoint)
@@ -53,8 +81,8 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
     except (OSError, RuntimeError, LookupError, EOFError, ValueError, *_DAMAGED) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{checkpoint} must hold a checkpoint of this run, got {reason}; "
-            f"delete that folder to continue from the one before"
+            f"{checkpoint} must hold a checkpoint of this run, got {reason}; restore it from a "
+            f"copy, or start another output_dir"
         ) from error
     distiller.weights_changed()
     distiller.steps_done = state["steps_done"]
@@ -62,12 +90,57 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
 
 
 def rotate(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what a kill left."""
+    """Delete all but the newest `keep` checkpoints and the best one, the optimizer's state of all
+    but the newest, and what a kill left."""
     for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(leftover)
-    for old in list_checkpoints(folder)[:-keep]:
-        if old.name != f"step-{best_step or 0:06d}":
+    *older, _ = found = list_checkpoints(folder)
+    for old in older:
+        if old in found[-keep:] or old == checkpoint_of(folder, best_step or 0):
+            (old / STATE_FILE).unlink(missing_ok=True)
+        else:
             remove_folder(old)
+
+
+def finish(folder: Path, config: TrainConfig) -> None:
+    """Keep what a finished run needs: the newest checkpoint where steps may still be added."""
+    found = list_checkpoints(folder)
+    for checkpoint in found[:-1] if config.schedule == "constant" else found:
+        remove_folder(checkpoint)
+
+
+def check_room(folder: Path, distiller: Distiller, final_bytes: int) -> None:
+    """Raise InputError if a run's checkpoints and its model will not fit on the disk of `folder`.
+
+    At its peak a run holds two whole checkpoints, the weights of the others, and final/.
+    """
+    sizes = _Sizes.of(distiller)
+    needed = 2 * sizes.whole + distiller.config.keep_checkpoints * sizes.weights + final_bytes
+    room = free_bytes(folder) + folder_bytes(folder)
+    if needed > room:
+        raise InputError(
+            f"output_dir must have room for the run's checkpoints, about {_size(needed)}, got "
+            f"{_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
+            f"keep_checkpoints, or train an adapter with lora_rank"
+        )
+
+
+class _Sizes(NamedTuple):
+    """Bytes of a checkpoint's weights, and of a whole one."""
+
+    weights: int
+    whole: int
+
+    @classmethod
+    def of(cls, distiller: Distiller) -> "_Sizes":
+        trained = sum(p.numel() * p.element_size() for p in distiller.parameters)
+        everything = sum(p.numel() * p.element_size() for p in distiller.student.parameters())
+        weights = trained if isinstance(distiller.student, PeftModel) else everything
+        return cls(weights, weights + 2 * trained)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _save_student(student: Any, folder: Path) -> None:

@@ -127,7 +127,7 @@ class Distiller:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self._device.type != "cpu")
         self.weights_changed()
         self.steps_done += 1
         return {

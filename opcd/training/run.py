@@ -19,8 +19,15 @@ from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import spread
 from opcd.training.build import build_distiller
-from opcd.training.checkpoint import list_checkpoints, load_checkpoint, rotate, save_checkpoint
-from opcd.training.export import SELECTION_FILE, export
+from opcd.training.checkpoint import (
+    check_room,
+    finish,
+    list_checkpoints,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+)
+from opcd.training.export import export, read_selection, stored_dtype
 from opcd.training.loop import Distiller
 
 log = logging.getLogger(__name__)
@@ -48,14 +55,18 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     progress = progress or Progress()
     setup = prepare(config)
     folder = _check_folder(setup.config, resume, progress)
-    outcome, best = _fit(setup, folder, resume, progress)
-    if outcome.stopped:
+    config, finished = setup.config, read_selection(folder).get("steps_done")
+    if finished == config.steps:
+        outcome = Outcome(folder, finished, None, None)
+    else:
+        outcome, best = _fit(setup, folder, resume, progress)
+        if outcome.stopped:
+            return outcome
+        export(setup, folder, best)  # what was trained is out of memory by now
+    finish(folder / "checkpoints", config)
+    if not config.eval_data:
         return outcome
-    export(setup, folder, best)  # what was trained is out of memory by now
-    if not setup.config.eval_data:
-        return outcome
-    final = folder / "final"
-    scored = score(setup, str(final), progress, _selection(final))
+    scored = score(setup, str(folder / "final"), progress, read_selection(folder))
     write_scored(folder, scored, setup)
     return outcome._replace(scored=scored)
 
@@ -85,7 +96,7 @@ def evaluate_run(
     selection: dict[str, Any] | None = None
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
     if distilled is None:
-        selection = _selection(run / "final")
+        selection = read_selection(run)
         same = not TrainConfig.load(run / "config.yaml").differing_fields(config)
         target = run if same else run / f"eval-{data}"
     elif distilled != "none":
@@ -96,11 +107,6 @@ def evaluate_run(
     scored = score(setup, None if path == "none" else path, progress, selection)
     write_scored(target, scored, setup)
     return target, scored
-
-
-def _selection(final: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((final / SELECTION_FILE).read_text(encoding="utf-8"))
-    return found
 
 
 def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
@@ -149,6 +155,7 @@ def _fit(
                 f"a resumed run must see the prompts it was started with, but context, prompts or "
                 f"chat template give other token ids than in {done[-1]}; restore the files"
             )
+    check_room(folder, distiller, _final_bytes(setup, distiller))
     progress.say(_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
     write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
@@ -179,6 +186,11 @@ def _fit(
         progress.end()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best
+
+
+def _final_bytes(setup: Setup, distiller: Distiller) -> int:
+    size = stored_dtype(setup.config.model).itemsize
+    return size * sum(p.numel() for p in distiller.student.parameters())
 
 
 def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:

@@ -123,21 +123,6 @@ def test_a_decoder_is_made_anew_where_a_graph_would_be_wrong(change: Callable) -
     assert engine._decoder is None
 
 
-def test_casts_give_what_autocast_gives() -> None:
-    """Bit for bit, with an embedding that is tied to the head and stays in fp32."""
-    model = tiny_llama(tie_word_embeddings=True)
-    logits = []
-    for casts in (True, False):
-        with torch.no_grad(), autocast(CPU, torch.bfloat16):
-            decoder = Decoder(model, 2, 64, [1])
-            assert decoder._weights.casts["lm_head.weight"].dtype == torch.bfloat16
-            if not casts:
-                decoder._weights.casts.clear()
-            decoder.load([[5, 6], [7, 8, 9]], None, 4, 0.0, torch.arange(2))
-            logits.append(decoder.step_logits())
-    assert torch.equal(*logits)
-
-
 def test_what_was_in_the_cache_before_is_not_seen() -> None:
     model = tiny_llama()
     engine = StaticEngine(model, 2)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,13 +150,133 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(
 
 
 def test_old_checkpoints_go_and_the_best_stays(settings: dict) -> None:
-    config = write_config(settings, steps=12, validate_every=3, save_every=1, keep_checkpoints=2)
+    """While a run goes on: the newest can be continued, the others hold weights alone."""
+    steps = {"steps": 100_000, "validate_every": 3, "save_every": 1, "keep_checkpoints": 2}
+    process = start(write_config(settings, **steps))
+    run = Path(settings["output_dir"])
+    wait_for_step(run, 8, process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    found = list_checkpoints(run / "checkpoints")
+    state = torch.load(found[-1] / "trainer.pt", weights_only=True)
+    last, best = state["steps_done"], state["best"]["step"]
+    assert [int(p.name.removeprefix("step-")) for p in found] == sorted({last - 1, last, best})
+    assert [(p / "trainer.pt").exists() for p in found] == [False] * (len(found) - 1) + [True]
+    AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{best:06d}")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_finished_run_keeps_what_it_needs(
+    settings: dict, schedule: str, lora_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint where steps may be added; a resumed one is scored and not trained."""
+    config = write_config(settings, schedule=schedule, lora_rank=lora_rank)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
-    best = json.loads((run / "final" / "selection.json").read_text())["step"]
-    kept = {int(p.name.removeprefix("step-")) for p in list_checkpoints(run / "checkpoints")}
-    assert kept == {11, 12, best}
-    AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{best:06d}")
+    left = [p.name for p in list_checkpoints(run / "checkpoints")]
+    assert left == (["step-000006"] if schedule == "constant" else [])
+    card = (run / "scorecard.json").read_text()
+    (run / "scorecard.json").unlink()
+    monkeypatch.setattr("opcd.training.loop.Distiller.step", None)  # it must not be called
+    assert main(["train", "--config", config, "--resume"]) == 0
+    assert (run / "scorecard.json").read_text() == card
+
+
+def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
+    grades = iter([0.9, 0.1, 0.2])
+    monkeypatch.setattr("opcd.training.run.accuracy", lambda *_: next(grades))
+    config = write_config(settings, validate_every=3, eval_data=None)
+    assert main(["train", "--config", config]) == 0
+    run = Path(settings["output_dir"])
+    weights = (run / "final" / "model.safetensors").read_bytes()
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    selection = json.loads((run / "final" / "selection.json").read_text())
+    assert (selection["step"], selection["steps_done"]) == (3, 8)
+    assert "step 3 of 8" in selection["how"]
+    assert (run / "final" / "model.safetensors").read_bytes() == weights
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """For a child: writing past this many bytes of a file fails, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_save_that_fails_keeps_the_checkpoint_before_it(settings: dict) -> None:
+    """The weights fit, the optimizer's state does not: nothing half written stays."""
+    config = write_config(settings, steps=4, save_every=2, validation_data=None)
+    run = Path(settings["output_dir"])
+    first = start(config)
+    wait_for_step(run, 3, first)
+    first.kill()
+    first.wait()
+    (kept,) = list_checkpoints(run / "checkpoints")
+    weights = (kept / "model.safetensors").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-m", "opcd.cli", "train", "--config", config, "--resume"],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_files(weights + 1000),
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "step-000004 must be written, got" in done.stderr
+    assert "needs about 0.4 MB, and" in done.stderr
+    assert "step-000002 is kept" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert main(["train", "--config", config, "--resume"]) == 0
+
+
+def test_room_is_checked_before_the_first_step(
+    settings: dict, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opcd.training.checkpoint.free_bytes", lambda _: 500_000)
+    assert main(["train", "--config", write_config(settings)]) == 2
+    assert "output_dir must have room for the run's checkpoints, about" in capsys.readouterr().err
+    assert losses(settings["output_dir"]) == []
+    monkeypatch.undo()
+    assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
+
+
+def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
+    """The policy is there before torch is, and what the user set stays."""
+    code = (
+        "import sys, opcd.cli, os\n"
+        "import opcd.training.run\n"
+        "assert 'OMP_WAIT_POLICY' not in os.environ, 'a library call'\n"
+    )
+    plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=plain)
+    code = (
+        "import sys, os, opcd.config\n"
+        "real = opcd.config.TrainConfig.check\n"
+        "def check(self):\n"
+        "    print('policy', os.environ.get('OMP_WAIT_POLICY'))\n"
+        "    return real(self)\n"
+        "opcd.config.TrainConfig.check = check\n"
+        "from opcd.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    config = write_config(settings, prompts="none.jsonl")
+    for command, arguments, own, expected in (
+        ("train", [], {}, "passive"),
+        ("train", [], {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("eval", ["--distilled=none"], {}, "None"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--config", config, *arguments],
+            capture_output=True,
+            text=True,
+            env=plain | own,
+            check=False,
+        )
+        assert f"policy {expected}" in done.stdout, done.stderr
 
 
 def test_a_run_without_validation_takes_the_last_step_and_says_so(settings: dict) -> None:
@@ -203,10 +325,10 @@ def test_a_damaged_checkpoint_is_named(settings: dict, capsys: pytest.CaptureFix
     for name, length in (("model.safetensors", 500), ("trainer.pt", 500), ("trainer.pt", 0)):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[:length] or b"garbage")
-        assert main(["train", "--config", config, "--resume"]) == 2
+        assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
         assert f"{newest} must hold a checkpoint" in capsys.readouterr().err
         (newest / name).write_bytes(whole)
-    assert main(["train", "--config", config, "--resume"]) == 0
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
 
 
 def test_a_model_whose_files_lack_weights_is_refused(
