@@ -9,6 +9,9 @@ Before every round of another provider ours is timed too, so that `times_ours` c
     ours-packed     the teacher as it is
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
+
+`test_contexts`: as many sequences, each behind a context of its own or all behind one; the prefixes
+are recorded before. `times_one` is the median over that of one context, rounds interleaved.
 """
 
 import functools
@@ -199,4 +202,46 @@ def test_teacher(benchmark: Callable, provider: str, case: Case) -> None:
         "peak_mib": None if peak is None else round(peak, 1),
         "prefix_mib": round(prefix.nbytes / 2**20, 1),
         "times_ours": round(benchmark.stats.stats.median / statistics.median(ours), 2),
+    }
+
+
+@pytest.mark.parametrize("contexts", [1, 16])
+def test_contexts(benchmark: Callable, contexts: int) -> None:
+    name, model = load("smollm2")
+    p, sequences = 512, 16
+    lengths = [44] * sequences
+    parts = tokens(*[p] * sequences, *[PROMPT] * sequences, *lengths)
+    prefixes, prompts, completions = (parts[i : i + sequences] for i in (0, 16, 32))
+    teacher = SharedPrefixTeacher(model, {str(i): ids for i, ids in enumerate(prefixes)})
+
+    def score(count: int) -> Tensor:
+        names = [str(i % count) for i in range(sequences)]
+        return teacher.score(prompts, completions, names).hidden
+
+    alone = torch.cat(
+        [
+            SharedPrefixTeacher(model, prefixes[i % contexts], shared=False).score([a], [b]).hidden
+            for i, (a, b) in enumerate(zip(prompts, completions, strict=True))
+        ]
+    )
+    found = head_divergence(score(contexts), teacher.head, alone, teacher.head).per_token
+    divergence = found.mean().item()
+    assert divergence < (1e-5 if torch.float32 == DTYPE else 0.02), "wrong: not timed"
+    one: list[float] = []
+    score(1)
+    benchmark.pedantic(
+        lambda: seconds(lambda: score(contexts)),
+        setup=lambda: one.append(seconds(lambda: score(1))),
+        rounds=2 * ROUNDS,
+    )
+    benchmark.extra_info |= {
+        "question": "contexts",
+        "provider": "ours-packed",
+        "model": name,
+        "P": p,
+        "B": sequences,
+        "contexts": contexts,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "divergence": float(f"{divergence:.2g}"),
+        "times_one": round(benchmark.stats.stats.median / statistics.median(one), 2),
     }

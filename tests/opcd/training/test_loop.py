@@ -15,6 +15,7 @@ from opcd.episodes import Episode, Span
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.objective import Targets
+from opcd.rollouts.protocol import RolloutEngine
 from opcd.tasks.prepare import prepare
 from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
@@ -118,6 +119,59 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
     for a, b in zip(grads, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+class Fixed:
+    """A source of the same completions whatever the weights are."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
+        return [
+            Episode.of_completion(prompt, [40 + (7 * step + 5 * i + k) % 200 for k in range(3 + i)])
+            for i, prompt in enumerate(self._task.train[step : step + 3])
+        ]
+
+
+def test_ten_updates_are_those_of_plain_autograd(settings: dict) -> None:
+    """Full logits of each sequence alone, ordinary autograd and AdamW; fixed completions."""
+    d, task = distiller(settings, steps=10, schedule="linear", max_tokens_per_pass=60)
+    d.source = Fixed(task)
+    start = [p.detach().clone() for p in d.parameters]
+    student, teacher = tiny_llama(), d.teacher.model
+    student.load_state_dict(d.student.state_dict())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=d.config.weight_decay)
+    for step in range(10):
+        episodes = d.source.episodes(step, d.engine)
+        tokens = sum(e.scored_tokens for e in episodes)
+        loss = torch.zeros(())
+        for episode in episodes:
+            (span,) = episode.spans
+            prefix = task.a_prefix
+            logits = [
+                model(input_ids=torch.tensor([[*ids]]), use_cache=False).logits[0, first:-1]
+                for model, ids, first in (
+                    (student, episode.student_ids, span.student_start - 1),
+                    (
+                        teacher,
+                        [*prefix, *episode.teacher_ids],
+                        len(prefix) + span.teacher_start - 1,
+                    ),
+                )
+            ]
+            loss = loss + reference.divergence(logits[0], logits[1].detach()).sum() / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), d.config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = d.config.learning_rate * rate_factor(step, d.config)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert d.step()["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    ours, plain = (torch.cat([p.flatten() for p in m.parameters()]) for m in (d.student, student))
+    moved = torch.cat([(p - s).flatten() for p, s in zip(d.parameters, start, strict=True)])
+    assert moved.norm() > 1e-2 * ours.norm(), "the weights must have moved"
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
 
 
 def test_each_phase_of_a_step_is_timed(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
