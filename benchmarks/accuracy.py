@@ -4,12 +4,12 @@
     python -m benchmarks.accuracy --json FILE      and writes its rows
 
 Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
-0.4, 0.04, 0.004 and 0.0005 nats a token. `gradient_error` is the larger relative error (2-norm) of
-the two gradients over 32 tokens; `kl_error` the largest relative error of a single token's
-divergence over eight tokens, `kl_lowest` the smallest divergence reported for them in multiples of
-the exact one: below 0 is impossible. Without a GPU Triton's interpreter runs the Triton kernels. It
-truncates to bf16 where a GPU rounds (ours round by themselves there), and Liger's own projection
-rounds its logits to bf16.
+0.4, 0.04, 0.004 and 0.0005 nats a token; a `-mixture` is half the reverse and half the forward KL.
+`gradient_error` is the larger relative error (2-norm) of the two gradients over 32 tokens;
+`kl_error` the largest relative error of a single token's divergence over eight tokens, `kl_lowest`
+the smallest divergence reported for them in multiples of the exact one: below 0 is impossible.
+Without a GPU Triton's interpreter runs the Triton kernels. It truncates to bf16 where a GPU rounds
+(ours round by themselves there), and Liger's own projection rounds its logits to bf16.
 """
 
 import argparse
@@ -24,9 +24,11 @@ if not torch.cuda.is_available():
 from benchmarks.providers import (
     PROVIDERS,
     Unavailable,
+    definition,
     gradient_error,
     gradients,
     plain_loss,
+    plain_mixture,
     tensors,
 )
 from benchmarks.rows import origin, write
@@ -40,9 +42,12 @@ def measure(target: float, device: torch.device) -> list[dict]:
     """One row a provider at a divergence of about `target` nats."""
     inputs = tensors(TOKENS, D, V, device, NOISE[target])
     double = tuple(x.double() for x in inputs)
-    exact = gradients(plain_loss, double)
+    definitions = (plain_loss, plain_mixture)
+    exact = {loss: gradients(loss, double) for loss in definitions}
     with torch.no_grad():
-        divergences = [plain_loss(*token(double, i)).item() for i in range(SINGLE)]
+        divergences = {
+            loss: [loss(*token(double, i)).item() for i in range(SINGLE)] for loss in definitions
+        }
     rows = []
     for name, make in PROVIDERS.items():
         try:
@@ -50,14 +55,16 @@ def measure(target: float, device: torch.device) -> list[dict]:
         except Unavailable as reason:
             print(f"{name}: {reason}")
             continue
-        error = gradient_error(gradients(loss, inputs), exact)
+        mathematical = definition(name)
+        error = gradient_error(gradients(loss, inputs), exact[mathematical])
         ratios = [
-            gradients(loss, token(inputs, i))[0].item() / kl for i, kl in enumerate(divergences)
+            gradients(loss, token(inputs, i))[0].item() / value
+            for i, value in enumerate(divergences[mathematical])
         ]
         rows.append(
             {
                 "provider": name,
-                "kl": float(f"{exact[0].item():.2g}"),
+                "kl": float(f"{exact[plain_loss][0].item():.2g}"),
                 "gradient_error": float(f"{error:.2g}"),
                 "kl_error": float(f"{max(abs(r - 1) for r in ratios):.2g}"),
                 "kl_lowest": float(f"{min(ratios):.3g}"),

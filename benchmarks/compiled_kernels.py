@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opcd_kernels import dual_triton, prefix_attention, rows_triton
-from opcd_kernels.options import DIVERGENCES
+from opcd_kernels.options import DIVERGENCES, KINDS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -45,25 +45,34 @@ class Build(NamedTuple):
 
 
 def divergence_builds() -> Iterator[Build]:
-    """Plain or with every option, with a gradient or without."""
-    for divergence, (gradient, dz, options) in itertools.product(
-        DIVERGENCES,
+    """Plain or with every option, with a gradient or without; beside target ids."""
+    for kind, (gradient, dz, options, targets) in itertools.product(
+        (*DIVERGENCES, "mixture"),
         [
-            (True, "bf16", False),
-            (True, "bf16", True),
-            (True, "fp32", True),
-            (False, "bf16", False),
-            (False, "bf16", True),
+            (True, "bf16", False, False),
+            (True, "bf16", True, False),
+            (True, "fp32", True, False),
+            (False, "bf16", False, False),
+            (False, "bf16", True, False),
+            (True, "bf16", False, True),
+            (True, "bf16", True, True),
         ],
     ):
         yield Build(
             rows_triton.divergence_rows_kernel,
-            {"divergence": divergence, "gradient": gradient, "dz": dz, "options": options},
-            {"dz_ptr": f"*{dz}"}
+            {
+                "divergence": kind,
+                "gradient": gradient,
+                "dz": dz,
+                "options": options,
+                "targets": targets,
+            },
+            {"dz_ptr": f"*{dz}", "targets_ptr": "*i64"}
             | dict.fromkeys(("beta", "rest", "softcap_s", "softcap_t", "inv_temperature"), "fp32"),
             {
-                "DIVERGENCE": DIVERGENCES.index(divergence),
+                "DIVERGENCE": KINDS.index(kind),
                 **dict.fromkeys(("BIAS_S", "BIAS_T", "SOFTCAP_S", "SOFTCAP_T"), options),
+                "TARGETS": targets,
                 "GRADIENT": gradient,
                 "BLOCK_V": rows_triton.BLOCK_V,
             },

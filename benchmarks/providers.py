@@ -1,7 +1,8 @@
 """Everyone who computes this loss: the same call, the same tensors.
 
 A provider maps (student_hidden, student_weight, teacher_hidden, teacher_weight) to the mean reverse
-KL, differentiable in the first two. One that a machine cannot run says why in `Unavailable`.
+KL, differentiable in the first two; a `-mixture` to half of that and half of the mean forward KL.
+One that a machine cannot run says why in `Unavailable`.
 """
 
 import contextlib
@@ -20,11 +21,12 @@ class Unavailable(Exception):
     """Why a provider cannot run here."""
 
 
-def ours(backend: str) -> Callable[[torch.device], Loss]:
+def ours(backend: str, forward_share: float = 0.0) -> Callable[[torch.device], Loss]:
     def make(device: torch.device) -> Loss:
         if backend != "torch" and device.type == "cpu" and not _interpreting():
             raise Unavailable("Triton needs a GPU")
-        return lambda *tensors: linear_divergence(*tensors, backend=backend).loss
+        options = {"backend": backend, "forward_share": forward_share}
+        return lambda *tensors: linear_divergence(*tensors, **options).loss
 
     return make
 
@@ -35,6 +37,14 @@ def plain_loss(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
     with torch.no_grad():
         t = (h_t @ w_t.T).log_softmax(-1)
     return (s.exp() * (s - t)).sum(-1).mean()
+
+
+def plain_mixture(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+    """The same of half the reverse KL and half the forward KL."""
+    s = (h_s @ w_s.T).log_softmax(-1)
+    with torch.no_grad():
+        t = (h_t @ w_t.T).log_softmax(-1)
+    return ((s.exp() - t.exp()) * (s - t)).sum(-1).mean() / 2
 
 
 def plain(dtype: torch.dtype) -> Callable[[torch.device], Loss]:
@@ -123,6 +133,8 @@ PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
     "ours-triton": ours("triton"),
     "ours-triton-dual": ours("triton_dual"),
     "ours-torch": ours("torch"),
+    "ours-triton-mixture": ours("triton", forward_share=0.5),
+    "ours-torch-mixture": ours("torch", forward_share=0.5),
     "plain-fp32": plain(torch.float32),
     "plain-fp32-onednn": plain_onednn,
     "plain-bf16": plain(torch.bfloat16),
@@ -131,7 +143,12 @@ PROVIDERS: dict[str, Callable[[torch.device], Loss]] = {
     "liger-fused": liger_fused,
     "liger-chunked": liger_chunked,
 }
-OURS = ("ours-triton", "ours-triton-dual", "ours-torch")
+OURS = tuple(name for name in PROVIDERS if name.startswith("ours"))
+
+
+def definition(provider: str) -> Loss:
+    """What a provider computes, to be evaluated in fp64."""
+    return plain_mixture if provider.endswith("-mixture") else plain_loss
 
 
 def tensors(

@@ -25,6 +25,7 @@ from opcd_kernels.chunks import chunk_divergence
 from opcd_kernels.dual_triton import DualProduct, Tile
 from opcd_kernels.options import Options
 from opcd_kernels.products import products_for
+from opcd_kernels.rows import Rows
 
 TOKENS = 2048
 CHECKED = 64  # tokens
@@ -81,7 +82,8 @@ def library_seconds(
     products = products_for(heads[0].device, torch.bfloat16)
     n = len(inputs[0])
     library = chunk_divergence(products, heads, (None, None), n, options, True, "triton")
-    return timer(lambda: library(*inputs))
+    h_s, h_t, factors = inputs
+    return timer(lambda: library(h_s, h_t, Rows(factors)))
 
 
 def times(dual: DualProduct, inputs: tuple[Tensor, ...], timer: Timer) -> dict[str, float]:

@@ -111,21 +111,76 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def checked_token_weights(token_weights: Tensor | None, student_hidden: Tensor) -> Tensor:
     """(N,) in fp32, or fp64 for fp64."""
+    if token_weights is None:
+        n = student_hidden.shape[:-1].numel()
+        value = 1 / max(n, 1)
+        return torch.full((n,), value, dtype=_wide(student_hidden), device=student_hidden.device)
+    return checked_of_tokens("token_weights", token_weights, student_hidden)
+
+
+def checked_of_tokens(name: str, x: Tensor, student_hidden: Tensor) -> Tensor:
+    """(N,) numbers, one a token, in fp32, or fp64 for fp64."""
+    _check_of_tokens(name, x, student_hidden)
+    return x.detach().reshape(-1).to(_wide(student_hidden))
+
+
+def checked_target_ids(target_ids: Tensor, student_hidden: Tensor) -> Tensor:
+    """(N,) int64."""
+    _check_of_tokens("target_ids", target_ids, student_hidden)
+    if target_ids.dtype != torch.int64:
+        raise ValueError(
+            f"target_ids must be int64, got {target_ids.dtype}; pass target_ids.long()"
+        )
+    return target_ids.reshape(-1)
+
+
+def checked_forward_shares(
+    forward_share: float | Tensor, divergence: str, student_hidden: Tensor
+) -> tuple[str, Tensor | None]:
+    """What is computed (`options.KINDS`), and of a mixture the shares (N,) in fp32 or fp64.
+
+    The values of a tensor are checked where torch.compile does not trace.
+    """
+    is_tensor = isinstance(forward_share, torch.Tensor)
+    if not is_tensor and (
+        not isinstance(forward_share, (int, float)) or not 0 <= forward_share <= 1
+    ):
+        raise ValueError(
+            f"forward_share must be a number between 0 and 1, or a tensor of them, got "
+            f"{forward_share!r}"
+        )
+    if not is_tensor and forward_share == 0:
+        return divergence, None
+    if divergence != "reverse_kl":
+        raise ValueError(
+            f"forward_share must be 0 with divergence={divergence!r}, got {forward_share!r}; it "
+            f"mixes reverse KL and forward KL: pass divergence='reverse_kl'"
+        )
+    if isinstance(forward_share, torch.Tensor):
+        return "mixture", checked_of_tokens("forward_share", forward_share, student_hidden)
+    if forward_share == 1:
+        return "forward_kl", None
+    n, device = student_hidden.shape[:-1].numel(), student_hidden.device
+    shares = torch.full((n,), forward_share, dtype=_wide(student_hidden), device=device)
+    return "mixture", shares
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_of_tokens(name: str, x: Tensor, student_hidden: Tensor) -> None:
     shape, device = student_hidden.shape[:-1], student_hidden.device
     n = shape.numel()
-    wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    if token_weights is None:
-        return torch.full((n,), 1 / max(n, 1), dtype=wide, device=device)
-    if not isinstance(token_weights, torch.Tensor):
-        raise ValueError(f"token_weights must be a tensor, got {type(token_weights).__name__}")
-    if token_weights.shape != shape and token_weights.shape != (n,):
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != shape and x.shape != (n,):
         raise ValueError(
-            f"token_weights must hold one weight for each of the {n} tokens, of shape "
-            f"{tuple(shape)} or ({n},), got {tuple(token_weights.shape)}; shape it like the tokens"
+            f"{name} must hold one number for each of the {n} tokens, of shape {tuple(shape)} or "
+            f"({n},), got {tuple(x.shape)}; shape it like the tokens"
         )
-    if token_weights.device not in (device, torch.device("cpu")):
+    if x.device not in (device, torch.device("cpu")):
         raise ValueError(
-            f"token_weights must be on {device} like student_hidden, or on the CPU, got "
-            f"{token_weights.device}; move it"
+            f"{name} must be on {device} like student_hidden, or on the CPU, got {x.device}; "
+            f"move it"
         )
-    return token_weights.detach().reshape(-1).to(wide)

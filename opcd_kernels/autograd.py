@@ -29,6 +29,9 @@ def operator(
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
     token_weights: Tensor,
+    forward_shares: Tensor | None,
+    target_ids: Tensor | None,
+    logprob_weights: Tensor | None,
     # Options
     divergence: str,
     beta: float,
@@ -41,7 +44,9 @@ def operator(
     compute_dtype: torch.dtype,
     backend: str,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
     """A `Result`, differentiable in the student's tensors."""
     return _solved(
         Inputs(
@@ -52,6 +57,9 @@ def operator(
             teacher_weight,
             teacher_bias,
             token_weights,
+            forward_shares,
+            target_ids,
+            logprob_weights,
         ),
         Options(divergence, beta, temperature, student_softcap, teacher_softcap, vocab_size),
         Work(chunk_tokens, compute_dtype, backend, Gradients(*need)),
@@ -65,7 +73,7 @@ def _solved(
     if work.backend == "auto":  # here, where torch.compile does not trace
         shape = options.vocab_size, inputs.student_hidden.shape[1]
         head = "trained" if work.need.weight else "frozen"
-        plain = inputs.student_bias is None and inputs.teacher_bias is None and options.plain
+        plain = inputs.plain and options.plain
         backend = chosen_backend(device, work.compute_dtype, plain, shape, head)
         work = work._replace(backend=backend)
     with torch.autocast(device.type, enabled=False):

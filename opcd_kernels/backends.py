@@ -3,7 +3,8 @@
     torch         library products, PyTorch over the rows of logits: everywhere
     triton        library products, one Triton kernel over the rows
     triton_dual   one Triton kernel multiplies both models and keeps the logits on the chip: bf16,
-                  without bias and softcap, compute capability 9.0 or later
+                  a divergence alone (no bias, softcap, mixture, targets), compute capability 9.0 or
+                  later
 
 Which of the last two is faster depends on shape and device. `measured_designs.json` holds what
 `make bench` found, a row a device and shape, with the seconds of both (`python -m
@@ -31,7 +32,7 @@ def check_backend(
 ) -> None:
     """Raise ValueError where a backend that was named cannot do what is asked of it.
 
-    `plain`: there is no bias and no softcap.
+    `plain`: there is no bias, softcap, mixture of divergences or target.
     """
     if backend in DESIGNS and not _runs_triton(device, compute_dtype):
         raise ValueError(
@@ -40,9 +41,9 @@ def check_backend(
         )
     if backend == "triton_dual" and not _suits_dual(device, compute_dtype, plain):
         raise ValueError(
-            "backend 'triton_dual' must have bf16 (inputs or autocast), neither bias nor softcap, "
-            "and a GPU of compute capability 9.0 or later, got "
-            f"{compute_dtype}{'' if plain else ' with a bias or softcap'} on {device}; pass "
+            "backend 'triton_dual' must have bf16 (inputs or autocast), no bias, softcap, "
+            "forward_share between 0 and 1 or target_ids, and a GPU of compute capability 9.0 or "
+            f"later, got {compute_dtype}{'' if plain else ' with one of these'} on {device}; pass "
             "backend='triton' or 'auto'"
         )
 

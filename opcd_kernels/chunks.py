@@ -18,13 +18,15 @@ from torch import Tensor
 
 from opcd_kernels.options import Options
 from opcd_kernels.products import Products, products_for
+from opcd_kernels.rows import Found, Rows, empty_found
+from opcd_kernels.tokens import counting_tokens
 
 _CPU_BUFFER_BYTES = 128 * 2**20
 _GPU_BUFFER_SHARE = 0.03  # of the device's memory
 
-# h_s (C, D_s), h_t (C, D_t), factors (C,) → per_token (C,), entropy (C,), the gradient in the
-# logits (C, V), and scratch of that size; the next call overwrites the last two.
-ChunkDivergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+# h_s (C, D_s), h_t (C, D_t), what is asked of each row → what was found, and scratch of the size of
+# the gradient in the logits; the next call overwrites both of these.
+ChunkDivergence = Callable[[Tensor, Tensor, Rows], tuple[Found, Tensor]]
 
 
 class Inputs(NamedTuple):
@@ -36,7 +38,17 @@ class Inputs(NamedTuple):
     teacher_hidden: Tensor  # (N, D_t)
     teacher_weight: Tensor  # (V_t, D_t)
     teacher_bias: Tensor | None  # (V_t,)
-    token_weights: Tensor  # (N,) fp32 or fp64, on the same device or on the CPU
+    # Of each token, on the same device or on the CPU; fp32 or fp64.
+    token_weights: Tensor  # (N,)
+    forward_shares: Tensor | None  # (N,) with the divergence "mixture"
+    target_ids: Tensor | None  # (N,) int64
+    logprob_weights: Tensor | None  # (N,) of −log p_s(target)
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but hidden states, heads and token weights."""
+        others = self.student_bias, self.teacher_bias, self.forward_shares, self.target_ids
+        return all(x is None for x in others)
 
 
 class Gradients(NamedTuple):
@@ -57,11 +69,14 @@ class Work(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Gradients are the loss's divided by `scale`, a power of two; empty where not needed."""
+    """Gradients are the loss's divided by `scale`, a power of two; what is not needed is empty."""
 
     loss: Tensor  # ()
     per_token: Tensor  # (N,) fp32 or fp64, like all that follow but grad_hidden
     entropy: Tensor  # (N,)
+    reverse_kl: Tensor  # (N,) of a mixture, like the next
+    forward_kl: Tensor  # (N,)
+    logprobs: Tensor  # (N,) where there are target_ids
     grad_hidden: Tensor  # (N, D_s) in the dtype of student_hidden
     grad_weight: Tensor  # (V_s, D_s)
     grad_bias: Tensor  # (V_s,)
@@ -82,6 +97,9 @@ def empty_result(inputs: Inputs, need: Gradients) -> Result:
         loss=empty(),
         per_token=empty(n),
         entropy=empty(n),
+        reverse_kl=empty(0 if inputs.forward_shares is None else n),
+        forward_kl=empty(0 if inputs.forward_shares is None else n),
+        logprobs=empty(0 if inputs.target_ids is None else n),
         grad_hidden=empty(*(n, d) if need.hidden else (0,), dtype=student_hidden.dtype),
         grad_weight=empty(*(rows, d) if need.weight else (0,)),
         grad_bias=empty(rows if need.bias else 0),
@@ -92,7 +110,8 @@ def empty_result(inputs: Inputs, need: Gradients) -> Result:
 def loss_and_gradients(
     inputs: Inputs, options: Options, work: Work, weight_grad: Tensor | None = None
 ) -> Result:
-    """Σ token_weights · divergence, and the gradients that `work.need` names, in one pass.
+    """Σ token_weights · divergence − Σ logprob_weights · log p_s(target), and the gradients that
+    `work.need` names, in one pass.
 
     With `weight_grad` (V_s, D_s) the head's gradient is added to that instead, unscaled.
     """
@@ -101,20 +120,36 @@ def loss_and_gradients(
     result = empty_result(inputs, need._replace(weight=need.weight and not adds))
     if len(inputs.student_hidden) == 0:
         return Result(*(x.zero_() for x in result))
+    tokens = counting_tokens(
+        inputs.token_weights,
+        inputs.forward_shares,
+        inputs.target_ids,
+        inputs.logprob_weights,
+        v,
+        device,
+    )
+    if tokens.no_divergence:
+        options = options._replace(divergence="none")
     products = products_for(device, work.compute_dtype)
     w_s = products.head(inputs.student_weight[:v])
-    shared = _is_same(inputs.student_weight, inputs.teacher_weight)
+    shared = tokens.no_divergence or _is_same(inputs.student_weight, inputs.teacher_weight)
     w_t = w_s if shared else products.head(inputs.teacher_weight[:v])
     biases = inputs.student_bias, inputs.teacher_bias
     b_s, b_t = (None if b is None else b[:v].contiguous() for b in biases)
-    kept, weights = _kept_tokens(inputs.token_weights, device)
-    if kept is not None:
-        for x in (result.per_token, result.entropy, result.grad_hidden):
+    values = result[1 : Result._fields.index("grad_hidden")]
+    if tokens.kept is not None or tokens.no_divergence:
+        for x in (*values, result.grad_hidden):
             x.zero_()
 
-    n = len(weights)
-    scale = result.scale.fill_(1) if adds else result.scale.copy_(_scale(weights))
-    factors = weights / scale / options.temperature
+    n = len(tokens.weights)
+    scale = result.scale.fill_(1) if adds else result.scale.copy_(tokens.scale())
+    target_weights = tokens.logprob_weights
+    rows = Rows(
+        tokens.weights / scale / options.temperature,
+        None if tokens.no_divergence else tokens.forward_shares,
+        tokens.target_ids,
+        None if target_weights is None else target_weights / scale / options.temperature,
+    )
     result.grad_bias.zero_()
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
     grad_weight = result.grad_weight if weight_grad is None else weight_grad
@@ -125,30 +160,27 @@ def loss_and_gradients(
     )
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
-        tokens = part if kept is None else kept[part]
-        h_s, h_t = inputs.student_hidden[tokens], inputs.teacher_hidden[tokens]
-        value, entropy, dz, scratch = divergence(h_s, h_t, factors[part])
-        result.per_token[tokens], result.entropy[tokens] = value, entropy
+        here = part if tokens.kept is None else tokens.kept[part]
+        h_s, h_t = inputs.student_hidden[here], inputs.teacher_hidden[here]
+        asked = rows.part(part)
+        found, scratch = divergence(h_s, h_t, asked)
+        result.per_token[here], result.entropy[here] = found.per_token, found.entropy
+        if asked.forward_shares is not None:
+            result.reverse_kl[here], result.forward_kl[here] = found.reverse_kl, found.forward_kl
+        if asked.target_ids is not None:
+            result.logprobs[here] = found.logprobs
         if need.bias:
-            result.grad_bias[:v] += dz.sum(0, dtype=result.grad_bias.dtype)
+            result.grad_bias[:v] += found.dz.sum(0, dtype=result.grad_bias.dtype)
         if need.hidden:
-            result.grad_hidden[tokens] = products.grad_hidden(
-                dz, w_s, result.grad_hidden.dtype, scratch
+            result.grad_hidden[here] = products.grad_hidden(
+                found.dz, w_s, result.grad_hidden.dtype, scratch
             )
         if need.weight:
             # A dropped token must not even multiply 0 with infinity.
-            h_s = h_s.masked_fill((factors[part] == 0)[:, None], 0)
-            products.grad_weight_(grad_weight[:v], dz, h_s, adds or start > 0, scratch)
-    result.loss.copy_(
-        (weights * (result.per_token if kept is None else result.per_token[kept])).sum()
-    )
+            h_s = h_s.masked_fill(asked.dropped[:, None], 0)
+            products.grad_weight_(grad_weight[:v], found.dz, h_s, adds or start > 0, scratch)
+    result.loss.copy_(tokens.loss(result.per_token, result.logprobs))
     return result
-
-
-def _scale(weights: Tensor) -> Tensor:
-    """The power of two above the largest weight: relative to it 1/N does not underflow in fp16."""
-    largest = weights.abs().max() if len(weights) else weights.new_zeros(())
-    return torch.exp2(torch.frexp(largest).exponent.clamp(max=127).to(largest.dtype))
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
@@ -171,7 +203,14 @@ def chunk_divergence(
     if backend == "triton_dual":  # Triton has no build for some platforms: imported where needed
         from opcd_kernels.dual_triton import DualProduct
 
-        return DualProduct(*heads, tokens, options, need_grad)
+        dual = DualProduct(*heads, tokens, options, need_grad)
+
+        def without_logits(h_s: Tensor, h_t: Tensor, rows: Rows) -> tuple[Found, Tensor]:
+            per_token, entropy, dz, scratch = dual(h_s, h_t, rows.factors)
+            found = empty_found(dz, rows)._replace(per_token=per_token, entropy=entropy)
+            return found, scratch
+
+        return without_logits
     if backend == "triton":
         from opcd_kernels.rows_triton import divergence_rows_, row_width
     else:
@@ -181,12 +220,13 @@ def chunk_divergence(
     buffers = heads[0].new_empty(2, tokens, row_width(v), dtype=wide)
     buffers[:, :, v:] = -torch.inf
 
-    def divergence(h_s: Tensor, h_t: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+    def divergence(h_s: Tensor, h_t: Tensor, rows: Rows) -> tuple[Found, Tensor]:
         z_s, z_t = buffers[:, : len(h_s), :v].unbind(0)
         products.logits_(z_s, h_s, heads[0])
-        products.logits_(z_t, h_t, heads[1])
-        found = divergence_rows_(z_s, z_t, *biases, factors, options, need_grad, products.dtype)
-        return *found, z_t
+        if options.divergence != "none":
+            products.logits_(z_t, h_t, heads[1])
+        found = divergence_rows_(z_s, z_t, *biases, rows, options, need_grad, products.dtype)
+        return found, z_t
 
     return divergence
 
@@ -206,22 +246,3 @@ def _equal_chunks(n: int, limit: int) -> int:
     size = -(-n // max(1, -(-n // limit)))
     rounded = -(-size // 128) * 128
     return max(1, rounded if rounded <= limit else size)
-
-
-def _kept_tokens(token_weights: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """Indices of the tokens whose weight is not 0 (None: all), and the weights, on `device`.
-
-    Leaving tokens out needs their number. Weights that live on a GPU are not waited for: all tokens
-    are kept and the rows of weight 0 are skipped when their turn comes.
-    """
-    if token_weights.device.type != "cpu":
-        return None, token_weights
-    kept = token_weights.nonzero()[:, 0]
-    if len(kept) == len(token_weights):
-        return None, _moved(token_weights, device)
-    return _moved(kept, device), _moved(token_weights[kept], device)
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`, without waiting for the queue of a GPU."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

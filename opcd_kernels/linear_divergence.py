@@ -7,6 +7,7 @@ which forms the loss and its gradients in a single pass over chunks of tokens (`
       reverse KL   p_s (log p_s − log p_t − D_i)
       forward KL   p_s − p_t
       JSD(β)       (1−β) p_s [(log p_s − log m) − KL(p_s ‖ m)],   m = (1−β) p_s + β p_t
+      −log p_s(y)  p_s − onehot(y)
 """
 
 from typing import Any, NamedTuple
@@ -20,22 +21,28 @@ from opcd_kernels.arguments import (
     check_head,
     check_number,
     check_pair,
+    checked_forward_shares,
+    checked_of_tokens,
+    checked_target_ids,
     checked_token_weights,
     checked_vocab_size,
 )
 from opcd_kernels.autograd import AddingWeightGrad, operator
 from opcd_kernels.backends import BACKENDS, check_backend
-from opcd_kernels.chunks import Gradients, Inputs, Work
+from opcd_kernels.chunks import Gradients, Inputs, Result, Work
 from opcd_kernels.options import DIVERGENCES, Options
 from opcd_kernels.weight_grad import check_weight_grad
 
 
 class LinearDivergence(NamedTuple):
-    """What `linear_divergence` returns."""
+    """What `linear_divergence` returns; all but the loss (N,), fp32, nats, detached."""
 
     loss: Tensor  # () fp32, differentiable in student_hidden, student_weight, student_bias
-    per_token: Tensor  # (N,) fp32 nats, detached
-    student_entropy: Tensor  # (N,) fp32 nats, detached
+    per_token: Tensor  # the divergence, of a mixture the mixture
+    student_entropy: Tensor
+    reverse_kl: Tensor | None  # where it was computed: as the divergence, or for a mixture
+    forward_kl: Tensor | None  # likewise
+    logprobs: Tensor | None  # log p_s(target_ids), where there are target_ids
 
 
 def linear_divergence(
@@ -46,12 +53,15 @@ def linear_divergence(
     token_weights: Tensor | None = None,  # (N,) or (B, T); 0 drops a token; default 1/N each
     *,
     divergence: str = "reverse_kl",
+    forward_share: float | Tensor = 0.0,  # or (N,) or (B, T), within [0, 1]
     beta: float = 0.5,
     temperature: float = 1.0,
     student_bias: Tensor | None = None,  # (V_s,)
     teacher_bias: Tensor | None = None,  # (V_t,)
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    target_ids: Tensor | None = None,  # (N,) or (B, T) int64
+    logprob_weights: Tensor | None = None,  # (N,) or (B, T), of −log p_s(target_ids)
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     backend: str = "auto",
@@ -59,24 +69,33 @@ def linear_divergence(
 ) -> LinearDivergence:
     """Σ_i token_weights_i · D_i between two language-model heads, summed over the whole vocabulary.
 
+    The divergence D is KL(student ‖ teacher) ("reverse_kl"), KL(teacher ‖ student) ("forward_kl")
+    or "jsd". With ``forward_share`` a it is (1 − a) · reverse KL + a · forward KL, a number for all
+    tokens or a tensor with one a token, and both come out; a number 0 or 1 is either KL itself, and
+    computes that alone. ``logprob_weights`` c adds Σ c_i · (−log p_s(target_ids_i)): cross-entropy,
+    or a policy gradient with advantages c; ``target_ids`` alone gives their log-probabilities.
+
     Equals ``reference.divergence`` of ``reference.logits`` of both models, weighted and summed.
     ``token_weights`` is the only reduction: a mask, a per-sequence mean, a global token count are
-    all one vector; it has no gradient. A token of weight 0 is left out: its hidden states may be
-    anything, its outputs are 0. Weights on the CPU save all of its work; weights on a GPU are not
-    waited for, and save all but its products. ``vocab_size`` uses the first rows of both heads and
+    all one vector; it has no gradient. A token of weight 0 has no divergence: the teacher's hidden
+    state may be anything, the outputs are 0. Where its logprob weight is 0 too, it is left out: its
+    hidden states and target may be anything, all its outputs are 0. Weights on the CPU save all of
+    its work, and the teacher's product where no token has a divergence; weights on a GPU are not
+    waited for, and save all but the products. ``vocab_size`` uses the first rows of both heads and
     is required where their numbers of rows differ. A sharded head (DTensor, FSDP2) is gathered
     once a call and its gradient averaged over the mesh, as FSDP averages.
 
     Numerics: operands in the student's dtype (or autocast's), products accumulated and kept in
     fp32, the head's gradient accumulated in fp32. A token that the teacher holds impossible and the
-    student does not has divergence inf. fp64 inputs compute in fp64 throughout. Gradients are
-    formed during the forward pass, so a second derivative is not available.
+    student does not has divergence inf, and a gradient only with a share of 1. fp64 inputs compute
+    in fp64 throughout. Gradients are formed during the forward pass, so a second derivative is not
+    available.
 
     ``chunk_tokens`` tokens at a time hold logits, 8 bytes a token and vocabulary entry; by default
     as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` names who computes
     (`backends.py`): "torch", "triton" or "triton_dual", which keeps no logits at all, takes half
-    the memory and needs bf16 without bias and softcap; "auto" is "torch" on a CPU and on a GPU
-    whichever of the other two was measured to be faster.
+    the memory and needs bf16 without bias, softcap, mixture and targets; "auto" is "torch" on a CPU
+    and on a GPU whichever of the other two was measured to be faster.
 
     ``add_weight_grad`` adds the head's gradient to ``student_weight.grad`` while the forward pass
     forms it, and leaves nothing of it to backward: one buffer of the head's size and two passes
@@ -88,7 +107,8 @@ def linear_divergence(
     gradients of hidden states and bias go through autograd as always. Without gradients (no_grad)
     it has no effect.
 
-    Raises ValueError for shapes, dtypes, devices or options that do not fit together.
+    Raises ValueError for shapes, dtypes, devices or options that do not fit together, and for
+    shares and targets out of range (on a GPU a device-side assertion: nothing waits).
     Source of the objective: arXiv 2602.12275.
     """
     parameter = student_weight
@@ -108,14 +128,21 @@ def linear_divergence(
     check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     check_pair(student_hidden, teacher_hidden)
     vocab_size = checked_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    kind, shares = checked_forward_shares(forward_share, divergence, student_hidden)
     weights = checked_token_weights(token_weights, student_hidden)
+    if target_ids is not None:
+        target_ids = checked_target_ids(target_ids, student_hidden)
+    if logprob_weights is not None:
+        if target_ids is None:
+            raise ValueError(
+                "logprob_weights must come with target_ids, got none; pass the ids of the tokens"
+            )
+        logprob_weights = checked_of_tokens("logprob_weights", logprob_weights, student_hidden)
     compute_dtype = _compute_dtype(student_hidden, student_weight)
     options = Options(
-        *(divergence, float(beta), float(temperature)),
+        *(kind, float(beta), float(temperature)),
         *(student_softcap, teacher_softcap, vocab_size),
     )
-    plain = student_bias is None and teacher_bias is None and options.plain
-    check_backend(backend, student_hidden.device, compute_dtype, plain)
     adds = add_weight_grad and torch.is_grad_enabled()
     if adds:
         check_weight_grad(parameter, compute_dtype)
@@ -128,14 +155,27 @@ def linear_divergence(
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         weights,
+        shares,
+        target_ids,
+        logprob_weights,
     )
+    plain = inputs.plain and options.plain
+    check_backend(backend, student_hidden.device, compute_dtype, plain)
     wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
     work = Work(chunk_tokens, compute_dtype, backend, Gradients(*wanted))
     if adds:
-        loss, per_token, entropy, *_ = AddingWeightGrad.apply(*inputs[:3], inputs, options, work)
+        result = Result(*AddingWeightGrad.apply(*inputs[:3], inputs, options, work))
     else:
-        loss, per_token, entropy, *_ = operator(*inputs, *options, *work[:-1], list(work.need))
-    return LinearDivergence(loss, per_token.detach(), entropy.detach())
+        result = Result(*operator(*inputs, *options, *work[:-1], list(work.need)))
+    per_token, entropy, reverse_kl, forward_kl, logprobs = (x.detach() for x in result[1:6])
+    return LinearDivergence(
+        result.loss,
+        per_token,
+        entropy,
+        {"reverse_kl": per_token, "mixture": reverse_kl}.get(kind),
+        {"forward_kl": per_token, "mixture": forward_kl}.get(kind),
+        None if target_ids is None else logprobs,
+    )
 
 
 def _gathered(x: Any) -> Any:

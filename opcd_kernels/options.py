@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+# What else can be computed: both KL in shares of a token, or (no token has a weight) none.
+KINDS = (*DIVERGENCES, "mixture", "none")
 
 
 class Options(NamedTuple):
     """What is computed, whatever computes it."""
 
-    divergence: str
+    divergence: str  # one of KINDS
     beta: float
     temperature: float
     student_softcap: float | None

@@ -36,15 +36,19 @@ def divergence(
     teacher_logits: Tensor,  # (N, V)
     divergence: str = "reverse_kl",
     beta: float = 0.5,
+    forward_share: float | Tensor = 0.0,  # or (N,)
 ) -> Tensor:  # (N,) nats
     """Per-token divergence between softmax(student_logits) and softmax(teacher_logits).
 
     ``reverse_kl`` is KL(student ‖ teacher), ``forward_kl`` is KL(teacher ‖ student), ``jsd`` is
-    β KL(teacher ‖ m) + (1−β) KL(student ‖ m) with m = (1−β) student + β teacher.
+    β KL(teacher ‖ m) + (1−β) KL(student ‖ m) with m = (1−β) student + β teacher. A
+    ``forward_share`` a mixes: (1−a) KL(student ‖ teacher) + a KL(teacher ‖ student).
     """
     s = student_logits.log_softmax(-1)
     t = teacher_logits.log_softmax(-1)
     if divergence == "reverse_kl":
+        if isinstance(forward_share, Tensor) or forward_share != 0:
+            return (1 - forward_share) * kl(s, t) + forward_share * kl(t, s)
         return kl(s, t)
     if divergence == "forward_kl":
         return kl(t, s)
@@ -59,3 +63,8 @@ def entropy(student_logits: Tensor) -> Tensor:  # (N, V) → (N,) nats
     """Entropy of softmax(student_logits)."""
     s = student_logits.log_softmax(-1)
     return -(s.exp() * torch.where(s > -torch.inf, s, 0)).sum(-1)
+
+
+def logprobs(student_logits: Tensor, target_ids: Tensor) -> Tensor:  # (N, V), (N,) → (N,) nats
+    """log softmax(student_logits) of one token a row; its negative is the cross-entropy."""
+    return student_logits.log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]

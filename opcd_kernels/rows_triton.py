@@ -25,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opcd_kernels.options import DIVERGENCES, Options
+from opcd_kernels.options import KINDS, Options
+from opcd_kernels.rows import Found, Rows, empty_found
 from opcd_kernels.terms_triton import (
     FORWARD_KL,
     INTERPRETED,
     JSD,
     LOWEST,
+    MIXTURE,
     REVERSE_KL,
     kl_terms,
     rounded,
@@ -112,9 +114,15 @@ def divergence_rows_kernel(
     dz_ptr,  # (C, V) the gradient, over the student's logits
     bs_ptr,  # (V,) biases; read where BIAS_S, BIAS_T
     bt_ptr,
-    factors_ptr,  # (C,) fp32; 0 drops the row
+    factors_ptr,  # (C,) fp32; 0 drops the row, unless its target has a factor
+    shares_ptr,  # (C,) fp32, of a mixture's forward KL
+    targets_ptr,  # (C,) int64; this, the next and logprobs where TARGETS
+    target_factors_ptr,  # (C,) fp32
     value_ptr,  # (C,) fp32
     entropy_ptr,  # (C,) fp32
+    reverse_ptr,  # (C,) fp32, both of a mixture
+    forward_ptr,
+    logprobs_ptr,  # (C,) fp32
     stride_dz,
     V,
     width,  # stride of the logits: V rounded up, so that no mask cuts through a 16-byte load
@@ -128,6 +136,7 @@ def divergence_rows_kernel(
     BIAS_T: tl.constexpr,
     SOFTCAP_S: tl.constexpr,
     SOFTCAP_T: tl.constexpr,
+    TARGETS: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -138,11 +147,17 @@ def divergence_rows_kernel(
     dz_ptr += offset * stride_dz
     factor = tl.load(factors_ptr + row)
     dropped = factor == 0
+    if TARGETS:
+        target = tl.load(targets_ptr + row).to(tl.int32)
+        target_factor = tl.load(target_factors_ptr + row)
+        dropped = tl.where(dropped, target_factor == 0, False)
+    if DIVERGENCE == MIXTURE:
+        share = tl.load(shares_ptr + row)
     end = tl.where(dropped, 0, width)
     lanes = tl.arange(0, BLOCK_V)
 
     # First pass: statistics, lane by lane.
-    MOMENT: tl.constexpr = GRADIENT and DIVERGENCE == REVERSE_KL
+    MOMENT: tl.constexpr = GRADIENT and DIVERGENCE != FORWARD_KL and DIVERGENCE != JSD
     m_s = tl.full([BLOCK_V], LOWEST, tl.float32)
     m_t = tl.full([BLOCK_V], LOWEST, tl.float32)
     l_s = tl.zeros([BLOCK_V], tl.float32)
@@ -180,8 +195,15 @@ def divergence_rows_kernel(
             terms += tl.where(p_s > 0, p_s * softplus(log_odds - r), 0.0)
         center = tl.sum(terms, axis=0)
 
+    if TARGETS:  # before the gradient lies over it
+        z, _ = _logits(
+            zs_ptr, bs_ptr, target, width, V, softcap_s, inv_temperature, BIAS_S, SOFTCAP_S
+        )
+        tl.store(logprobs_ptr + row, tl.where(dropped, 0.0, (z - max_s) - log_s))
+
     # Last pass: divergence, entropy, gradient.
     value = tl.zeros([BLOCK_V], tl.float32)
+    forward = tl.zeros([BLOCK_V], tl.float32)
     entropy = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, end, BLOCK_V):
         v = start + lanes
@@ -197,6 +219,12 @@ def divergence_rows_kernel(
         elif DIVERGENCE == FORWARD_KL:
             value += kl_terms(p_t, p_s, -r)
             dz = p_s - p_t
+        elif DIVERGENCE == MIXTURE:
+            value += kl_terms(p_s, p_t, r)
+            forward += kl_terms(p_t, p_s, -r)
+            # Of the reverse KL no part, where it may be infinite.
+            reverse = tl.where(p_s > 0, p_s * (r - center) * (1 - share), 0.0)
+            dz = tl.where(share < 1, reverse, 0.0) + (p_s - p_t) * share
         else:
             over_s, over_t = softplus(log_odds - r), softplus(r - log_odds)
             p_m = rest * p_s + beta * p_t
@@ -206,9 +234,20 @@ def divergence_rows_kernel(
         if GRADIENT:
             # A 16-bit gradient lies over logits that other warps may still have to read.
             tl.debug_barrier()
-            dz = rounded(dz * slope * factor, dz_ptr.dtype.element_ty)
-            tl.store(dz_ptr + v, dz, mask=v < V)
-    tl.store(value_ptr + row, tl.sum(value, axis=0))
+            if TARGETS:
+                dz = tl.where(factor == 0, 0.0, dz) * factor
+                dz = (dz + tl.where(v == target, p_s - 1, p_s) * target_factor) * slope
+            else:
+                dz = dz * slope * factor
+            tl.store(dz_ptr + v, rounded(dz, dz_ptr.dtype.element_ty), mask=v < V)
+    found = tl.sum(value, axis=0)
+    if DIVERGENCE == MIXTURE:
+        found_forward = tl.sum(forward, axis=0)
+        tl.store(reverse_ptr + row, tl.where(factor == 0, 0.0, found))
+        tl.store(forward_ptr + row, tl.where(factor == 0, 0.0, found_forward))
+        found = tl.where(share < 1, (1 - share) * found, 0.0)
+        found += tl.where(share > 0, share * found_forward, 0.0)
+    tl.store(value_ptr + row, tl.where(factor == 0, 0.0, found))
     tl.store(entropy_ptr + row, tl.sum(entropy, axis=0))
     if GRADIENT:
         for start in range(0, tl.where(dropped, V, 0), BLOCK_V):
@@ -226,28 +265,40 @@ def divergence_rows_(
     teacher_logits: Tensor,  # (C, V) of the same strides
     student_bias: Tensor | None,  # (V,)
     teacher_bias: Tensor | None,  # (V,)
-    factors: Tensor,  # (C,) fp32, what each row's gradient is multiplied with; 0 drops the row
+    rows: Rows,
     options: Options,
     need_grad: bool,
     compute_dtype: torch.dtype,  # of the gradient
-) -> tuple[Tensor, Tensor, Tensor]:  # per_token (C,), student_entropy (C,), dz (C, V)
+) -> Found:
     """One launch. Rows of logits are `stride(0)` wide and −inf from column V on."""
     c, v = student_logits.shape
     width = student_logits.stride(0)
-    dz = student_logits.view(compute_dtype)[:, :v]
-    value, entropy = torch.empty_like(factors), torch.empty_like(factors)
+    found = empty_found(student_logits.view(compute_dtype)[:, :v], rows)
+    target_factors = rows.target_factors
+    if target_factors is None and rows.target_ids is not None:
+        target_factors = torch.zeros_like(rows.factors)
+    kind = options.divergence
+    if kind == "none":  # any, from the student to itself; no factor asks for its gradient
+        kind, teacher_logits, teacher_bias = "forward_kl", student_logits, student_bias
+        options = options._replace(teacher_softcap=options.student_softcap)
     here = contextlib.nullcontext() if INTERPRETED else torch.cuda.device_of(student_logits)
     with here:
         divergence_rows_kernel[(c,)](
             student_logits,
             teacher_logits,
-            dz,
+            found.dz,
             student_bias,
             teacher_bias,
-            factors,
-            value,
-            entropy,
-            dz.stride(0),
+            rows.factors,
+            rows.forward_shares,
+            rows.target_ids,
+            target_factors,
+            found.per_token,
+            found.entropy,
+            found.reverse_kl,
+            found.forward_kl,
+            found.logprobs,
+            found.dz.stride(0),
             v,
             width,
             options.beta,
@@ -255,13 +306,14 @@ def divergence_rows_(
             options.student_softcap or 1.0,
             options.teacher_softcap or 1.0,
             1 / options.temperature,
-            DIVERGENCE=DIVERGENCES.index(options.divergence),
+            DIVERGENCE=KINDS.index(kind),
             BIAS_S=student_bias is not None,
             BIAS_T=teacher_bias is not None,
             SOFTCAP_S=options.student_softcap is not None,
             SOFTCAP_T=options.teacher_softcap is not None,
+            TARGETS=rows.target_ids is not None,
             GRADIENT=need_grad,
             BLOCK_V=BLOCK_V,
             num_warps=THREADS // (64 if torch.version.hip else 32),
         )
-    return value, entropy, dz
+    return found

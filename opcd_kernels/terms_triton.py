@@ -6,12 +6,13 @@ import os
 import triton
 import triton.language as tl
 
-from opcd_kernels.options import DIVERGENCES
+from opcd_kernels.options import KINDS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, on decoration
-REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
-JSD = tl.constexpr(DIVERGENCES.index("jsd"))
+REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
+FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
+JSD = tl.constexpr(KINDS.index("jsd"))
+MIXTURE = tl.constexpr(KINDS.index("mixture"))
 LOWEST = tl.constexpr(-1e30)  # a finite start for running maxima: −inf − −inf is not a number
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

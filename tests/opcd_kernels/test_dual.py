@@ -236,7 +236,20 @@ def test_what_it_cannot_do_is_said() -> None:
     low = [x.to(BF16) for x in (h, w, h, w)]
     with pytest.raises(ValueError, match=r"must have bf16.*float32 on cpu; pass backend='triton'"):
         linear_divergence(h, w, h, w, backend="triton_dual")
-    with pytest.raises(ValueError, match="with a bias or softcap"):
+    with pytest.raises(ValueError, match="with one of these"):
         linear_divergence(*low, student_softcap=30.0, backend="triton_dual")
-    with pytest.raises(ValueError, match="with a bias or softcap"):
+    with pytest.raises(ValueError, match="with one of these"):
         linear_divergence(*low, teacher_bias=torch.zeros(5), backend="triton_dual")
+    for more in (
+        {"forward_share": 0.5},
+        {"forward_share": torch.ones(2)},
+        {"target_ids": torch.zeros(2).long()},
+    ):
+        with pytest.raises(ValueError, match="forward_share between 0 and 1 or target_ids"):
+            linear_divergence(*low, **more, backend="triton_dual")
+    for share, divergence in ((0.0, "reverse_kl"), (1.0, "forward_kl")):
+        pure, found = (
+            linear_divergence(*low, **option, backend="triton_dual").per_token
+            for option in ({"divergence": divergence}, {"forward_share": share})
+        )
+        assert torch.equal(pure, found)

@@ -83,6 +83,35 @@ def test_nothing_waits_for_the_gpu(weights_on: str, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("strict_synchronisation")
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_mixtures_and_targets_wait_for_nothing(on: str) -> None:
+    h, w, h_t, w_t = inputs(300, 64, 5000)
+    weights, shares, targets = torch.ones(300), torch.rand(300), torch.randint(5000, (300,))
+    weights[::3], targets[::3] = 0, -100
+    given = [weights, shares, targets, 0.1 * weights]
+    if on == "cuda":
+        given = [x.pin_memory().cuda(non_blocking=True) for x in given]
+    results = []
+    for backend in ("torch", "triton"):
+        h.grad = None
+        out = linear_divergence(
+            *(h, w, h_t, w_t, given[0]),
+            forward_share=given[1],
+            target_ids=given[2],
+            logprob_weights=given[3],
+            backend=backend,
+        )
+        out.loss.backward()
+        results.append([*out, h.grad])
+    torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < 0.004
+    assert out.logprobs is not None
+    assert out.logprobs[::3].eq(0).all()
+    assert out.logprobs[1::3].lt(0).all()
+
+
+@pytest.mark.usefixtures("strict_synchronisation")
 def test_adding_the_heads_gradient_waits_for_nothing_either(backend: str) -> None:
     h, w, h_t, w_t = inputs(300, 64, 5000)
     w = w.detach().float().requires_grad_()

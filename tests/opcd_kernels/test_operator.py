@@ -41,6 +41,7 @@ def operations(need: Gradients, n: int, v: int, chunk_tokens: int, **more: Any) 
     """What one call does, seen below the operator that hides it."""
     t = {k: x.bfloat16() for k, x in problem(n=n, v=v).items()}
     rest = {"student_bias": None, "teacher_bias": None, "token_weights": torch.full((n,), 1 / n)}
+    rest |= dict.fromkeys(("forward_shares", "target_ids", "logprob_weights"))
     inputs = Inputs(**t | rest | more)
     options = Options("reverse_kl", 0.5, 1.0, None, None, v)
     with Operations() as seen:
@@ -72,6 +73,13 @@ def test_dropped_tokens_are_not_computed() -> None:
     need = Gradients(False, False, False)
     seen = operations(need, n=64, v=51, chunk_tokens=4, token_weights=weights)
     assert seen.products == 2
+
+
+@pytest.mark.parametrize("shares", [None, torch.full((12,), 0.5)])
+def test_without_a_divergence_there_is_no_product_with_the_teacher(shares: Tensor | None) -> None:
+    targets = {"target_ids": torch.arange(12), "logprob_weights": torch.ones(12)}
+    more = targets | {"token_weights": torch.zeros(12), "forward_shares": shares}
+    assert operations(Gradients(True, True, False), 12, 51, 4, **more).products == 3 * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -184,13 +192,20 @@ def test_torch_compile_sees_one_operation(dynamic: bool) -> None:
     assert sum("linear_divergence" in target for target in targets) == 1
 
 
-def test_torch_library_accepts_the_operator() -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_torch_library_accepts_the_operator(more: bool) -> None:
     t = {k: v.float() for k, v in problem(n=4).items()}
     operator = torch.ops.opcd_kernels.linear_divergence.default
+    of_tokens = (
+        (torch.full((4,), 0.5), torch.tensor([0, 50, 7, 7]), torch.linspace(-1, 1, 4))
+        if more
+        else (None, None, None)
+    )
     arguments = (
         *(t["student_hidden"].requires_grad_(), t["student_weight"].requires_grad_(), None),
-        *(t["teacher_hidden"], t["teacher_weight"], None, torch.full((4,), 0.25)),
-        *("reverse_kl", 0.5, 1.0, None, None, 51, 2, torch.float32, "torch", [True, True, False]),
+        *(t["teacher_hidden"], t["teacher_weight"], None, torch.full((4,), 0.25), *of_tokens),
+        *("mixture" if more else "reverse_kl", 0.5, 1.0, None, None, 51),
+        *(2, torch.float32, "torch", [True, True, False]),
     )
     torch.library.opcheck(operator, arguments)
 
@@ -233,6 +248,25 @@ def test_torch_library_accepts_the_operator() -> None:
         ),
         ({"teacher_bias": torch.ones(51, device="meta")}, "one device"),
         ({"token_weights": torch.ones(7, device="meta")}, "or on the CPU"),
+        ({"forward_share": 1.5}, r"forward_share must be a number between 0 and 1.*got 1\.5"),
+        ({"forward_share": float("nan")}, "forward_share must be a number between 0 and 1"),
+        ({"forward_share": "0.5"}, "forward_share must be a number between 0 and 1"),
+        ({"forward_share": torch.full((7,), -0.1)}, r"between 0 and 1, got -0\.1"),
+        ({"forward_share": torch.full((7,), torch.nan)}, "between 0 and 1, got nan"),
+        ({"forward_share": torch.zeros(6)}, "one number for each of the 7 tokens"),
+        ({"forward_share": 0.5, "divergence": "jsd"}, "must be 0 with divergence='jsd'"),
+        ({"forward_share": 1.0, "divergence": "forward_kl"}, "must be 0 with divergence='forward"),
+        ({"forward_share": torch.zeros(7), "divergence": "jsd"}, "must be 0 with divergence='jsd'"),
+        ({"target_ids": torch.zeros(7)}, r"target_ids must be int64.*target_ids\.long\(\)"),
+        ({"target_ids": [0] * 7}, "target_ids must be a tensor"),
+        ({"target_ids": torch.full((7,), 51)}, "target_ids must lie between 0 and 50, got 51"),
+        ({"target_ids": torch.full((7,), 40), "vocab_size": 40}, "between 0 and 39, got 40"),
+        ({"target_ids": torch.full((7,), -100)}, "got -100 in a token that counts"),
+        ({"logprob_weights": torch.ones(7)}, "logprob_weights must come with target_ids"),
+        (
+            {"target_ids": torch.zeros(7).long(), "logprob_weights": torch.ones(5)},
+            "logprob_weights must hold one number for each of the 7 tokens",
+        ),
         ({"backend": "triton", **{k: v.double() for k, v in problem().items()}}, "on a GPU"),
     ],
 )

@@ -38,6 +38,22 @@ def test_jsd_weighs_the_mixture_with_beta() -> None:
     assert reference.divergence(s, t, "jsd", beta).item() == pytest.approx(expected.item())
 
 
+def test_a_mixture_is_linear_in_its_share() -> None:
+    s, t = torch.randn(2, 3, 7, dtype=torch.float64).unbind(0)
+    shares = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    reverse, forward = (reference.divergence(s, t, d) for d in ("reverse_kl", "forward_kl"))
+    expected = reverse + shares * (forward - reverse)
+    assert torch.allclose(reference.divergence(s, t, forward_share=shares), expected)
+    expected = 0.9 * reverse + 0.1 * forward
+    assert torch.allclose(reference.divergence(s, t, forward_share=0.1), expected)
+
+
+def test_logprobs_are_the_negative_cross_entropy() -> None:
+    z, ids = torch.randn(3, 7, dtype=torch.float64), torch.tensor([0, 6, 3])
+    expected = torch.nn.functional.cross_entropy(z, ids, reduction="none")
+    assert torch.allclose(reference.logprobs(z, ids), -expected)
+
+
 def test_entropy_of_a_uniform_distribution_is_log_v() -> None:
     z = torch.zeros(1, 32, dtype=torch.float64)
     assert reference.entropy(z).item() == pytest.approx(math.log(32), rel=1e-14)
