@@ -9,6 +9,8 @@ from typing import Any
 
 from opcd.errors import InputError
 
+SPINS = "3000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
@@ -31,9 +33,7 @@ def _main(argv: Sequence[str] | None) -> int:
     values = arguments[command].as_dict()
     values.pop("config", None)
     if command == "train":
-        # Threads that wait spin, and take a busy machine's processors from those that work. This
-        # lets them sleep; it is read when torch is first imported.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        _let_waiting_threads_sleep()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -47,6 +47,17 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"\nopcd {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Before torch is imported: OpenMP's threads spin for some ten microseconds, then sleep.
+
+    By default they spin for milliseconds at every small operation, and where another process keeps
+    a core busy they take the time of those that they wait for. This is for libgomp, which torch's
+    packages for Linux bring; what the user set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _run(command: str, values: dict[str, Any]) -> None:

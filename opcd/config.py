@@ -50,9 +50,20 @@ class TrainConfig:
     temperature: float = 1.0
     """Sampling temperature; both models' logits are divided by it in the loss as well."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    """What is minimised at every completion token."""
+    """What is minimised at every token of the student's own completions."""
+    forward_share: float = 0.0
+    """Share of the forward KL in it, between 0 and 1; reverse_kl only."""
     beta: float = 0.5
     """Teacher's share of the mixture; jsd only."""
+    guided_share: float = 0.0
+    """Share of a step's prompts that are completed by the teacher, with the context in view, and
+    scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
+    plain form, 1 its off-policy baseline."""
+    guided_completions: str | None = None
+    """JSONL with "completion"s for them (or a guided.jsonl of another run), in place of the
+    teacher's own."""
+    guided_objective: Literal["forward_kl", "cross_entropy"] = "forward_kl"
+    """What is minimised on guided completions; cross_entropy is sequence-level distillation."""
     average_over: Literal["tokens", "sequences"] = "tokens"
     """Every completion token of a step weighs the same, or every sequence does."""
 
@@ -131,6 +142,24 @@ class TrainConfig:
         for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("forward_share", "guided_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.divergence != "reverse_kl" and self.forward_share:
+            raise InputError(
+                f"forward_share must go with divergence reverse_kl, got {self.forward_share} with "
+                f"{self.divergence}; leave one of them out"
+            )
+        if self.divergence == "jsd" and self.guided_share:
+            raise InputError(
+                f"guided_share must be 0 with divergence jsd, got {self.guided_share}; a mixture "
+                f"of both KL is divergence reverse_kl with a forward_share"
+            )
+        if self.guided_completions is not None and not self.guided_share:
+            raise InputError(
+                "guided_completions must come with a guided_share above 0, got 0: nothing would be "
+                "trained on them; pass --guided_share 1 to train on them alone"
+            )
         if not 0 < self.beta < 1:
             raise InputError(f"beta must lie strictly between 0 and 1, got {self.beta}")
         return self

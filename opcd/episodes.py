@@ -43,6 +43,12 @@ class Episode:
     spans: tuple[Span, ...]  # in order
     context: str = ""  # what the teacher sees in front: a name that it knows
     finish: str = "stop"  # "stop", or "length" where the last completion was cut
+    # How its tokens are scored: the share of forward KL in their divergence, what that weighs, and
+    # what −log p of the tokens themselves weighs.
+    forward_share: float = 0.0
+    divergence_weight: float = 1.0
+    likelihood_weight: float = 0.0
+    origin: str = "student"  # who wrote what is scored, for metrics
 
     def __post_init__(self) -> None:
         student_end = teacher_end = 0
@@ -93,6 +99,11 @@ class Episode:
     def teacher_spans(self) -> tuple[tuple[int, int], ...]:
         """Start and length of each span in the teacher's ids."""
         return tuple((span.teacher_start, span.length) for span in self.spans)
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """The tokens that count."""
+        return [t for start, n in self.student_spans for t in self.student_ids[start : start + n]]
 
 
 def scored_tokens(episodes: Iterable[Episode]) -> list[int]:

@@ -1,7 +1,7 @@
 """The divergence between two models, from their hidden states: where opcd meets opcd_kernels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,27 +39,21 @@ def head_divergence(
     teacher_hidden: Tensor,  # (N, D_t)
     teacher: Head,
     token_weights: Tensor | None = None,  # (N,); default 1/N each
-    divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    add_weight_grad: bool = False,
+    **options: Any,
 ) -> Losses:
-    """`linear_divergence` over the rows that both heads have."""
+    """`linear_divergence`, with its options, over the rows that both heads have."""
     return linear_divergence(
         student_hidden,
         student.weight,
         teacher_hidden,
         teacher.weight,
         token_weights,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
         student_bias=student.bias,
         teacher_bias=teacher.bias,
         student_softcap=student.softcap,
         teacher_softcap=teacher.softcap,
         vocab_size=min(len(student.weight), len(teacher.weight)),
-        add_weight_grad=add_weight_grad,
+        **options,
     )
 
 

@@ -30,9 +30,10 @@ class SharedPrefixTeacher:
     sequences are scored in every way that could be faster than full passes; `plan` is the fastest
     that agrees with those within the dtype's noise.
 
-    `frozen` is entered around every pass; with it teacher and student can be one module, e.g.
-    ``frozen=peft_model.disable_adapter``. `max_tokens_per_pass` bounds a pass's new tokens, and
-    `prefix_cache_bytes` what is kept of prefixes that were not used last. ``shared=False``
+    `frozen` is entered around every pass, also by whoever else uses the model as the teacher; with
+    it teacher and student can be one module, e.g. ``frozen=peft_model.disable_adapter``.
+    `max_tokens_per_pass` bounds a pass's new tokens, and `prefix_cache_bytes` what is kept of
+    prefixes that were not used last. ``shared=False``
     computes every sequence in full: slow, and the yardstick.
     """
 
@@ -52,7 +53,7 @@ class SharedPrefixTeacher:
         _check_prefixes(model, several)
         self._prefix_ids = {name: list(ids) for name, ids in several.items()}
         self._max_tokens_per_pass = max_tokens_per_pass
-        self._frozen = frozen
+        self.frozen = frozen
         self._prefixes = PrefixCache(model, prefix_cache_bytes)
         self.plan = Plan("recompute", "padded rows", "asked for")
         with torch.no_grad(), frozen():
@@ -67,7 +68,7 @@ class SharedPrefixTeacher:
     def refresh(self) -> None:
         """Take the model's weights as they now are: prefixes are computed again when needed."""
         self._prefixes.clear()
-        with self._frozen():
+        with self.frozen():
             self._version = weights_version(self.model)
 
     def add_context(self, name: str, token_ids: Sequence[int]) -> None:
@@ -121,7 +122,7 @@ class SharedPrefixTeacher:
             episodes = _completed(prompts, completion_ids, contexts)
         self._check(episodes)
         lengths = scored_tokens(episodes)
-        with self._frozen():
+        with self.frozen():
             self._check_version()
             parts: dict[int, Tensor] = {}
             for members, rows in self._together(episodes):

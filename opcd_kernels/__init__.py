@@ -8,6 +8,8 @@ weight_grad        the head's gradient added to .grad at once: when that is righ
 chunks             START HERE: products, divergence, products, a chunk of tokens at a time
 backends           who computes; which of the two Triton designs, by measurement
 products           matrix products with fp32 sums, on a GPU and elsewhere
+rows               what is asked of rows of logits, and what is found
+tokens             the tokens that count: weights, shares and targets without the others
 rows_triton        rows of logits to divergence and gradient: one Triton kernel
 rows_torch         the same in PyTorch
 dual_triton        no logits: both models in one product, then the gradient

@@ -1,6 +1,7 @@
 """The scorecard as people read it: in the terminal, and as report.md with its training curve."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,15 @@ def draw_curve(
     validated = [m for m in metrics if "validation" in m]
     figure, axes = pyplot.subplots(1, 3 if validated else 2, figsize=(11, 3.2), dpi=110)
     axes[0].plot(
-        steps, [m["divergence"] for m in metrics], color="C0", label=f"training, {divergence}"
+        steps,
+        [math.nan if m["divergence"] is None else m["divergence"] for m in metrics],
+        color="C0",
+        label=f"training, {divergence}",
     )
+    if any("guided_loss" in m for m in metrics):
+        guided = [m.get("guided_loss", math.nan) for m in metrics]
+        axes[0].plot(steps, guided, color="C4", alpha=0.6, label="guided, what is minimised")
+        axes[0].legend(frameon=False)
     if validated:
         where = [m["step"] for m in validated]
         held_out = [m["validation"]["divergence"] for m in validated]

@@ -3,6 +3,7 @@
 prepare     START HERE: everything that can be wrong before weights are loaded
 task        all of a run's prompts, rendered, and the scorer
 data        contexts, prompts, labelled examples; checks line by line
+stored      completions of training prompts from a file
 chat        messages to token ids; checks of the chat template
 scorers     when an answer counts
 """

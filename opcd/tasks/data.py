@@ -86,7 +86,16 @@ def read_examples(path: str, answers_required: bool) -> list[Example]:
     Raises InputError naming the file and the line.
     """
     kind = "evaluation data" if answers_required else "prompts"
-    examples = []
+    records = read_records(path, kind)
+    return [_example(record, source, answers_required) for source, record in records]
+
+
+def read_records(path: str, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place ("file:line").
+
+    Raises InputError naming the file and the line.
+    """
+    records = []
     for number, line in enumerate(_read(path, kind).split("\n"), start=1):
         if not line.strip():
             continue
@@ -98,10 +107,14 @@ def read_examples(path: str, answers_required: bool) -> list[Example]:
                 f"{source}: each line must be one JSON object, got {error.msg} at column "
                 f"{error.colno}; correct that line"
             ) from error
-        examples.append(_example(record, source, answers_required))
-    if not examples:
+        if not isinstance(record, dict):
+            raise InputError(
+                f'{source}: must be an object like {{"prompt": "..."}}, got {type(record).__name__}'
+            )
+        records.append((source, record))
+    if not records:
         raise InputError(f"{path}: {kind} must hold at least one line, got none; add examples")
-    return examples
+    return records
 
 
 def check_contexts(parts: dict[str, list[Example]], contexts: dict[str, list[Message]]) -> None:
@@ -163,11 +176,7 @@ def _read(path: str, kind: str) -> str:
     return text
 
 
-def _example(record: Any, source: str, answers_required: bool) -> Example:
-    if not isinstance(record, dict):
-        raise InputError(
-            f'{source}: must be an object like {{"prompt": "..."}}, got {type(record).__name__}'
-        )
+def _example(record: dict[str, Any], source: str, answers_required: bool) -> Example:
     if ("prompt" in record) == ("messages" in record):
         raise InputError(
             f'{source}: must have either "prompt" or "messages", got keys {sorted(record)}; '

@@ -17,6 +17,7 @@ from opcd.models.by_name import (
 from opcd.models.lm import check_rope, max_positions, stop_at
 from opcd.objective import check_head
 from opcd.tasks.chat import Chat, check_same_tokenizer
+from opcd.tasks.stored import read_stored
 from opcd.tasks.task import Task, read_task_files, render_task
 
 
@@ -29,6 +30,7 @@ class Setup(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """A model that stops where the chat template does and whose head the loss can use.
@@ -68,4 +70,9 @@ def prepare(config: TrainConfig) -> Setup:
             check_rope(model_config, min(lengths) + 1, longest)
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    return Setup(resolved, task, next(iter(chats.values())), tokenizer, device, dtype)
+    stored = None
+    if config.guided_completions is not None:
+        examples, limit = files.parts["train"], config.max_completion_tokens
+        stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
+    chat = next(iter(chats.values()))
+    return Setup(resolved, task, chat, tokenizer, device, dtype, stored)

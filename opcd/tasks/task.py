@@ -61,6 +61,14 @@ class Task:
         return next(iter(self.prefixes.values()))
 
     @property
+    def context_digests(self) -> dict[str, str]:
+        """What tells contexts apart, by their names: a digest of their tokens."""
+        return {
+            name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+            for name, ids in sorted(self.prefixes.items())
+        }
+
+    @property
     def fingerprint(self) -> str:
         """Digest of what is trained on: a resumed run must see the very same token ids."""
         prefixes = [ids for _, ids in sorted(self.prefixes.items())]

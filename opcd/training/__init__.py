@@ -1,7 +1,8 @@
 """A run: START HERE, in loop.
 
 loop        sample, score, step
-sources     which episodes a step has
+sources     which episodes a step has, and how each is scored
+guided      completions that the prompted teacher wrote, or that came from a file
 build       student, teacher and sampler from a configuration
 run         from a configuration to its scorecard: folder, steps, validation
 checkpoint  complete or absent, never half written

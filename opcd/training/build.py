@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,8 +14,10 @@ from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
 from opcd.tasks.prepare import Setup
+from opcd.teacher import SharedPrefixTeacher
+from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
-from opcd.training.sources import OnPolicy
+from opcd.training.sources import Guided, OnPolicy, Source
 
 
 def build_distiller(setup: Setup) -> Distiller:
@@ -49,10 +52,25 @@ def build_distiller(setup: Setup) -> Distiller:
     loss = StudentLoss(
         student,
         plan,
-        config.divergence,
+        "jsd" if config.divergence == "jsd" else "reverse_kl",  # forward KL is a share of it
         config.beta,
         config.temperature,
         add_weight_grad=head_of(student).weight.requires_grad,
     )
-    source = OnPolicy(setup.task.train, config)
+    source = _source(setup, teacher)
     return Distiller(loss, teacher, engine, source, config, setup.dtype)
+
+
+def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
+    config, prompts = setup.config, setup.task.train
+    if not config.guided_share:
+        return OnPolicy(prompts, config)
+    if setup.stored is not None:
+        return Guided(prompts, config, StoredCompletions(setup.stored))
+    with teacher.frozen():
+        engine = build_engine(
+            config.rollout_engine, teacher.model, config.rollout_batch_size, teacher.plan
+        )
+    folder = Path(config.output_dir)
+    written = TeacherCompletions(teacher, engine, setup.task, config, folder)
+    return Guided(prompts, config, written)

@@ -20,6 +20,7 @@ from opcd.models.lm import autocast, batches_by_tokens
 from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
 from opcd.runtime.stopwatch import Stopwatch
+from opcd.runtime.upload import uploaded
 from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.sources import Source
@@ -97,7 +98,7 @@ class Distiller:
         config = self.config
         lengths = scored_tokens(episodes)
         weights = token_weights(lengths, config)
-        totals = torch.zeros(3, device=self._device)  # loss, Σ divergence, Σ entropy
+        totals = torch.zeros(4, device=self._device)  # loss, Σ entropy, Σ of own and guided tokens
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
         for batch in batches_by_tokens(
@@ -111,11 +112,15 @@ class Distiller:
             out = self._loss(*arguments)
             out.loss.backward()
             totals += torch.stack(
-                [out.loss.detach(), out.per_token.sum(), out.student_entropy.sum()]
+                [
+                    out.loss.detach(),
+                    out.student_entropy.sum(),
+                    *self._by_origin(arguments[0], out),
+                ]
             )
         self.student.eval()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        loss, divergence, entropy, grad_norm = [*totals.tolist(), norm.item()]
+        loss, entropy, own, guided, grad_norm = [*totals.tolist(), norm.item()]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise InputError(
@@ -130,13 +135,26 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=self._device.type != "cpu")
         self.weights_changed()
         self.steps_done += 1
+        count_own = sum(e.scored_tokens for e in episodes if e.origin == "student")
+        count_guided = sum(lengths) - count_own
         return {
             "loss": loss,
-            "divergence": divergence / sum(lengths),
+            "divergence": own / count_own if count_own else None,
+            **({"guided_loss": guided / count_guided} if count_guided else {}),
             "student_entropy": entropy / sum(lengths),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
         }
+
+    def _by_origin(self, episodes: Sequence[Episode], out: Losses) -> tuple[Tensor, Tensor]:
+        """What is minimised, summed over own tokens and over the others, in nats."""
+        found = out.per_token
+        if out.logprobs is not None:
+            likely = _of_tokens([e.likelihood_weight > 0 for e in episodes], episodes)
+            found = found - out.logprobs * uploaded(likely, self._device)
+        ours = _of_tokens([e.origin == "student" for e in episodes], episodes)
+        own = uploaded(ours, self._device)
+        return (found * own).sum(), (found * ~own).sum()
 
     def _loss(self, *arguments: Any) -> Losses:
         with autocast(self._device, self._compute_dtype):
@@ -155,6 +173,11 @@ class Distiller:
         """The student's weights are others now."""
         if self.casts is not None:
             self.casts.outdated()
+
+
+def _of_tokens(values: Sequence[bool], episodes: Sequence[Episode]) -> Tensor:
+    """(N,): each episode's value at its scored tokens."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(scored_tokens(episodes)))
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -247,8 +247,10 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
 
 
 def _note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
+    found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
+    losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
     text = (
-        f"divergence {metrics['divergence']:.3f}, {metrics['completion_tokens_mean']:.1f} tokens "
+        f"{', '.join(losses)}, {metrics['completion_tokens_mean']:.1f} tokens "
         f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
     )
     return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")

@@ -1,6 +1,8 @@
-"""What a step trains on."""
+"""What a step trains on, and how each episode is scored."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -8,6 +10,9 @@ import torch
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
+from opcd.training.guided import Written
+
+BATCHES_AHEAD = 4  # of rollout_batch_size, that guided completions are made for at once
 
 
 class Source(Protocol):
@@ -24,14 +29,75 @@ class OnPolicy:
     def __init__(self, prompts: Sequence[Prompt], config: TrainConfig) -> None:
         self._prompts = prompts
         self._config = config
-        self._sampling = SamplingParams(config.max_completion_tokens, config.temperature)
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes."""
+        prompts = step_prompts(self._prompts, step, self._config)
+        return own_episodes(prompts, step, sampler, self._config)
+
+
+class Guided:
+    """The student's own completions, and for a share of a step's prompts somebody else's.
+
+    Plain on-policy training teaches nothing about what the student never samples; here the prompted
+    teacher shows it.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], config: TrainConfig, written: Written) -> None:
+        self._prompts = prompts
+        self._config = config
+        self._written = written
+
+    def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
+        """See Source.episodes. Guided ones come last."""
         config = self._config
-        prompts = step_prompts(self._prompts, step, config)
-        n = config.completions_per_prompt
-        return complete(sampler, prompts, self._sampling, config.seed, step, n)
+        own, guided = self._parted(step)
+        self._written.prepare(self._ahead(step))
+        shown = [
+            scored_as(self._written.episode(prompt, sample), "guided", config)
+            for prompt in guided
+            for sample in range(config.completions_per_prompt)
+        ]
+        return [*(own_episodes(own, step, sampler, config) if own else []), *shown]
+
+    def _parted(self, step: int) -> tuple[list[Prompt], list[Prompt]]:
+        """The student's prompts of a step, and the guided ones, spread over it and over steps."""
+        prompts = step_prompts(self._prompts, step, self._config)
+        share, first = self._config.guided_share, step * len(prompts)
+        counts = [int(share * (first + i)) for i in range(len(prompts) + 1)]
+        marks = [after - before for before, after in pairwise(counts)]
+        own = [p for p, mark in zip(prompts, marks, strict=True) if not mark]
+        return own, [p for p, mark in zip(prompts, marks, strict=True) if mark]
+
+    def _ahead(self, step: int) -> list[Prompt]:
+        """The guided prompts from this step on, if it has one that is to be made: a large batch."""
+        wanted: list[Prompt] = []
+        count = BATCHES_AHEAD * self._config.rollout_batch_size
+        for later in range(step, self._config.steps):
+            wanted += self._parted(later)[1]
+            if len(wanted) >= count:
+                break
+        return wanted
+
+
+def own_episodes(
+    prompts: Sequence[Prompt], step: int, sampler: RolloutEngine, config: TrainConfig
+) -> list[Episode]:
+    """The student's completions of a step's prompts."""
+    params = SamplingParams(config.max_completion_tokens, config.temperature)
+    n = config.completions_per_prompt
+    episodes = complete(sampler, prompts, params, config.seed, step, n)
+    return [scored_as(episode, "student", config) for episode in episodes]
+
+
+def scored_as(episode: Episode, origin: str, config: TrainConfig) -> Episode:
+    """The one place that says which episode is scored how."""
+    if origin == "student":
+        share = 1.0 if config.divergence == "forward_kl" else config.forward_share
+        return replace(episode, forward_share=share)
+    if config.guided_objective == "cross_entropy":
+        return replace(episode, origin=origin, divergence_weight=0.0, likelihood_weight=1.0)
+    return replace(episode, origin=origin, forward_share=1.0)
 
 
 def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:

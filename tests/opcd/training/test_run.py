@@ -101,11 +101,11 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(settings: dict) -
     assert found[0] != found[2]
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("overrides", [{}, {"lora_rank": 4}, {"guided_share": 0.5}], ids=str)
 def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(
-    settings: dict, lora_rank: int
+    settings: dict, overrides: dict
 ) -> None:
-    config = write_config(settings, steps=14, lora_rank=lora_rank)
+    config = write_config(settings, steps=14, **overrides)
     whole = settings["output_dir"] + "-whole"
     assert main(["train", "--config", config, "--output_dir", whole]) == 0
 
@@ -248,15 +248,16 @@ def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
     code = (
         "import sys, opcd.cli, os\n"
         "import opcd.training.run\n"
-        "assert 'OMP_WAIT_POLICY' not in os.environ, 'a library call'\n"
+        "assert 'GOMP_SPINCOUNT' not in os.environ, 'a library call'\n"
     )
-    plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    policies = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    plain = {k: v for k, v in os.environ.items() if k not in policies}
     subprocess.run([sys.executable, "-c", code], check=True, env=plain)
     code = (
         "import sys, os, opcd.config\n"
         "real = opcd.config.TrainConfig.check\n"
         "def check(self):\n"
-        "    print('policy', os.environ.get('OMP_WAIT_POLICY'))\n"
+        "    print('spins', os.environ.get('GOMP_SPINCOUNT'))\n"
         "    return real(self)\n"
         "opcd.config.TrainConfig.check = check\n"
         "from opcd.cli import main\n"
@@ -265,8 +266,9 @@ def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
     )
     config = write_config(settings, prompts="none.jsonl")
     for command, arguments, own, expected in (
-        ("train", [], {}, "passive"),
-        ("train", [], {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("train", [], {}, "3000"),
+        ("train", [], {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("train", [], {"OMP_WAIT_POLICY": "active"}, "None"),
         ("eval", ["--distilled=none"], {}, "None"),
     ):
         done = subprocess.run(
@@ -276,7 +278,7 @@ def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
             env=plain | own,
             check=False,
         )
-        assert f"policy {expected}" in done.stdout, done.stderr
+        assert f"spins {expected}" in done.stdout, done.stderr
 
 
 def test_a_run_without_validation_takes_the_last_step_and_says_so(settings: dict) -> None:

@@ -1,0 +1,97 @@
+"""Completions of training prompts from a file: another model's, or another run's."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opcd.errors import InputError
+from opcd.tasks.data import Example, read_records
+from opcd.tasks.task import Task
+
+
+def read_stored(
+    path: str,
+    task: Task,
+    examples: Sequence[Example],  # of the training prompts, in their order
+    tokenizer: PreTrainedTokenizerBase,
+    max_completion_tokens: int,
+) -> dict[int, list[list[int]]]:
+    """The token ids of each training prompt's completions, by the prompt's key.
+
+    A line is ``{"prompt": ... or "messages": ..., "completion": text}``, with the name of its
+    context where there are several, or with ``"completion_token_ids"`` in place of the text, which
+    is ended by the tokenizer's EOS. A guided.jsonl of another run is taken as it is.
+
+    Raises InputError for lines of another form, token ids that are not the tokenizer's, a file made
+    for another context, and training prompts that it has no completion for.
+    """
+    records = read_records(path, "guided_completions")
+    by_words = {
+        (_words(example.messages), example.context): prompt.key
+        for example, prompt in zip(examples, task.train, strict=True)
+    }
+    keys = set(by_words.values())
+    found: dict[int, list[list[int]]] = {}
+    for source, record in records:
+        if "rule" in record:
+            _check_contexts(record, task, source)
+            continue
+        key = record.get("key")
+        if key is None:
+            messages = record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
+            key = by_words.get((_words(messages), record.get("context", "")))
+        ids = _token_ids(record, source, tokenizer)
+        if len(ids) > max_completion_tokens:
+            raise InputError(
+                f"{source}: a completion must have at most max_completion_tokens "
+                f"{max_completion_tokens} tokens, got {len(ids)}; raise it, or shorten the text"
+            )
+        if key in keys:
+            found.setdefault(key, []).append(ids)
+    for example, prompt in zip(examples, task.train, strict=True):
+        if prompt.key not in found:
+            raise InputError(
+                f"guided_completions must have a completion for every training prompt, but "
+                f"{path!r} has none for {example.source} ({example.text!r}); add it, or leave the "
+                f"prompt out of the training prompts"
+            )
+    return found
+
+
+def _words(messages: Any) -> str:
+    return json.dumps(list(messages), sort_keys=True)
+
+
+def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
+    theirs = rule.get("contexts", {})
+    for name, digest in task.context_digests.items():
+        if theirs.get(name) != digest:
+            what = f"context {name!r}" if name else "the context"
+            raise InputError(
+                f"{source}: the completions must have been made for {what} of this run, but were "
+                f"made for another one; make them anew, or restore the context"
+            )
+
+
+def _token_ids(
+    record: dict[str, Any], source: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    ids = record.get("completion_token_ids")
+    if ids is None:
+        text = record.get("completion")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
+                f"got keys {sorted(record)}"
+            )
+        eos = tokenizer.eos_token_id
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+    whole = isinstance(ids, list) and all(type(i) is int for i in ids)
+    if not whole or not ids or not 0 <= min(ids) <= max(ids) < len(tokenizer):
+        raise InputError(
+            f"{source}: completion_token_ids must be token ids of this tokenizer, from 0 to "
+            f"{len(tokenizer) - 1}, got {str(ids)[:80]}; make them with the model's own tokenizer"
+        )
+    return ids

@@ -1,0 +1,133 @@
+"""Completions that the prompted teacher wrote, or that came from a file, kept with the run.
+
+`guided.jsonl` in the run's folder: its first line says by what rule they were made, each other one
+is a completion. One completion a prompt and sample is made, a few steps' worth at a time, before it
+is needed; where a prompt comes again, in a later epoch or in a resumed run, so does its completion.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from opcd.config import TrainConfig
+from opcd.episodes import Episode, Prompt
+from opcd.errors import InputError
+from opcd.models.lm import causal_lm
+from opcd.rollouts.noise import streams
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.tasks.task import Task
+from opcd.teacher import SharedPrefixTeacher
+
+FILE = "guided.jsonl"
+STEP = -2  # of the draws: completions do not depend on when they are made
+
+
+class Written(Protocol):
+    """Completions of prompts by somebody else than the student."""
+
+    def prepare(self, wanted: Sequence[Prompt]) -> None:
+        """Have these at hand, if they are not."""
+        ...
+
+    def episode(self, prompt: Prompt, sample: int) -> Episode:
+        """One completion; how it is scored is the source's to say."""
+        ...
+
+
+class TeacherCompletions:
+    """What the teacher says with the context in view."""
+
+    def __init__(
+        self,
+        teacher: SharedPrefixTeacher,
+        engine: RolloutEngine,  # the teacher's, apart from the student's: no graph is made twice
+        task: Task,
+        config: TrainConfig,
+        folder: Path,
+    ) -> None:
+        self._teacher = teacher
+        self._engine = engine
+        self._task = task
+        self._config = config
+        self._file = folder / FILE
+        self._rule = {
+            "rule": "one completion a prompt and sample, used again whenever the prompt is guided",
+            "teacher": config.teacher or config.model,
+            "seed": config.seed,
+            "temperature": config.temperature,
+            "max_completion_tokens": config.max_completion_tokens,
+            "contexts": task.context_digests,
+        }
+        self._kept = self._read()
+
+    def prepare(self, wanted: Sequence[Prompt]) -> None:
+        """See Written.prepare. One large batch, behind the shared prefix."""
+        n = self._config.completions_per_prompt
+        prompts = [*{p.key: p for p in wanted if (p.key, 0) not in self._kept}.values()]
+        if not prompts:
+            return
+        repeated = [p for p in prompts for _ in range(n)]
+        params = SamplingParams(self._config.max_completion_tokens, self._config.temperature)
+        numbers = streams(self._config.seed, STEP, prompts, n)
+        ids = [self._task.prompted_ids(p) for p in repeated]
+        device = causal_lm(self._teacher.model).device
+        with self._teacher.frozen(), torch.autocast(device.type, enabled=False):
+            rollouts = self._engine.generate(ids, params, numbers)
+        self._engine.close()
+        rows = []
+        for i, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True)):
+            row = {
+                "key": prompt.key,
+                "sample": i % n,
+                "completion_token_ids": rollout.completion_token_ids,
+                "finish": rollout.finish_reason,
+            }
+            rows.append(row)
+            self._kept[prompt.key, i % n] = row
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def episode(self, prompt: Prompt, sample: int) -> Episode:
+        """See Written.episode."""
+        row = self._kept[prompt.key, sample]
+        return Episode.of_completion(prompt, row["completion_token_ids"], row["finish"])
+
+    def _read(self) -> dict[tuple[int, int], dict[str, Any]]:
+        if not self._file.exists():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self._rule) + "\n", encoding="utf-8")
+        rule, *rows = _whole_lines(self._file)
+        if rule != self._rule:
+            differing = [k for k in self._rule if rule.get(k) != self._rule[k]]
+            raise InputError(
+                f"{self._file} must hold completions made by the rule of this run, got another "
+                f"{', '.join(differing)}; delete the file, or start another output_dir"
+            )
+        return {(row["key"], row["sample"]): row for row in rows}
+
+
+class StoredCompletions:
+    """Completions from a file."""
+
+    def __init__(self, completions: Mapping[int, list[list[int]]]) -> None:
+        self._completions = completions  # by the prompt's key
+
+    def prepare(self, wanted: Sequence[Prompt]) -> None:
+        """Nothing is left to do."""
+
+    def episode(self, prompt: Prompt, sample: int) -> Episode:
+        """See Written.episode. Fewer completions than samples start over."""
+        found = self._completions[prompt.key]
+        return Episode.of_completion(prompt, found[sample % len(found)])
+
+
+def _whole_lines(file: Path) -> list[Any]:
+    """The JSON of each line; a last one that a kill cut off is left out, also from the file."""
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]

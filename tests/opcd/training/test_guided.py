@@ -1,0 +1,255 @@
+"""Guided rollouts: who is guided, by what, how that is scored, and where it is kept."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opcd.config import TrainConfig
+from opcd.episodes import Episode, Prompt
+from opcd.errors import InputError
+from opcd.tasks.prepare import prepare
+from opcd.training.build import build_distiller
+from opcd.training.loop import Distiller
+from opcd.training.sources import OnPolicy
+from opcd_kernels import reference
+from tests.conftest import write_jsonl
+
+WORDS = [
+    "red",
+    "blue",
+    "pink",
+    "teal",
+    "gold",
+    "grey",
+    "lime",
+    "navy",
+    "plum",
+    "rust",
+    "sand",
+    "snow",
+]
+
+
+def distiller(settings: dict, **overrides: object) -> Distiller:
+    return build_distiller(prepare(TrainConfig(**settings | {"guided_share": 0.5} | overrides)))
+
+
+def origins(episodes: list[Episode]) -> Counter:
+    return Counter(e.origin for e in episodes)
+
+
+@pytest.mark.parametrize(("share", "guided"), [(0.25, 6), (0.5, 12), (0.1, 2), (1.0, 24)])
+def test_the_share_of_guided_prompts_is_kept_over_steps(
+    settings: dict, share: float, guided: int
+) -> None:
+    d = distiller(settings, guided_share=share)
+    counts = Counter()
+    for d.steps_done in range(6):
+        counts += origins(d.rollout())
+    assert counts["guided"] == guided
+    assert sum(counts.values()) == 24
+
+
+def test_no_share_is_plain_on_policy_distillation(settings: dict) -> None:
+    d = distiller(settings, guided_share=0.0)
+    assert isinstance(d.source, OnPolicy)
+    assert not (Path(settings["output_dir"]) / "guided.jsonl").exists()
+
+
+@pytest.mark.parametrize("overrides", [{}, {"lora_rank": 4}, {"completions_per_prompt": 2}])
+def test_guided_completions_are_the_prompted_teachers(settings: dict, overrides: dict) -> None:
+    """At a temperature near 0 each token is the likeliest behind the context, adapter off."""
+    d = distiller(settings, guided_share=1.0, temperature=1e-4, **overrides)
+    with torch.no_grad():  # a trained student must not show
+        for name, p in d.student.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    task = prepare(TrainConfig(**settings)).task
+    for episode in d.rollout():
+        ids = [*task.a_prefix, *episode.teacher_ids]
+        (span,) = episode.spans
+        with torch.no_grad(), d.teacher.frozen():
+            logits = d.teacher.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        first = len(task.a_prefix) + span.teacher_start
+        assert logits[first - 1 : -1].argmax(-1).tolist() == ids[first:]
+
+
+def test_each_episode_is_scored_as_its_origin_says(settings: dict) -> None:
+    """Reverse KL on own completions, forward KL on guided ones; one denominator."""
+    d = distiller(settings)
+    episodes = d.rollout()
+    assert origins(episodes) == {"student": 2, "guided": 2}
+    targets = d.score(episodes)
+    tokens = sum(e.scored_tokens for e in episodes)
+    expected, per_origin = 0.0, Counter()
+    for episode, hidden in zip(episodes, targets.hidden.split([*targets.lengths]), strict=True):
+        (span,) = episode.spans
+        with torch.no_grad():
+            logits = d.student(input_ids=torch.tensor([[*episode.student_ids]])).logits[0]
+        ours = logits[span.student_start - 1 : -1]
+        theirs = reference.logits(hidden, targets.head.weight)
+        kind = "reverse_kl" if episode.origin == "student" else "forward_kl"
+        found = reference.divergence(ours, theirs, kind).sum().item()
+        expected += found / tokens
+        per_origin[episode.origin] += found
+    metrics = d.update(episodes, targets)
+    counts = {o: sum(e.scored_tokens for e in episodes if e.origin == o) for o in per_origin}
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    own, guided = (per_origin[o] / counts[o] for o in ("student", "guided"))
+    assert metrics["divergence"] == pytest.approx(own, rel=1e-4)
+    assert metrics["guided_loss"] == pytest.approx(guided, rel=1e-4)
+
+
+def test_cross_entropy_on_guided_completions(settings: dict) -> None:
+    """Sequence-level distillation: the mean of −log p, and no divergence."""
+    d = distiller(settings, guided_share=1.0, guided_objective="cross_entropy", max_grad_norm=1e9)
+    episodes = d.rollout()
+    total = torch.zeros(())
+    for episode in episodes:
+        (span,) = episode.spans
+        logits = d.student(input_ids=torch.tensor([[*episode.student_ids]])).logits[0]
+        ids = torch.tensor(episode.student_ids[span.student_start :])
+        logprobs = logits[span.student_start - 1 : -1].log_softmax(-1)
+        total = total - logprobs.gather(1, ids[:, None]).sum()
+    loss = total / sum(e.scored_tokens for e in episodes)
+    loss.backward()
+    expected = [p.grad.clone() for p in d.parameters]
+    d.optimizer.zero_grad()
+    grads = []
+    d.optimizer.register_step_pre_hook(
+        lambda *_: grads.extend(p.grad.clone() for p in d.parameters)
+    )
+    metrics = d.update(episodes, d.score(episodes))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["guided_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["divergence"] is None
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_own_completions_may_be_scored_by_a_mixture(settings: dict) -> None:
+    losses = {}
+    for divergence, share in (("reverse_kl", 0.0), ("forward_kl", 0.0), ("reverse_kl", 0.5)):
+        d = distiller(settings, guided_share=0, divergence=divergence, forward_share=share)
+        losses[divergence, share] = d.step()["loss"]
+    pure = losses["reverse_kl", 0.0], losses["forward_kl", 0.0]
+    assert losses["reverse_kl", 0.5] == pytest.approx(sum(pure) / 2, rel=1e-4)
+    assert pure[0] != pytest.approx(pure[1], rel=1e-2)
+
+
+def test_completions_are_made_once_and_kept(settings: dict) -> None:
+    """In later epochs and in a resumed run the same; the file says by what rule."""
+    d = distiller(settings, guided_share=1.0)
+    made = []
+    engine = d.source._written._engine
+    generate = engine.generate
+    engine.generate = lambda prompts, *rest: made.append(len(prompts)) or generate(prompts, *rest)
+    seen: dict[tuple, list] = {}
+    for d.steps_done in range(6):  # 12 prompts, 4 a step: two epochs
+        for episode in d.rollout():
+            (span,) = episode.spans
+            prompt = tuple(episode.student_ids[: span.student_start])
+            seen.setdefault(prompt, []).append(episode.student_ids[span.student_start :])
+    assert made == [12], "one large batch"
+    assert all(len(found) == 2 and found[0] == found[1] for found in seen.values())
+    rule, *rows = (Path(settings["output_dir"]) / "guided.jsonl").read_text().splitlines()
+    assert json.loads(rule)["seed"] == 0
+    assert json.loads(rule)["temperature"] == 1.0
+    assert len(rows) == 12
+    again = distiller(settings, guided_share=1.0)
+    again.source._written._engine.generate = None  # nothing is left to make
+    again.steps_done = d.steps_done = 3
+    assert again.rollout() == d.rollout()
+
+
+def test_a_line_that_a_kill_cut_off_is_made_anew(settings: dict) -> None:
+    first = distiller(settings, guided_share=1.0).rollout()
+    file = Path(settings["output_dir"]) / "guided.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-30])
+    d = distiller(settings, guided_share=1.0)
+    for d.steps_done in (2, 1, 0):
+        again = d.rollout()
+    assert again == first
+    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_completions_of_another_rule_are_refused(settings: dict) -> None:
+    distiller(settings, guided_share=1.0).rollout()
+    with pytest.raises(InputError, match="got another seed, temperature; delete the file"):
+        distiller(settings, guided_share=1.0, seed=1, temperature=0.5)
+
+
+def stored(settings: dict, change: Callable[[list], object] = lambda _: None) -> str:
+    rows = [{"prompt": word, "completion": word[0]} for word in WORDS]
+    change(rows)
+    path = Path(settings["output_dir"]).parent / "stored.jsonl"
+    return str(write_jsonl(path, rows))
+
+
+def test_stored_completions_are_trained_on(settings: dict) -> None:
+    d = distiller(settings, guided_share=1.0, guided_completions=stored(settings))
+    for episode in d.rollout():
+        (span,) = episode.spans
+        *text, end = episode.student_ids[span.student_start :]
+        assert len(text) == 1
+        assert end == 1, "the turn ends"
+        assert episode.origin == "guided"
+
+
+def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path) -> None:
+    d = distiller(settings, guided_share=1.0)
+    first = d.rollout()
+    file = tmp_path / "of-another-run.jsonl"
+    (Path(settings["output_dir"]) / "guided.jsonl").rename(file)
+    other = distiller(settings, guided_share=1.0, guided_completions=str(file))
+    assert [e.student_ids for e in other.rollout()] == [e.student_ids for e in first]
+    (tmp_path / "context.md").write_text("Answer with two letters.")
+    with pytest.raises(InputError, match="made for another one"):
+        distiller(settings, guided_share=1.0, guided_completions=str(file))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(), r"none for .*prompts.jsonl:12 \('snow'\)"),
+        (lambda rows: rows[3].update(completion=" "), r"stored.jsonl:4: each line must have"),
+        (lambda rows: rows[0].pop("completion"), r"stored.jsonl:1: each line must have"),
+        (lambda rows: rows[2].update(completion_token_ids=[5, 300]), "ids of this tokenizer"),
+        (lambda rows: rows[2].update(completion_token_ids=[5, "a"]), "ids of this tokenizer"),
+        (lambda rows: rows[2].update(completion="long " * 9), "at most max_completion_tokens 8"),
+    ],
+)
+def test_stored_completions_that_do_not_fit_are_refused_before_weights_are_loaded(
+    settings: dict, change: Callable[[list], object], message: str
+) -> None:
+    path = stored(settings, change)
+    with pytest.raises(InputError, match=message):
+        prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guided_share": 1.5}, "guided_share must lie between 0 and 1, got 1.5"),
+        ({"forward_share": -0.1}, "forward_share must lie between 0 and 1"),
+        ({"divergence": "jsd", "guided_share": 0.5}, "guided_share must be 0 with divergence jsd"),
+        ({"divergence": "jsd", "forward_share": 0.5}, "must go with divergence reverse_kl"),
+        ({"guided_completions": "x.jsonl"}, "must come with a guided_share above 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict, change: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**settings | change).check()
+
+
+def test_a_key_tells_prompts_apart() -> None:
+    assert Prompt([1], [2], "a").key == Prompt([1], [2], "a").key
+    others = [Prompt([1], [2], "b"), Prompt([2], [2], "a"), Prompt([1], [1], "a")]
+    assert len({p.key for p in [Prompt([1], [2], "a"), *others]}) == 4
