@@ -9,7 +9,7 @@ from typing import Any
 
 from opcd.errors import InputError
 
-SPINS = "3000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

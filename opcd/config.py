@@ -12,7 +12,7 @@ from opcd.runtime.files import write_text
 
 @dataclass
 class TrainConfig:
-    """On-policy context distillation of one context into one model."""
+    """On-policy context distillation of a context, or several, into one model."""
 
     output_dir: str
     """Folder of the run; must not hold one yet."""

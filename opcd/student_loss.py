@@ -14,7 +14,7 @@ from opcd.passes.plan import Plan, planned_hidden
 
 
 class StudentLoss(torch.nn.Module):
-    """What a student loses on episodes, each scored as it says, in one pass over a few of them."""
+    """What a student loses on episodes, each scored as it says (`sources.scored_as` sets it)."""
 
     def __init__(
         self,

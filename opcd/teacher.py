@@ -134,6 +134,7 @@ class SharedPrefixTeacher:
                     )
                     split = hidden.split([lengths[members[i]] for i in batch])
                     parts.update(zip((members[i] for i in batch), split, strict=True))
+                del rows  # and the prefixes behind them, before others are recorded
         weight = self.head.weight
         ordered = [parts[i] for i in range(len(episodes))]
         hidden = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
@@ -152,6 +153,11 @@ class SharedPrefixTeacher:
         rows: list[Row] = []
         held = 0
         for name, indices in by_name.items():
+            if rows and held + self._prefixes.expected_bytes(name, self._prefix_ids[name]) > (
+                self._prefixes.budget_bytes
+            ):
+                yield members, rows
+                members, rows, held = [], [], 0
             longest = max(len(episodes[i].teacher_ids) for i in indices)
             prefix, in_full = self._prefix(name, longest)
             n = len(in_full)
@@ -166,9 +172,6 @@ class SharedPrefixTeacher:
             if prefix is None or not self.plan.packed:
                 yield indices, own
                 continue
-            if rows and held + prefix.nbytes > self._prefixes.budget_bytes:
-                yield members, rows
-                members, rows, held = [], [], 0
             members, rows, held = members + indices, rows + own, held + prefix.nbytes
         if rows:
             yield members, rows

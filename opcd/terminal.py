@@ -46,8 +46,6 @@ class Terminal(Progress):
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """See Progress.begin."""
-        if what != "distil":  # behind the last step nothing is left that a signal could finish
-            self._release()
         self._bar = tqdm(total=total, initial=done, unit="step", desc=what, leave=what == "distil")
 
     def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
@@ -56,8 +54,9 @@ class Terminal(Progress):
         self._bar.update()
 
     def end(self) -> None:
-        """See Progress.end."""
+        """See Progress.end. Behind the last step nothing is left that a signal could finish."""
         self._bar.close()
+        self._release()
 
     def stop(self) -> str | None:
         """The name of a signal that came."""

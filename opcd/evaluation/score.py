@@ -121,6 +121,12 @@ def _contenders(entrant: Entrant, subjects: Subjects) -> list[Contender]:
 
 
 def _check_vocabulary(base: str, distilled: str) -> None:
+    folder = Path(distilled)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"the distilled model must be whole, got an adapter alone in {distilled!r}; name a "
+            f"run's final/, where it is merged"
+        )
     sizes = [load_config(name).get_text_config().vocab_size for name in (base, distilled)]
     if sizes[0] != sizes[1]:
         raise InputError(

@@ -13,7 +13,7 @@ from opcd.errors import InputError
 class Head(NamedTuple):
     """The map from hidden states to logits: ``softcap(scale · hidden @ weight.T + bias)``.
 
-    `completion_hidden` has applied the scale already.
+    `scored_hidden` has applied the scale already.
     """
 
     weight: Tensor  # (V, D)

@@ -37,6 +37,13 @@ class PrefixCache:
             self._prefixes.popitem(last=False)
         return self._prefixes[name]
 
+    def expected_bytes(self, name: str, token_ids: Sequence[int]) -> int:
+        """What the prefix takes, by the size of those that are held; 0 where there is none."""
+        if name in self._prefixes:
+            return self._prefixes[name].nbytes
+        tokens = sum(map(len, self._prefixes.values()))
+        return self.nbytes * len(token_ids) // tokens if tokens else 0
+
     def clear(self) -> None:
         """Forget every prefix."""
         self._prefixes.clear()

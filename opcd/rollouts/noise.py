@@ -16,7 +16,9 @@ from torch.nn.functional import pad
 
 from opcd.episodes import Prompt
 
-HELD_OUT = -1  # the step of draws that are not trained on
+# The steps of draws that belong to none.
+HELD_OUT = -1  # what is measured
+GUIDED = -2  # what the teacher writes: whenever that is
 BLOCK = 256  # entries of the vocabulary in one term of the outer sum
 
 # splitmix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers.

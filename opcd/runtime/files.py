@@ -22,17 +22,26 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    remove_folder(target)
+    doomed = _doomed(target)
+    if target.exists():
+        target.rename(doomed)
     aside.rename(target)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder; one that is being deleted no longer carries its name."""
     if folder.exists():
-        doomed = folder.with_name(f".removing-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = _doomed(folder)
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _doomed(folder: Path) -> Path:
+    """A free name beside the folder, for what is being deleted."""
+    doomed = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,5 +1,7 @@
 """Everything of a run that can be wrong before weights are loaded."""
 
+import hashlib
+import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,6 +34,14 @@ class Setup(NamedTuple):
     dtype: torch.dtype
     stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what is trained on: a resumed run must see the very same token ids."""
+        if not self.stored:
+            return self.task.fingerprint
+        text = self.task.fingerprint + json.dumps(sorted(self.stored.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """A model that stops where the chat template does and whose head the loss can use.
 
@@ -43,7 +53,7 @@ class Setup(NamedTuple):
         return model
 
 
-def prepare(config: TrainConfig) -> Setup:
+def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     """Read and check everything that can be wrong before weights are loaded."""
     config.check()
     files = read_task_files(config)
@@ -71,7 +81,7 @@ def prepare(config: TrainConfig) -> Setup:
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     stored = None
-    if config.guided_completions is not None:
+    if for_training and config.guided_completions is not None:
         examples, limit = files.parts["train"], config.max_completion_tokens
         stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
     chat = next(iter(chats.values()))

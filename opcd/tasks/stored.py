@@ -29,7 +29,7 @@ def read_stored(
     """
     records = read_records(path, "guided_completions")
     by_words = {
-        (_words(example.messages), example.context): prompt.key
+        (_words(list(example.messages)), example.context): prompt.key
         for example, prompt in zip(examples, task.train, strict=True)
     }
     keys = set(by_words.values())
@@ -40,8 +40,11 @@ def read_stored(
             continue
         key = record.get("key")
         if key is None:
-            messages = record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
-            key = by_words.get((_words(messages), record.get("context", "")))
+            alone = [{"role": "user", "content": record.get("prompt")}]
+            messages, context = record.get("messages", alone), record.get("context", "")
+            key = by_words.get((_words(messages), str(context)))
+        elif not isinstance(key, int):
+            raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
         ids = _token_ids(record, source, tokenizer)
         if len(ids) > max_completion_tokens:
             raise InputError(
@@ -61,7 +64,7 @@ def read_stored(
 
 
 def _words(messages: Any) -> str:
-    return json.dumps(list(messages), sort_keys=True)
+    return json.dumps(messages, sort_keys=True)
 
 
 def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:

@@ -92,11 +92,11 @@ def load_checkpoint(checkpoint: Path, distiller: Distiller) -> dict[str, Any]:
 def rotate(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one, the optimizer's state of all
     but the newest, and what a kill left."""
-    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-        shutil.rmtree(leftover)
+    _clear_leftovers(folder)
     *older, _ = found = list_checkpoints(folder)
+    best = None if best_step is None else checkpoint_of(folder, best_step)
     for old in older:
-        if old in found[-keep:] or old == checkpoint_of(folder, best_step or 0):
+        if old in found[-keep:] or old == best:
             (old / STATE_FILE).unlink(missing_ok=True)
         else:
             remove_folder(old)
@@ -104,6 +104,7 @@ def rotate(folder: Path, keep: int, best_step: int | None) -> None:
 
 def finish(folder: Path, config: TrainConfig) -> None:
     """Keep what a finished run needs: the newest checkpoint where steps may still be added."""
+    _clear_leftovers(folder)
     found = list_checkpoints(folder)
     for checkpoint in found[:-1] if config.schedule == "constant" else found:
         remove_folder(checkpoint)
@@ -116,13 +117,18 @@ def check_room(folder: Path, distiller: Distiller, final_bytes: int) -> None:
     """
     sizes = _Sizes.of(distiller)
     needed = 2 * sizes.whole + distiller.config.keep_checkpoints * sizes.weights + final_bytes
-    room = free_bytes(folder) + folder_bytes(folder)
+    room = free_bytes(folder) + folder_bytes(folder / "checkpoints")
     if needed > room:
         raise InputError(
             f"output_dir must have room for the run's checkpoints, about {_size(needed)}, got "
             f"{_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
             f"keep_checkpoints, or train an adapter with lora_rank"
         )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        shutil.rmtree(leftover)
 
 
 class _Sizes(NamedTuple):

@@ -28,6 +28,7 @@ def export(setup: Setup, folder: Path, best: dict[str, Any]) -> None:
         "how": _how(best, step, config.steps),
         "step": step,
         "steps_done": config.steps,
+        "fingerprint": setup.fingerprint,
         "data": config.validation_data,
         "validation": best,
     }

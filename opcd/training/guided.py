@@ -1,12 +1,12 @@
 """Completions that the prompted teacher wrote, or that came from a file, kept with the run.
 
 `guided.jsonl` in the run's folder: its first line says by what rule they were made, each other one
-is a completion. One completion a prompt and sample is made, a few steps' worth at a time, before it
-is needed; where a prompt comes again, in a later epoch or in a resumed run, so does its completion.
+is a completion. One completion a prompt and sample is made, those of many steps at once; where a
+prompt comes again, in a later epoch or in a resumed run, so does its completion.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,20 +16,19 @@ from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm
-from opcd.rollouts.noise import streams
+from opcd.rollouts.noise import GUIDED, streams
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 
 FILE = "guided.jsonl"
-STEP = -2  # of the draws: completions do not depend on when they are made
 
 
 class Written(Protocol):
     """Completions of prompts by somebody else than the student."""
 
-    def prepare(self, wanted: Sequence[Prompt]) -> None:
-        """Have these at hand, if they are not."""
+    def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
+        """Have the needed ones at hand; what is made for that is made for those `ahead` as well."""
         ...
 
     def episode(self, prompt: Prompt, sample: int) -> Episode:
@@ -63,32 +62,56 @@ class TeacherCompletions:
         }
         self._kept = self._read()
 
-    def prepare(self, wanted: Sequence[Prompt]) -> None:
-        """See Written.prepare. One large batch, behind the shared prefix."""
-        n = self._config.completions_per_prompt
-        prompts = [*{p.key: p for p in wanted if (p.key, 0) not in self._kept}.values()]
-        if not prompts:
+    def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
+        """See Written.prepare. Large batches, those of a context behind its shared prefix."""
+        if not self._missing(needed):
             return
-        repeated = [p for p in prompts for _ in range(n)]
-        params = SamplingParams(self._config.max_completion_tokens, self._config.temperature)
-        numbers = streams(self._config.seed, STEP, prompts, n)
-        ids = [self._task.prompted_ids(p) for p in repeated]
+        by_context: dict[str, list[Prompt]] = {}
+        for prompt in self._missing([*needed, *ahead()]):
+            by_context.setdefault(prompt.context, []).append(prompt)
         device = causal_lm(self._teacher.model).device
         with self._teacher.frozen(), torch.autocast(device.type, enabled=False):
-            rollouts = self._engine.generate(ids, params, numbers)
+            rows = [row for prompts in by_context.values() for row in self._made(prompts)]
         self._engine.close()
-        rows = []
-        for i, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True)):
-            row = {
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                if file.tell() == 0:
+                    file.write(json.dumps(self._rule) + "\n")
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise InputError(
+                f"guided completions must be written to {self._file}, got {error.strerror}; make "
+                f"room and continue with --resume"
+            ) from error
+        self._kept |= {(row["key"], row["sample"]): row for row in rows}
+
+    def _missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        n = self._config.completions_per_prompt
+        distinct = {prompt.key: prompt for prompt in prompts}
+        return [
+            prompt
+            for key, prompt in distinct.items()
+            if any((key, sample) not in self._kept for sample in range(n))
+        ]
+
+    def _made(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """All samples of prompts that stand behind one context."""
+        n = self._config.completions_per_prompt
+        repeated = [p for p in prompts for _ in range(n)]
+        params = SamplingParams(self._config.max_completion_tokens, self._config.temperature)
+        ids = [self._task.prompted_ids(p) for p in repeated]
+        numbers = streams(self._config.seed, GUIDED, prompts, n)
+        rollouts = self._engine.generate(ids, params, numbers)
+        return [
+            {
                 "key": prompt.key,
                 "sample": i % n,
                 "completion_token_ids": rollout.completion_token_ids,
                 "finish": rollout.finish_reason,
             }
-            rows.append(row)
-            self._kept[prompt.key, i % n] = row
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for i, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True))
+        ]
 
     def episode(self, prompt: Prompt, sample: int) -> Episode:
         """See Written.episode."""
@@ -96,10 +119,10 @@ class TeacherCompletions:
         return Episode.of_completion(prompt, row["completion_token_ids"], row["finish"])
 
     def _read(self) -> dict[tuple[int, int], dict[str, Any]]:
-        if not self._file.exists():
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(self._rule) + "\n", encoding="utf-8")
-        rule, *rows = _whole_lines(self._file)
+        lines = _whole_lines(self._file) if self._file.exists() else []
+        if not lines:
+            return {}
+        rule, *rows = lines
         if rule != self._rule:
             differing = [k for k in self._rule if rule.get(k) != self._rule[k]]
             raise InputError(
@@ -115,7 +138,7 @@ class StoredCompletions:
     def __init__(self, completions: Mapping[int, list[list[int]]]) -> None:
         self._completions = completions  # by the prompt's key
 
-    def prepare(self, wanted: Sequence[Prompt]) -> None:
+    def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
         """Nothing is left to do."""
 
     def episode(self, prompt: Prompt, sample: int) -> Episode:

@@ -2,7 +2,9 @@
 
 prompts ── student, without context ──► episodes
 episodes ── frozen teacher, behind the shared context ──► targets: its hidden states, its head
-episodes, targets ── exact reverse KL over the vocabulary ──► gradient ──► step
+episodes, targets ── exact divergence over the vocabulary ──► gradient ──► step
+
+What is sampled, and how each episode is scored, is the source's to say (`sources.py`).
 """
 
 import math

@@ -53,11 +53,12 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     Raises InputError for whatever a user gave that does not fit.
     """
     progress = progress or Progress()
-    setup = prepare(config)
+    setup = prepare(config, for_training=True)
     folder = _check_folder(setup.config, resume, progress)
-    config, finished = setup.config, read_selection(folder).get("steps_done")
-    if finished == config.steps:
-        outcome = Outcome(folder, finished, None, None)
+    config, before = setup.config, read_selection(folder)
+    if before.get("steps_done") == config.steps:
+        _check_fingerprint(before["fingerprint"], setup, folder / "final")
+        outcome = Outcome(folder, config.steps, None, None)
     else:
         outcome, best = _fit(setup, folder, resume, progress)
         if outcome.stopped:
@@ -145,21 +146,24 @@ def _fit(
     """Train to the last step, unless `progress` ends it before; and the best step on validation."""
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
     distiller = build_distiller(setup)
-    config.save(folder / "config.yaml")
     best: dict[str, Any] = {"step": None}
+    saved: set[int] = set()
     if resume and (done := list_checkpoints(checkpoints)):
         state = load_checkpoint(done[-1], distiller)
         best = state["best"]
-        if state["fingerprint"] != task.fingerprint:
-            raise InputError(
-                f"a resumed run must see the prompts it was started with, but context, prompts or "
-                f"chat template give other token ids than in {done[-1]}; restore the files"
-            )
+        _check_fingerprint(state["fingerprint"], setup, done[-1])
+        saved.add(distiller.steps_done)
+    elif resume and (folder / "final").exists():
+        raise InputError(
+            f"a run can be prolonged from its newest checkpoint, got none in {checkpoints}; "
+            f"restore it, or start another output_dir"
+        )
+    config.save(folder / "config.yaml")
     check_room(folder, distiller, _final_bytes(setup, distiller))
     progress.say(_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
     write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
-    extra = {"fingerprint": task.fingerprint}
+    extra = {"fingerprint": setup.fingerprint}
     stopped: str | None = None
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
@@ -168,7 +172,8 @@ def _fit(
                 try:
                     metrics = distiller.step()
                 except InputError:
-                    save_checkpoint(checkpoints, distiller, extra | {"best": best})
+                    if distiller.steps_done not in saved:
+                        save_checkpoint(checkpoints, distiller, extra | {"best": best})
                     raise
                 stopped = progress.stop()
                 step, last = distiller.steps_done, distiller.steps_done == config.steps
@@ -180,12 +185,21 @@ def _fit(
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, extra | {"best": best})
+                    saved.add(step)
                     rotate(checkpoints, config.keep_checkpoints, best["step"])
                 progress.part(_note(metrics, best), metrics)
     finally:
         progress.end()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best
+
+
+def _check_fingerprint(before: str, setup: Setup, where: Path) -> None:
+    if before != setup.fingerprint:
+        raise InputError(
+            f"a resumed run must see the prompts it was started with, but context, prompts, guided "
+            f"completions or chat template give other token ids than in {where}; restore the files"
+        )
 
 
 def _final_bytes(setup: Setup, distiller: Distiller) -> int:

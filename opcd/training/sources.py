@@ -52,7 +52,7 @@ class Guided:
         """See Source.episodes. Guided ones come last."""
         config = self._config
         own, guided = self._parted(step)
-        self._written.prepare(self._ahead(step))
+        self._written.prepare(guided, lambda: self._ahead(step))
         shown = [
             scored_as(self._written.episode(prompt, sample), "guided", config)
             for prompt in guided
@@ -70,7 +70,7 @@ class Guided:
         return own, [p for p, mark in zip(prompts, marks, strict=True) if mark]
 
     def _ahead(self, step: int) -> list[Prompt]:
-        """The guided prompts from this step on, if it has one that is to be made: a large batch."""
+        """The guided prompts from this step on: a large batch."""
         wanted: list[Prompt] = []
         count = BATCHES_AHEAD * self._config.rollout_batch_size
         for later in range(step, self._config.steps):

@@ -1,6 +1,7 @@
 """The teacher behind its shared prefix, against every sequence computed in full and alone."""
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -426,14 +427,28 @@ def test_sequences_behind_many_contexts_are_one_pass(
     assert divergence(model, hidden, torch.cat(expected)) < 1e-6
 
 
-def test_contexts_that_pass_the_budget_take_passes_of_their_own() -> None:
+def test_contexts_that_pass_the_budget_take_passes_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, contexts = tiny_llama(), many_contexts(4)
     names = [*contexts]
     whole = SharedPrefixTeacher(model, contexts)
     expected = whole.score(PROMPTS, COMPLETIONS, names).hidden
     small = SharedPrefixTeacher(model, contexts, prefix_cache_bytes=20_000)
+    alive: weakref.WeakSet = weakref.WeakSet()
+    held = []
+    record = SharedPrefix.__init__
+
+    def watched(self: SharedPrefix, *args: object) -> None:
+        record(self, *args)
+        alive.add(self)
+        held.append(sum(prefix.nbytes for prefix in alive))
+
+    monkeypatch.setattr(SharedPrefix, "__init__", watched)
     assert torch.allclose(small.score(PROMPTS, COMPLETIONS, names).hidden, expected, atol=1e-5)
     assert small._prefixes.nbytes <= 20_000 < whole._prefixes.nbytes
+    one = max(prefix.nbytes for prefix in alive)
+    assert max(held) <= 20_000 + one, "the one that is recorded comes on top"
 
 
 def test_a_context_is_added_to_a_living_teacher() -> None:

@@ -31,7 +31,10 @@ def test_values_and_gradients_are_those_of_autocast(lora: bool) -> None:
             model.requires_grad_(True)
         casts = CastWeights(model, torch.bfloat16)
 
-        def loss(model: torch.nn.Module = model) -> torch.Tensor:
+        def loss(model: torch.nn.Module = model, cast: bool = cast) -> torch.Tensor:
+            if cast and not lora:
+                weight = model.model.layers[0].mlp.up_proj.weight
+                assert weight.dtype == torch.bfloat16, "not the casts"
             return model(input_ids=IDS).logits.float().square().sum()
 
         with autocast(CPU, torch.bfloat16):
@@ -92,5 +95,13 @@ def test_a_decoder_sees_the_casts() -> None:
         decoder.load([[5, 6], [7, 8, 9]], None, 4, 0.0, torch.arange(2))
         return decoder.step_logits()
 
-    with torch.no_grad(), autocast(CPU, torch.bfloat16):
-        assert torch.equal(casts.run(logits, head=True), logits())
+    found = []
+    for run in (logits, lambda: casts.run(logits, head=True)) * 2:
+        with torch.no_grad(), autocast(CPU, torch.bfloat16):
+            found.append(run())
+            if len(found) == 2:
+                model.model.layers[0].mlp.up_proj.weight.mul_(3)  # nobody tells them
+    plain, cast, changed, stale = found
+    assert torch.equal(plain, cast)
+    assert torch.equal(stale, cast)
+    assert not torch.equal(changed, plain)

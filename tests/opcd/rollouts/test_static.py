@@ -1,6 +1,6 @@
 """Decoding from a static cache: weights never stale, graphs made anew in time, reasons given.
 
-What both engines must do stands in test_rollout.py; tests marked gpu go through a CUDA graph.
+What both engines must do stands in test_generate.py; tests marked gpu go through a CUDA graph.
 """
 
 import contextlib

@@ -35,7 +35,8 @@ WORDS = [
 
 
 def distiller(settings: dict, **overrides: object) -> Distiller:
-    return build_distiller(prepare(TrainConfig(**settings | {"guided_share": 0.5} | overrides)))
+    config = TrainConfig(**settings | {"guided_share": 0.5} | overrides)
+    return build_distiller(prepare(config, for_training=True))
 
 
 def origins(episodes: list[Episode]) -> Counter:
@@ -166,16 +167,66 @@ def test_completions_are_made_once_and_kept(settings: dict) -> None:
     assert again.rollout() == d.rollout()
 
 
-def test_a_line_that_a_kill_cut_off_is_made_anew(settings: dict) -> None:
-    first = distiller(settings, guided_share=1.0).rollout()
+@pytest.mark.parametrize("kept", [-30, 40, 0], ids=["last-line", "first-line", "nothing"])
+def test_a_line_that_a_kill_cut_off_is_made_anew(settings: dict, kept: int) -> None:
+    several = {"guided_share": 1.0, "completions_per_prompt": 2}
+    first = distiller(settings, **several).rollout()
     file = Path(settings["output_dir"]) / "guided.jsonl"
     whole = file.read_text()
-    file.write_text(whole[:-30])
-    d = distiller(settings, guided_share=1.0)
+    file.write_text(whole[:kept])
+    d = distiller(settings, **several)
     for d.steps_done in (2, 1, 0):
         again = d.rollout()
     assert again == first
-    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+    assert set(file.read_text().splitlines()) == set(whole.splitlines())
+
+
+def test_many_steps_completions_are_made_at_once(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a few at every step as the window moves on."""
+    monkeypatch.setattr("opcd.training.sources.BATCHES_AHEAD", 2)
+    d = distiller(settings, guided_share=0.5, rollout_batch_size=3, prompts_per_step=2, steps=12)
+    made = []
+    engine = d.source._written._engine
+    generate = engine.generate
+    engine.generate = lambda prompts, *rest: made.append(len(prompts)) or generate(prompts, *rest)
+    for d.steps_done in range(12):
+        d.rollout()
+    assert made[0] == 6
+    assert len(made) <= 3
+
+
+def test_contexts_share_their_prefix_when_completions_are_made(
+    settings: dict, tmp_path: Path
+) -> None:
+    contexts = {"vowel": "Answer with a vowel.", "digit": "Answer with one digit, no more."}
+    (tmp_path / "contexts.json").write_text(json.dumps(contexts))
+    for name, words in (("prompts", WORDS), ("test", ("cat", "dog"))):
+        rows = [
+            {"prompt": word, "answer": word[0], "context": list(contexts)[i % 2]}
+            for i, word in enumerate(words)
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    own = {"context": str(tmp_path / "contexts.json"), "validation_data": None}
+    d = distiller(settings, guided_share=1.0, **own)
+    task = d.source._written._task
+    starts = []
+    engine = d.source._written._engine
+    generate = engine.generate
+
+    def watched(prompts: list, *rest: object) -> list:
+        starts.append(prompts)
+        return generate(prompts, *rest)
+
+    engine.generate = watched
+    assert {e.context for e in d.rollout()} == set(contexts)
+    assert len(starts) == 2
+    for prompts in starts:
+        assert any(
+            all(ids[: len(prefix)] == prefix for ids in prompts)
+            for prefix in task.prefixes.values()
+        )
 
 
 def test_completions_of_another_rule_are_refused(settings: dict) -> None:
@@ -222,6 +273,9 @@ def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path
         (lambda rows: rows[2].update(completion_token_ids=[5, 300]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion_token_ids=[5, "a"]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion="long " * 9), "at most max_completion_tokens 8"),
+        (lambda rows: rows[2].update(messages=5), r"none for .*prompts.jsonl:3"),
+        (lambda rows: rows[2].update(context=["a"]), r"none for .*prompts.jsonl:3"),
+        (lambda rows: rows[2].update(key=["a"]), '"key" must be a number'),
     ],
 )
 def test_stored_completions_that_do_not_fit_are_refused_before_weights_are_loaded(
@@ -229,7 +283,8 @@ def test_stored_completions_that_do_not_fit_are_refused_before_weights_are_loade
 ) -> None:
     path = stored(settings, change)
     with pytest.raises(InputError, match=message):
-        prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path))
+        prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path), True)
+    prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path))  # to score
 
 
 @pytest.mark.parametrize(

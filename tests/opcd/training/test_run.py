@@ -201,6 +201,37 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     assert (run / "final" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_finished_run_is_not_scored_behind_another_context(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    Path(settings["context"]).write_text("Answer with two letters.")
+    assert main(["train", "--config", config, "--resume"]) == 2
+    assert "give other token ids" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    run = Path(settings["output_dir"])
+    before = losses(run)
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
+    assert "can be prolonged from its newest checkpoint, got none" in capsys.readouterr().err
+    assert losses(run) == before
+
+
+def test_an_adapter_alone_is_not_scored(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    config = write_config(settings, lora_rank=4)
+    assert main(["train", "--config", config]) == 0
+    (adapter,) = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")
+    assert main(["eval", "--config", config, "--distilled", str(adapter)]) == 2
+    assert "must be whole, got an adapter alone" in capsys.readouterr().err
+
+
 def limit_files(size: int) -> Callable[[], None]:
     """For a child: writing past this many bytes of a file fails, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -266,7 +297,7 @@ def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
     )
     config = write_config(settings, prompts="none.jsonl")
     for command, arguments, own, expected in (
-        ("train", [], {}, "3000"),
+        ("train", [], {}, "5000"),
         ("train", [], {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train", [], {"OMP_WAIT_POLICY": "active"}, "None"),
         ("eval", ["--distilled=none"], {}, "None"),
