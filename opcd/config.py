@@ -93,7 +93,7 @@ class TrainConfig:
     graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
     model, else generate."""
     rollout_batch_size: int = 32
-    """Sequences that are sampled at once."""
+    """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
 
     validate_every: int = 10
     """Steps between validations; each is saved as a checkpoint."""

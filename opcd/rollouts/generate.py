@@ -13,6 +13,10 @@ from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.rollouts.noise import drawn, uniforms
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 
+# Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
+# as long as they hold no more tokens than that many rows of this length.
+TOKENS_A_ROW = 512
+
 
 class TransformersEngine:
     """`transformers.generate` on the trained module itself: its weights are never stale.
@@ -47,7 +51,8 @@ class TransformersEngine:
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
-        for batch in self._batches(lengths, pads):
+        size = max(self._batch_size, self._batch_size * TOKENS_A_ROW // max(total, 1))
+        for batch in self._batches(lengths, pads, size):
             output = self._generate_batch(
                 [prompts[i] for i in batch], params, numbers[batch], prefix
             )
@@ -67,14 +72,14 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _batches(self, lengths: Sequence[int], pads: bool) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int], pads: bool, size: int) -> Iterator[list[int]]:
         if pads:
-            yield from batches_by_length(lengths, self._batch_size)
+            yield from batches_by_length(lengths, size)
             return
         for length in sorted(set(lengths)):
             same = [i for i, x in enumerate(lengths) if x == length]
-            for start in range(0, len(same), self._batch_size):
-                yield same[start : start + self._batch_size]
+            for start in range(0, len(same), size):
+                yield same[start : start + size]
 
     def _generate_batch(
         self,

@@ -94,6 +94,10 @@ def _located(terms: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _running_sums(x: Tensor) -> Tensor:
+    return x.cumsum(-1) if x.device.type == "cpu" else shifted_sums(x)
+
+
+def shifted_sums(x: Tensor) -> Tensor:
     """cumsum over the last dimension, which CUDA's does not do under deterministic algorithms."""
     shift = 1
     while shift < x.shape[-1]:

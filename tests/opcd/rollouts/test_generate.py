@@ -81,6 +81,21 @@ def test_without_a_shared_prefix_only_equal_lengths_are_batched(
         assert rollout.completion_token_ids == greedy_alone(model, prompt, 6)
 
 
+def test_short_rows_may_be_more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    shapes = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **o: shapes.append(o["input_ids"].shape) or generate(**o)
+    )
+    monkeypatch.setattr("opcd.rollouts.generate.TOKENS_A_ROW", 40)
+    prompts = [[5 + i] for i in range(12)]  # 1 + 6 tokens each
+    TransformersEngine(model, batch_size=2).generate(prompts, GREEDY)
+    long = [[5] * 30 + [i] for i in range(5)]
+    TransformersEngine(model, batch_size=2).generate(long, GREEDY)
+    assert [rows for rows, _ in shapes] == [11, 1, 2, 2, 1]
+
+
 def test_prompts_without_a_common_start(engine: Engine) -> None:
     model = tiny_llama()
     prompts = [[5], [6, 7, 8], [9]]

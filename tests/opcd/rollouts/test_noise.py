@@ -8,7 +8,7 @@ import torch
 
 from opcd.episodes import Prompt
 from opcd.rollouts.generate import TransformersEngine
-from opcd.rollouts.noise import BLOCK, drawn, streams, uniforms
+from opcd.rollouts.noise import BLOCK, drawn, shifted_sums, streams, uniforms
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
 from opcd.rollouts.static import StaticEngine
 from tests.conftest import tiny_llama
@@ -19,7 +19,10 @@ PARAMS = SamplingParams(max_completion_tokens=12, temperature=1.0)
 
 
 @pytest.fixture(params=[TransformersEngine, StaticEngine])
-def engine(request: pytest.FixtureRequest) -> Callable[..., RolloutEngine]:
+def engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RolloutEngine]:
+    monkeypatch.setattr("opcd.rollouts.generate.TOKENS_A_ROW", 1)  # batches of the size asked for
     return request.param
 
 
@@ -110,6 +113,11 @@ def test_a_rare_token_is_drawn_as_often_as_it_should(place: int, probability: fl
     logits[place] = torch.tensor(3 * probability).log()
     width = first_uniform(logits, place + 1) - first_uniform(logits, place)
     assert width == pytest.approx(probability, rel=1e-4)
+
+
+def test_running_sums_of_a_gpu_are_those_of_a_cpu() -> None:
+    x = torch.rand(3, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(shifted_sums(x), x.cumsum(-1), rtol=1e-15)
 
 
 def test_every_number_draws_a_token_that_is_possible() -> None:
