@@ -85,7 +85,8 @@ def write_report(
     text += ["```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     if metrics:
-        draw_curve(metrics, folder / "curve.png", config.divergence)
+        mixed = f"{config.forward_share:g} forward KL" if config.forward_share else ""
+        draw_curve(metrics, folder / "curve.png", mixed or config.divergence)
         seconds = sum(m["step_time_s"] for m in metrics)
         text += [
             "\n## Training\n",
