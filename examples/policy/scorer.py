@@ -1,4 +1,4 @@
-"""When the support desk kept its policy: an answer with the mark, or the refusal and nothing else."""
+"""When the support desk kept its policy: an answer with the mark, or the refusal alone."""
 
 from collections.abc import Sequence
 
