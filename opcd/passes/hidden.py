@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from opcd.models.lm import causal_lm, head_of, transformer
-from opcd.passes.attention import Packing
 from opcd.passes.packed import Behind, InRow, packed_pass
+from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
 from opcd.runtime.upload import uploaded
 

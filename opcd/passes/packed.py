@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from opcd.models.lm import causal_lm, transformer
-from opcd.passes.attention import Operands, Packing, Shape, choose_backend, prefix_attention
+from opcd.passes.attention import Operands, Shape, choose_backend, prefix_attention
+from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
 
 NAME = "opcd_packed"

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm
-from opcd.passes.attention import Packing, Shape, cached_attention
+from opcd.passes.attention import Shape, cached_attention
 from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
 from opcd.rollouts.noise import drawn, uniforms
 

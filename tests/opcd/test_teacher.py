@@ -14,9 +14,9 @@ from opcd.episodes import Episode, Prompt, Span
 from opcd.errors import InputError
 from opcd.models.lm import head_of, rope_differs
 from opcd.objective import check_head, head_divergence
-from opcd.passes.attention import Packing
 from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.packed import packed_pass
+from opcd.passes.packing import Packing
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache, StalePrefixError

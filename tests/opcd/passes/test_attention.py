@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opcd.passes.attention import (
-    FLASH_CUDA,
-    Operands,
-    Packing,
-    Shape,
-    choose_backend,
-    prefix_attention,
-)
+from opcd.passes.attention import FLASH_CUDA, Operands, Shape, choose_backend, prefix_attention
+from opcd.passes.packing import Packing
 from tests.attention_oracle import LENGTHS, VARIANTS, Problem, grouped, oracle, problem
 
 SCALE = 0.3
