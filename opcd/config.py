@@ -31,8 +31,19 @@ class TrainConfig:
     """The student: a Hugging Face name, a local folder, or the built-in smollm2-135m-instruct."""
     teacher: str | None = None
     """The teacher's model, if another than the student's initial weights; same tokenizer."""
+    chat_template: str | None = None
+    """A Jinja file in place of the tokenizer's chat template; final/ carries it."""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. {"enable_thinking": false}."""
+    context_placement: Literal["auto", "system", "user"] = "auto"
+    """Where the context's system message goes: in a system message, or in front of the first user
+    message; auto is system unless the chat template refuses it."""
+    without_context: str = "default"
+    """What the student sees in its place: default (what the chat template writes by itself), none
+    (an empty system message), or a short text that stays at inference."""
+    today: str | None = None
+    """Date (YYYY-MM-DD) for chat templates that write one; default: the day on which the run
+    began, which is kept with it."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

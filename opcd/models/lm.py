@@ -110,14 +110,14 @@ def eos_token_ids(model: torch.nn.Module) -> list[int]:
     )
 
 
-def stop_at(model: torch.nn.Module, token_id: int | None) -> None:
-    """Let `token_id` end a completion too: the tokenizer's EOS is what the chat template writes.
+def stop_at(model: torch.nn.Module, token_ids: Sequence[int]) -> None:
+    """Let the tokens end a completion too: what the chat template writes behind an answer.
 
     Kept in the generation config, so that a saved model stops there as well.
     """
-    ids = eos_token_ids(model)
-    if token_id is not None and token_id not in ids:
-        causal_lm(model).generation_config.eos_token_id = [*ids, token_id]
+    known = eos_token_ids(model)
+    if added := [token for token in token_ids if token not in known]:
+        causal_lm(model).generation_config.eos_token_id = [*known, *added]
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:

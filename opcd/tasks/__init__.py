@@ -4,6 +4,7 @@ prepare     START HERE: everything that can be wrong before weights are loaded
 task        all of a run's prompts, rendered, and the scorer
 data        contexts, prompts, labelled examples; checks line by line
 stored      completions of training prompts from a file
-chat        messages to token ids; checks of the chat template
+chat        messages to token ids, with and without the context
+template    a tokenizer's chat template, judged by what it writes
 scorers     when an answer counts
 """

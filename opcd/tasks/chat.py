@@ -1,117 +1,194 @@
 """Chat messages to token ids, for the student (without the context) and the teacher (with it)."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
 from opcd.tasks.data import Example, Message
+from opcd.tasks.template import REQUEST, Template
+
+APART = "\n\n"  # between texts that share a message
 
 
 class Chat:
-    """Renders prompts with the tokenizer's chat template, with or without the context in front.
+    """Renders requests with or without the context in front.
 
-    Raises InputError for a tokenizer without a template, and for a template that refuses or drops
-    the context or that opens the answer differently behind the context.
+    `placement` is where the context's system message goes: in a system message ("system"), or in
+    front of the first user message ("user"), for templates without a system role; "auto" takes the
+    first that the template takes. `without_context` is what stands in its place for the student:
+    whatever the template writes by itself ("default"), an empty system message ("none"), or a text.
+
+    A request's own system message stays for both models, behind the context.
+
+    Raises InputError for a template that refuses or drops what it is given, or that opens the
+    answer differently behind the context.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
         context: Sequence[Message],
-        template_args: dict[str, Any] | None = None,
+        placement: str = "auto",
+        without_context: str = "default",
     ) -> None:
-        self.tokenizer = tokenizer
+        self.template = template
         self.context = list(context)
-        self.template_args = template_args or {}
-        reserved = {"conversation", "messages", "tokenize", "add_generation_prompt"}
-        if taken := sorted(reserved & set(self.template_args)):
-            raise InputError(
-                f"chat_template_args must name arguments of the template's own, got "
-                f"{', '.join(taken)}; leave that out"
-            )
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"the tokenizer of {tokenizer.name_or_path!r} must have a chat template, got none; "
-                f"use an instruct model, or set tokenizer.chat_template and save it"
-            )
-        self._check_template()
+        self.without_context = without_context
+        self.placement = self._find_placement(placement)
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt as the student sees it, up to where the answer starts."""
-        return self._ids(messages)
+        """Token ids of the request as the student sees it, up to where the answer starts."""
+        return self.template.ids(self.student_messages(messages))
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of context and prompt as the teacher sees them."""
-        return self._ids([*self.context, *messages])
+        """Token ids of context and request as the teacher sees them.
+
+        Raises InputError for a request's own system message that does not stay behind the context.
+        """
+        own, _ = _parted(messages)
+        if own is not None:
+            self._check_behind(own, self.template.text(self.teacher_messages(messages)))
+        return self.template.ids(self.teacher_messages(messages))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The answer's text, without special tokens and surrounding white space."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return self.template.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        text = self._text(messages, generation_prompt=True)
-        # The template writes the special tokens itself.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    @property
+    def stand_in(self) -> str:
+        """What the student's prompts begin with, in front of the request."""
+        return self.template.text(self.student_messages([_user(REQUEST)])).partition(REQUEST)[0]
 
-    def _text(self, messages: Sequence[Message], generation_prompt: bool, **overrides: Any) -> str:
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes today's date, for either model."""
+        request = [_user(REQUEST)]
+        sides = (self.student_messages(request), self.teacher_messages(request))
+        return any(self.template.dated(messages) for messages in sides)
+
+    def student_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """A request without the context."""
+        own, rest = _parted(messages)
+        texts = [own["content"]] if own else []
+        if self.without_context not in ("default", "none"):
+            texts = [self.without_context, *texts]
+        if texts or self.without_context == "default" or not self.template.takes_system:
+            return self._with_system(texts, rest)
+        return self._with_system([""], rest)  # an empty one, in place of the template's default
+
+    def teacher_messages(
+        self, messages: Sequence[Message], placement: str | None = None
+    ) -> list[Message]:
+        """A request behind the context."""
+        own, rest = _parted(messages)
+        instructions, demonstrations = _parted(self.context)
+        if (placement or self.placement) == "user":
+            if own:
+                rest = _in_front([own["content"]], rest)
+            texts = [instructions["content"]] if instructions else []
+            return _in_front(texts, [*demonstrations, *rest])
+        if own and instructions and not demonstrations:
+            return [_system([instructions["content"], own["content"]]), *rest]
+        return [*self.context, *messages]
+
+    def _with_system(self, texts: Sequence[str], rest: Sequence[Message]) -> list[Message]:
+        """Texts where the template takes a system message, or in front of the request."""
+        if not self.template.takes_system:
+            return _in_front(texts, rest)
+        return [_system(texts), *rest] if texts else list(rest)
+
+    def _find_placement(self, wanted: str) -> str:
+        """The first that the template takes. Raises InputError where there is none."""
+        if wanted == "user":
+            self._check("user")
+            return "user"
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.template_args | overrides,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(
-                f"the chat template of {self.tokenizer.name_or_path!r} must accept these messages, "
-                f"but it rejects their roles ({', '.join(m['role'] for m in messages[:4])}, ...): "
-                f"{error}; write the context as a .json list of the roles that it takes, with the "
-                f"instructions inside the first user message"
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-    def _check_template(self) -> None:
-        probe = [{"role": "user", "content": "What is this?"}]
-        name = self.tokenizer.name_or_path
-        behind = self._text([*self.context, *probe], generation_prompt=True)
-        template = self.tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            clockless = template.replace("strftime_now", "raise_exception")
+            self._check("system")
+        except InputError as refused:
             try:
-                self._text([*self.context, *probe], True, chat_template=clockless)
-            except InputError as error:
-                raise InputError(
-                    f"the chat template of {name!r} must give the same text every day, but it "
-                    f"writes today's date; fix the date with chat_template_args, often "
-                    f"{{date_string: ...}}"
-                ) from error
+                self._check("user")
+            except InputError:
+                raise refused from None
+            if wanted == "system":
+                raise InputError(f"{refused}; pass --context_placement user") from refused
+            return "user"
+        return "system"
+
+    def _check(self, placement: str) -> None:
+        template, request = self.template, [_user(REQUEST)]
+        behind = template.text(self.teacher_messages(request, placement))
+        alone = template.text(self.student_messages(request))
         for message in self.context:
-            if message["content"].strip() not in behind:
+            self._check_kept(message, behind)
+        for text, what in ((alone, "the request"), (behind, "the request behind the context")):
+            if text.count(REQUEST) != 1:
                 raise InputError(
-                    f"the chat template of {name!r} must keep every message of the context, but it "
-                    f"drops or alters the {message['role']} message "
-                    f"{message['content'][:60]!r}; write it in another role"
+                    f"the chat template of {template.name!r} must keep {what} as it is, but drops "
+                    f"or alters it; pass another template with --chat_template"
                 )
-        alone = self._text(probe, generation_prompt=True)
-        ends = []
-        for text, messages in ((alone, probe), (behind, [*self.context, *probe])):
-            without = self._text(messages, generation_prompt=False)
-            if not text.startswith(without):
-                raise InputError(
-                    f"the chat template of {name!r} must only append when it opens the answer, but "
-                    f"it rewrites earlier text; pass chat_template_args that switch this off"
-                )
-            ends.append(text[len(without) :])
+        if self.without_context not in ("default", "none") and self.without_context not in alone:
+            raise InputError(
+                f"the chat template of {template.name!r} must keep the text of without_context, "
+                f"but drops or alters {self.without_context[:60]!r}; pass default"
+            )
+        ends = [text.partition(REQUEST)[2] for text in (alone, behind)]
         if ends[0] != ends[1]:
             raise InputError(
-                f"the chat template of {name!r} must open the answer the same way with and without "
-                f"the context, got {ends[1]!r} and {ends[0]!r}; pass chat_template_args (for "
-                f"thinking models often enable_thinking=false) so that they agree"
+                f"the chat template of {template.name!r} must open the answer the same way with "
+                f"and without the context, got {ends[1]!r} and {ends[0]!r}; pass "
+                f"chat_template_args (for thinking models often enable_thinking=false) so that "
+                f"they agree"
             )
+
+    def _check_behind(self, own: Message, text: str) -> None:
+        place = text.find(own["content"].strip())
+        last = max((text.find(m["content"].strip()) for m in self.context), default=-1)
+        if place <= last:
+            raise InputError(
+                f"a system message of a request's own must stand behind the context, but the chat "
+                f"template of {self.template.name!r} puts it in front of it or drops it: "
+                f"{own['content'][:60]!r}; put it into the user's message"
+            )
+
+    def _check_kept(self, message: Message, text: str) -> None:
+        content = message["content"].strip()
+        if content in text:
+            return
+        behind_reasoning = content.rpartition("</think>")[2].strip()
+        if behind_reasoning != content and behind_reasoning in text:
+            advice = "write that answer without its reasoning"
+        else:
+            advice = "write it in another role"
+        raise InputError(
+            f"the chat template of {self.template.name!r} must keep every message of the context, "
+            f"but it drops or alters the {message['role']} message {content[:60]!r}; {advice}"
+        )
+
+
+def _parted(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
+    """The system message in front, if there is one, and the rest."""
+    if messages and messages[0]["role"] == "system":
+        return messages[0], list(messages[1:])
+    return None, list(messages)
+
+
+def _in_front(texts: Sequence[str], messages: Sequence[Message]) -> list[Message]:
+    """Texts in front of what the first user message says."""
+    joined = list(messages)
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            joined[i] = _user(APART.join([*texts, message["content"]]))
+            break
+    return joined
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _system(texts: Sequence[str]) -> Message:
+    return {"role": "system", "content": APART.join(texts)}
 
 
 def check_lengths(

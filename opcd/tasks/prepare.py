@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from opcd.config import TrainConfig
+from opcd.errors import InputError
 from opcd.models.by_name import (
     load_config,
     load_model,
@@ -21,6 +26,7 @@ from opcd.objective import check_head
 from opcd.tasks.chat import Chat, check_same_tokenizer
 from opcd.tasks.stored import read_stored
 from opcd.tasks.task import Task, read_task_files, render_task
+from opcd.tasks.template import Template, read_template
 
 
 class Setup(NamedTuple):
@@ -33,6 +39,7 @@ class Setup(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
+    remarks: list[str]  # a line each, on what was decided for the user
 
     @property
     def fingerprint(self) -> str:
@@ -48,7 +55,7 @@ class Setup(NamedTuple):
         Its weights are in the dtype of the passes, unless another is asked for.
         """
         model = load_model(name, dtype or self.dtype, self.device)
-        stop_at(model, self.tokenizer.eos_token_id)
+        stop_at(model, self.chat.template.stop_ids)
         check_head(model, self.task.prompts[0].student_ids)
         return model
 
@@ -64,8 +71,11 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if config.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
         configs.append(load_config(config.teacher))
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
+    template = Template(tokenizer, config.chat_template_args, _day(config))
     chats = {
-        name: Chat(tokenizer, context, config.chat_template_args)
+        name: Chat(template, context, config.context_placement, config.without_context)
         for name, context in files.contexts.items()
     }
     limits = [x for x in map(max_positions, configs) if x is not None]
@@ -80,9 +90,36 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
             check_rope(model_config, min(lengths) + 1, longest)
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    dated = any(chat.dated for chat in chats.values())
+    resolved.today = template.day.isoformat() if dated else None
     stored = None
     if for_training and config.guided_completions is not None:
         examples, limit = files.parts["train"], config.max_completion_tokens
         stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
-    chat = next(iter(chats.values()))
-    return Setup(resolved, task, chat, tokenizer, device, dtype, stored)
+    chat, remarks = next(iter(chats.values())), _remarks(resolved, chats.values())
+    return Setup(resolved, task, chat, tokenizer, device, dtype, stored, remarks)
+
+
+def _day(config: TrainConfig) -> date:
+    """What templates take for today: as configured, or the day on which the run began."""
+    day, kept = config.today, Path(config.output_dir) / "config.yaml"
+    if day is None and kept.is_file():
+        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
+        day = saved.get("today") if isinstance(saved, dict) else None
+    try:
+        return date.fromisoformat(str(day)) if day else date.today()
+    except ValueError as error:
+        raise InputError(f"today must be a date like 2026-11-26, got {day!r}") from error
+
+
+def _remarks(config: TrainConfig, chats: Iterable[Chat]) -> list[str]:
+    """What was decided about the chat template."""
+    remarks = []
+    if config.today:
+        remarks.append(f"the chat template writes today's date: this run keeps {config.today}")
+    if config.context_placement == "auto" and any(chat.placement == "user" for chat in chats):
+        remarks.append(
+            "the chat template does not take the context as a system message: it stands in front "
+            "of the first user message"
+        )
+    return remarks

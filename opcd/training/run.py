@@ -252,6 +252,7 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
     return (
         f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
         f"{plan.backend} ({plan.reason})\n"
+        f"without   {setup.chat.stand_in[-100:]!r} stands in front of a request\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"

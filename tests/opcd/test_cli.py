@@ -116,7 +116,10 @@ def test_a_prompt_that_does_not_fit(settings: dict, capsys: pytest.CaptureFixtur
     ("template", "message"),
     [
         (None, "must have a chat template"),
-        ("{{ raise_exception('System role not supported') }}" + CHATML, "rejects their roles"),
+        (
+            "{{ raise_exception('System role not supported') }}" + CHATML,
+            "must accept these messages",
+        ),
     ],
 )
 def test_templates(

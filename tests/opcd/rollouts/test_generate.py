@@ -171,8 +171,8 @@ def test_the_version_of_the_weights_is_recorded(engine: Engine) -> None:
 def test_the_tokenizers_eos_ends_a_completion_too(engine: Engine) -> None:
     model = tiny_llama()
     first = engine(model).generate([[5]], GREEDY)[0].completion_token_ids
-    stop_at(model, first[0])
-    stop_at(model, None)
+    stop_at(model, first[:1])
+    stop_at(model, [])
     rollout = engine(model).generate([[5]], GREEDY)[0]
     assert rollout.completion_token_ids == first[:1]
     assert len(first) > 1
@@ -184,7 +184,7 @@ def test_an_eos_that_is_the_last_allowed_token_is_a_stop(engine: Engine) -> None
     model = tiny_llama()
     tokens = engine(model).generate([[5]], GREEDY)[0].completion_token_ids
     last = next(i for i in range(len(tokens) - 1, 0, -1) if tokens[i] not in tokens[:i])
-    stop_at(model, tokens[last])
+    stop_at(model, [tokens[last]])
     rollout = engine(model).generate([[5]], SamplingParams(last + 1, 0.0))[0]
     assert rollout.completion_token_ids == tokens[: last + 1]
     assert rollout.finish_reason == "stop"

@@ -6,15 +6,17 @@ from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.tasks.chat import Chat, check_lengths, check_same_tokenizer
 from opcd.tasks.data import Example
+from opcd.tasks.template import Template
 from tests.conftest import CHATML, tiny_tokenizer
 
 CONTEXT = [{"role": "system", "content": "Be brief."}]
+ANSWER = [{"role": "assistant", "content": "So."}]
 PROMPT = [{"role": "user", "content": "Why?"}]
 
 
 def test_the_teacher_sees_the_context_and_both_see_the_same_end() -> None:
-    chat = Chat(tiny_tokenizer(), CONTEXT)
-    tokenizer = chat.tokenizer
+    tokenizer = tiny_tokenizer()
+    chat = Chat(Template(tokenizer), CONTEXT)
     student, teacher = chat.student_ids(PROMPT), chat.teacher_ids(PROMPT)
     assert tokenizer.decode(student) == (
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
@@ -28,7 +30,7 @@ def test_the_teacher_sees_the_context_and_both_see_the_same_end() -> None:
 def test_special_tokens_are_not_added_twice() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_bos_token = True
-    assert Chat(tokenizer, CONTEXT).student_ids(PROMPT).count(tokenizer.bos_token_id) == 2
+    assert Chat(Template(tokenizer), CONTEXT).student_ids(PROMPT).count(tokenizer.bos_token_id) == 2
 
 
 @pytest.mark.parametrize(
@@ -36,9 +38,10 @@ def test_special_tokens_are_not_added_twice() -> None:
     [
         (None, "must have a chat template"),
         (
-            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% if messages[1] %}{{ raise_exception('one message') }}{% endif %}"
+            "{% if messages[0]['content'].startswith('Be') %}{{ raise_exception('no') }}{% endif %}"
             + CHATML,
-            "rejects their roles",
+            r"must accept these messages \(system, user\), but says: one message",
         ),
         ("{% set messages = messages[-1:] %}" + CHATML, "drops or alters the system message"),
         (
@@ -46,30 +49,27 @@ def test_special_tokens_are_not_added_twice() -> None:
             + "{% if add_generation_prompt and messages[0]['role'] == 'system' %}<t>{% endif %}",
             "same way with and without",
         ),
-        (
-            "{% if add_generation_prompt %}{{ 'x' }}{% endif %}" + CHATML,
-            "rewrites earlier text",
-        ),
-        ("{{ strftime_now('%d %b %Y') }}" + CHATML, "writes today's date"),
+        ("{% if 'brief' in messages[0]['content'] %}x{% endif %}", "keep every message"),
+        (CHATML.replace("message['content']", "message['content'].upper()"), "drops or alters"),
     ],
 )
 def test_templates_that_cannot_work(template: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Chat(tiny_tokenizer(template), CONTEXT)
+        Chat(Template(tiny_tokenizer(template)), CONTEXT, "system")
 
 
-def test_a_date_that_is_given_is_no_clock() -> None:
-    template = "{{ date_string if date_string else strftime_now('%d %b %Y') }}" + CHATML
-    chat = Chat(tiny_tokenizer(template), CONTEXT, {"date_string": "1 May 2026"})
-    assert chat.tokenizer.decode(chat.student_ids(PROMPT)).startswith("1 May 2026")
-    with pytest.raises(InputError, match="today's date"):
-        Chat(tiny_tokenizer(template), CONTEXT)
+def test_auto_takes_what_the_template_keeps() -> None:
+    last_message_only = "{% set messages = messages[-1:] %}" + CHATML
+    chat = Chat(Template(tiny_tokenizer(last_message_only)), CONTEXT)
+    assert chat.placement == "user"
+    with pytest.raises(InputError, match=r"system message 'Be brief.'; write it in another"):
+        Chat(Template(tiny_tokenizer(last_message_only)), [*CONTEXT, *PROMPT, *ANSWER])
 
 
 def test_template_arguments_reach_the_template() -> None:
     template = CHATML + "{% if think and messages[0]['role'] == 'system' %}<think>{% endif %}"
-    chat = Chat(tiny_tokenizer(template), CONTEXT, {"think": False})
-    assert chat.tokenizer.decode(chat.teacher_ids(PROMPT)).endswith("assistant\n")
+    chat = Chat(Template(tiny_tokenizer(template), {"think": False}), CONTEXT)
+    assert chat.template.tokenizer.decode(chat.teacher_ids(PROMPT)).endswith("assistant\n")
 
 
 def test_shared_prefix_leaves_every_sequence_a_token() -> None:

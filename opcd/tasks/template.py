@@ -1,0 +1,143 @@
+"""A tokenizer's chat template, judged by what it writes and not by what stands in it."""
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from opcd.errors import InputError
+from opcd.tasks.data import Message
+
+RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "chat_template"}
+REQUEST, ANSWER = "What is zebra 7?", "It is zebra 8."  # words that no template has
+OTHER_DAY = date(2031, 3, 9)
+# In front of a template: its clock stands still. Templates are given plain values only, so the day
+# comes as a table, what each code of a date format stands for.
+CLOCK = (
+    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for code, value in the_day %}{% set now.text = now.text.replace(code, value) %}"
+    "{% endfor %}{{ now.text }}{% endmacro +%}"
+)
+CODES = "aAbBcdDeFhHIjmMpRSTuUwWxXyY"
+
+
+class Template:
+    """Renders messages with the tokenizer's chat template and fixed arguments, on a fixed day.
+
+    Raises InputError for a tokenizer without a template, for an argument that is not the
+    template's to take, and for a template that fails on a single request.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        day: date | None = None,  # what templates that write a date take for today
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path
+        self.day = day or date.today()
+        self._arguments = dict(arguments or {})
+        if taken := sorted(RESERVED & set(self._arguments)):
+            raise InputError(
+                f"chat_template_args must name arguments of the template's own, got "
+                f"{', '.join(taken)}; leave that out"
+            )
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer of {self.name!r} must have a chat template, got none; use an "
+                f"instruct model, or pass --chat_template FILE with one"
+            )
+        template = tokenizer.get_chat_template()
+        self._template = CLOCK + template if "strftime_now" in template else template
+        self.text([_message("user", REQUEST)])
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the messages, up to where the answer starts."""
+        # The template writes the special tokens itself.
+        return self.tokenizer(self.text(messages), add_special_tokens=False)["input_ids"]
+
+    def text(
+        self, messages: Sequence[Message], answered: bool = False, day: date | None = None
+    ) -> str:
+        """The messages as text: opened for an answer, or with the last one as the answer."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=not answered,
+                chat_template=self._template,
+                **{"the_day": _table(day or self.day)} | self._arguments,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            roles = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
+            raise InputError(
+                f"the chat template of {self.name!r} must accept these messages ({roles}), but "
+                f"says: {' '.join(str(error).split())[:200]}"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def dated(self, messages: Sequence[Message]) -> bool:
+        """Whether the text is another one on another day."""
+        return self.text(messages) != self.text(messages, day=OTHER_DAY)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system message reaches the text."""
+        try:
+            return ANSWER in self.text([_message("system", ANSWER), _message("user", REQUEST)])
+        except InputError:
+            return False
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The special token that ends the assistant's turn; None where text alone does."""
+        try:
+            text = self.text([_message("user", REQUEST), _message("assistant", ANSWER)], True)
+        except InputError:  # some templates take no answer at the end
+            return None
+        behind = text.rpartition(ANSWER)[2].lstrip()
+        ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return ids[0] if ids and ids[0] in special else None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a completion beside the model's own: the tokenizer's EOS, and what
+        the template writes behind an answer."""
+        found = (self.tokenizer.eos_token_id, self.turn_end)
+        return sorted({token for token in found if token is not None})
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file. Raises InputError if there is none, or no Jinja in it."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"chat_template must be a file, got {path!r}, which is not there")
+    try:
+        text = file.read_text(encoding="utf-8")
+        jinja2.Environment().parse(text) if "generation" not in text else None
+    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        raise InputError(f"chat_template must be a Jinja file, got {path!r}: {error}") from error
+    if "messages" not in text:
+        raise InputError(
+            f"chat_template must be a Jinja template of `messages`, got {path!r} without that "
+            f"word; name the model's chat_template.jinja or one like it"
+        )
+    return text
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _table(day: date) -> list[tuple[str, str]]:
+    """What each code of a date format stands for on that day; `%-d` is `%d` without zeros."""
+    found = {f"%{code}": day.strftime(f"%{code}") for code in CODES}
+    bare = {f"%-{code[1:]}": str(int(x)) for code, x in found.items() if x.isdigit()}
+    return [*bare.items(), *found.items()]

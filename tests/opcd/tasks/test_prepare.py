@@ -1,0 +1,72 @@
+"""What is decided before weights are loaded."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.models.lm import eos_token_ids
+from opcd.tasks.prepare import prepare
+from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
+
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+
+
+def model_with(template: str, folder: Path) -> str:
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer(template).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_run_keeps_the_day_on_which_it_began(settings: dict, tmp_path: Path) -> None:
+    settings |= {"model": model_with(DATED, tmp_path / "model")}
+    first = prepare(TrainConfig(**settings, today="2026-05-01"))
+    assert first.chat.stand_in.startswith("01 May 2026<|im_start|>user")
+    assert first.remarks == [
+        "the chat template writes today's date: this run keeps 2026-05-01",
+    ]
+    run = Path(settings["output_dir"])
+    run.mkdir()
+    first.config.save(run / "config.yaml")
+    again = prepare(TrainConfig(**settings))
+    assert again.config.today == "2026-05-01"
+    assert again.fingerprint == first.fingerprint
+    assert not again.config.differing_fields(first.config)
+    other = prepare(TrainConfig(**settings, today="2026-05-02"))
+    assert other.fingerprint != first.fingerprint
+    with pytest.raises(InputError, match="today must be a date like 2026-11-26, got '1 May'"):
+        prepare(TrainConfig(**settings, today="1 May"))
+
+
+def test_a_template_without_a_date_has_none(settings: dict) -> None:
+    setup = prepare(TrainConfig(**settings, today="2026-05-01"))
+    assert setup.remarks == []
+    assert prepare(TrainConfig(**settings)).config.today is None
+
+
+def test_a_template_that_takes_no_system_message(settings: dict, tmp_path: Path) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    settings |= {"model": model_with(refusing + CHATML, tmp_path / "model")}
+    setup = prepare(TrainConfig(**settings))
+    prompt = setup.task.train[0]
+    decode = AutoTokenizer.from_pretrained(settings["model"]).decode
+    assert decode(setup.task.prompted_ids(prompt)) == (
+        "<|im_start|>user\nAnswer with one letter.\n\nred<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert decode(setup.task.prefixes[""]) == "<|im_start|>user\nAnswer with one letter.\n\n"
+    assert setup.remarks == [
+        "the chat template does not take the context as a system message: it stands in front of "
+        "the first user message",
+    ]
+
+
+def test_a_template_from_a_file_stops_where_it_ends_a_turn(settings: dict, tmp_path: Path) -> None:
+    ends_otherwise = CHATML.replace("<|im_end|>", "<|im_start|>")  # a token that is no EOS
+    file = tmp_path / "chat.jinja"
+    file.write_text(ends_otherwise, encoding="utf-8")
+    setup = prepare(TrainConfig(**settings, chat_template=str(file)))
+    assert setup.chat.stand_in == "<|im_start|>user\n"
+    model = setup.load(settings["model"])
+    assert eos_token_ids(model) == [1, 0]
