@@ -16,7 +16,8 @@ from opcd.objective import Targets
 from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import Plan, find_plan
 from opcd.passes.prefix import SharedPrefix
-from opcd.passes.prefix_cache import PrefixCache, StalePrefixError, weights_version
+from opcd.passes.prefix_cache import PrefixCache
+from opcd.passes.staleness import StalePrefixError, WeightsWatch
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class SharedPrefixTeacher:
             if shared:
                 name, ids = next(iter(self._prefix_ids.items()))
                 self.plan = find_plan(model, ids, lambda: self._prefixes.get(name, ids))
-            self._version = weights_version(model)
+            self._watch = WeightsWatch(model)
         if shared and not self.plan.shares_prefix:
             log.warning("the context is computed with every sequence: %s", self.plan.reason)
         log.debug("teacher: %s with %s, %s", *self.plan)
@@ -69,7 +70,7 @@ class SharedPrefixTeacher:
         """Take the model's weights as they now are: prefixes are computed again when needed."""
         self._prefixes.clear()
         with self.frozen():
-            self._version = weights_version(self.model)
+            self._watch.take()
 
     def add_context(self, name: str, token_ids: Sequence[int]) -> None:
         """Know one more context; its prefix is computed when it is first needed.
@@ -189,7 +190,7 @@ class SharedPrefixTeacher:
         return self._prefixes.get(name, ids), []
 
     def _check_version(self) -> None:
-        if self.plan.shares_prefix and weights_version(self.model) != self._version:
+        if self.plan.shares_prefix and self._watch.changed():
             raise StalePrefixError(
                 "the teacher must stay as it was when its prefix was computed, but its "
                 "weights, its adapter's state or its dropout have changed; call eval(), pass "

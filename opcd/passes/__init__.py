@@ -6,5 +6,6 @@ packed        many sequences in one row, through any model's own layers
 packing       where sequences lie in a packed row, and as rectangles
 attention     attention to a prefix and to the own sequence, merged; its backends
 prefix        keys and values of a prefix, computed once, handed out as views
-prefix_cache  recorded prefixes within a budget; what tells that weights changed
+prefix_cache  recorded prefixes within a budget
+staleness     whether a model's weights are still those of its prefixes
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
-from opcd.passes.prefix_cache import adapter_state
+from opcd.passes.staleness import adapter_state
 from opcd.rollouts.decode import Decoder
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import RwkvConfig, RwkvForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from opcd.episodes import Episode, Prompt, Span
 from opcd.errors import InputError
@@ -19,7 +19,8 @@ from opcd.passes.packed import packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
-from opcd.passes.prefix_cache import PrefixCache, StalePrefixError
+from opcd.passes.prefix_cache import PrefixCache
+from opcd.passes.staleness import StalePrefixError, WeightsWatch
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
@@ -486,3 +487,69 @@ def test_episodes_with_several_spans() -> None:
     assert torch.allclose(targets.hidden[:4], expected, atol=1e-5)
     assert torch.equal(targets.of([1]).hidden, targets.hidden[4:])
     assert targets.head.weight is model.lm_head.weight
+
+
+def tiny_moe() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 258}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, initializer_range=0.2)).eval()
+
+
+def test_experts_with_an_adapter_are_no_other_weights_where_it_is_off() -> None:
+    """peft puts the experts' weights aside and back in every pass with the adapter on."""
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    student = get_peft_model(tiny_moe(), lora).eval()
+    teacher = SharedPrefixTeacher(student, PREFIX, frozen=student.disable_adapter)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+    student(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    torch.optim.AdamW([p for p in student.parameters() if p.requires_grad]).step()
+    assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, expected)
+    with torch.no_grad():
+        next(p for name, p in student.named_parameters() if "gate_up_proj" in name).mul_(1.01)
+    with pytest.raises(StalePrefixError):
+        teacher.score(PROMPTS, COMPLETIONS)
+
+
+def test_weights_that_are_put_back_are_the_same() -> None:
+    model = tiny_llama()
+    watch = WeightsWatch(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.detach().clone())
+    assert not watch.changed()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-3
+    assert watch.changed()
+    watch.take()
+    assert not watch.changed()
+
+
+def test_of_layers_that_are_trained_whole_the_used_one_counts() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_llama(), lora).eval()
+    with model.disable_adapter():
+        off = WeightsWatch(model)
+    on = WeightsWatch(model)
+    head = model.base_model.model.lm_head
+    with torch.no_grad():
+        head.modules_to_save["default"].weight += 1
+    assert on.changed()
+    with model.disable_adapter():
+        assert not off.changed()
+        with torch.no_grad():
+            head.original_module.weight += 1
+        assert off.changed()
+
+
+def test_another_adapter_that_is_not_active_does_not_count() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), lora).eval()
+    model.add_adapter("other", lora)
+    watch = WeightsWatch(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["other"].weight += 1
+    assert not watch.changed()
+    with torch.no_grad():
+        layer.lora_B["default"].weight += 1
+    assert watch.changed()
