@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcd.errors import InputError
+from opcd.runtime.console import any_console
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 
@@ -15,6 +16,12 @@ SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with any_console():
+        return _reported(argv)
+
+
+def _reported(argv: Sequence[str] | None) -> int:
+    """Run a command; errors of the command line itself in words."""
     try:
         return _main(argv)
     except UnicodeDecodeError as error:

@@ -13,9 +13,16 @@ from opcd.evaluation.score import Scored
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
 
+# Ctrl-C, the end of a job, and a terminal that was closed (which Windows has no signal for).
+SIGNALS = [
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if name in signal.Signals.__members__
+]
+
 
 class Terminal(Progress):
-    """Prints what a run tells. SIGINT and SIGTERM let it finish its step; a second one kills.
+    """Prints what a run tells. A signal lets it finish its step; a second one kills.
 
     Signals are the caller's own again where the context ends.
     """
@@ -28,7 +35,9 @@ class Terminal(Progress):
 
     def __enter__(self) -> "Terminal":
         if self._finishes_steps:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
+                if signal.getsignal(number) == signal.SIG_IGN:  # as nohup does
+                    continue
                 self._handlers[number] = signal.signal(number, self._catch)
         return self
 

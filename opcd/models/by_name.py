@@ -104,5 +104,5 @@ def _cpu_has_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return False
-    flags = cpuinfo.read_text()
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace")
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -58,8 +58,28 @@ def head_of(model: torch.nn.Module) -> Head:
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """Number of positions the model was made for, or None where its configuration names none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Number of positions the model was made for, or None where its configuration names none.
+
+    YaRN and dynamic scaling stretch what the model was trained on by their factor, and many
+    configurations give the length before that. Linear scaling, Llama 3's and longrope count: their
+    configurations give the stretched length.
+    """
+    text = config.get_text_config()
+    named: int | None = getattr(text, "max_position_embeddings", None)
+    stretched = [
+        int((rope.get("original_max_position_embeddings") or named or 0) * rope.get("factor", 1))
+        for rope in _ropes(config)
+        if rope.get("rope_type") in ("yarn", "dynamic")
+    ]
+    return max(named, *stretched) if named is not None and stretched else named
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The settings of the rotary embeddings; several where kinds of layers have their own."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    several = bool(rope) and all(isinstance(value, dict) for value in rope.values())
+    return [*rope.values()] if several else [rope]
 
 
 def _changing_rope(config: PretrainedConfig) -> tuple[str | None, int]:
@@ -69,15 +89,16 @@ def _changing_rope(config: PretrainedConfig) -> tuple[str | None, int]:
     depend on its neighbours. The kind is None where frequencies are fixed.
     """
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    limit = (
-        rope.get("original_max_position_embeddings")
-        or getattr(text, "original_max_position_embeddings", None)
-        or getattr(text, "max_position_embeddings", None)
-        or 0
-    )
-    kind = rope.get("rope_type")
-    return (kind if kind in ("dynamic", "longrope") and limit else None), limit
+    for rope in _ropes(config):
+        limit = (
+            rope.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None)
+            or getattr(text, "max_position_embeddings", None)
+            or 0
+        )
+        if rope.get("rope_type") in ("dynamic", "longrope") and limit:
+            return rope["rope_type"], limit
+    return None, 0
 
 
 def rope_differs(config: PretrainedConfig, prefix_length: int, longest: int) -> bool:

@@ -1,5 +1,6 @@
 """What a run needs of the machine.
 
+console     output that arrives on any terminal, and never ends a run
 files       files and folders that are complete or absent
 progress    what a run tells whoever started it
 stopwatch   times of a device's work, without waiting between its parts

@@ -80,7 +80,8 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     }
     limits = [x for x in map(max_positions, configs) if x is not None]
     limit = min(limits, default=None)
-    task = render_task(files, chats, limit, config.max_completion_tokens)
+    rows = min(c.get_text_config().vocab_size for c in configs)
+    task = render_task(files, chats, limit, config.max_completion_tokens, rows)
     for model_config in configs:
         for lengths in (
             [len(p.student_ids) for p in task.prompts],

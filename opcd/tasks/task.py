@@ -111,10 +111,12 @@ def render_task(
     chats: Mapping[str, Chat],  # by the name of the context
     max_positions: int | None,
     max_completion_tokens: int,
+    vocab_size: int,  # of the model: its embeddings
 ) -> Task:
     """Turn the files into token ids, and find the prefix that a context's prompts share.
 
-    Raises InputError if a prompt with its context, or without it, does not fit the model.
+    Raises InputError if a prompt with its context, or without it, does not fit the model, or holds
+    a token that the model has no embedding for.
     """
     rendered: dict[int, Case] = {}
     prefixes = {}
@@ -136,6 +138,7 @@ def render_task(
         prefixes[name] = with_context[0][:length]
         for example, ids in zip(examples, with_context, strict=True):
             student_ids = _render(chat.student_ids, example)
+            _check_tokens([*ids, *student_ids], vocab_size, chat, example)
             prompt = Prompt(student_ids, ids[length:], name)
             rendered[id(example)] = Case(example, prompt)
 
@@ -144,6 +147,16 @@ def render_task(
 
     train = [case.prompt for case in cases("train")]
     return Task(prefixes, train, cases("validation"), cases("test"), files.scorer)
+
+
+def _check_tokens(ids: Sequence[int], vocab_size: int, chat: Chat, example: Example) -> None:
+    if (largest := max(ids)) >= vocab_size:
+        token = chat.template.tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"{example.source}: the model must have an embedding for every token of the prompt and "
+            f"its context, got token {largest} ({token!r}) and {vocab_size} embeddings; resize the "
+            f"embeddings and train the new ones, or use the model's own tokenizer"
+        )
 
 
 def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:

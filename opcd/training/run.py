@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from peft import PeftModel
+
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
@@ -14,6 +16,7 @@ from opcd.evaluation.contenders import Answer, greedy_answers
 from opcd.evaluation.report import read_metrics
 from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
+from opcd.models.adapter import lora_coverage
 from opcd.runtime.files import free_name, make_folder, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -245,7 +248,9 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
             task.prompt_tokens_saved,
         )
     trained = sum(p.numel() for p in distiller.parameters)
-    kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "every weight"
+    kind = "every weight"
+    if isinstance(distiller.student, PeftModel):
+        kind = f"LoRA rank {config.lora_rank} on {lora_coverage(distiller.student)}"
     plan = distiller.teacher.plan
     often = "once" if plan.shares_prefix else "with every sequence"
     several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""

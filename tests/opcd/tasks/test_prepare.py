@@ -1,5 +1,6 @@
 """What is decided before weights are loaded."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,20 @@ def test_a_template_from_a_file_stops_where_it_ends_a_turn(settings: dict, tmp_p
     assert setup.chat.stand_in == "<|im_start|>user\n"
     model = setup.load(settings["model"])
     assert eos_token_ids(model) == [1, 0]
+
+
+@pytest.mark.parametrize("part", ["prompts", "eval_data"])
+def test_an_added_token_without_an_embedding_in_a_later_row(
+    settings: dict, tmp_path: Path, part: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<badge>"])
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings |= {"model": str(tmp_path / "model")}
+    with Path(settings[part]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "a <badge>", "answer": "b"}) + "\n")
+    last = len(Path(settings[part]).read_text(encoding="utf-8").splitlines())
+    file = Path(settings[part]).name
+    with pytest.raises(InputError, match=rf"{file}:{last}: .*got token 258 \('<badge>'\) and 258"):
+        prepare(TrainConfig(**settings))

@@ -1,0 +1,60 @@
+"""What is read from a model's configuration."""
+
+from typing import Any
+
+import pytest
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+
+from opcd.models.lm import max_positions, rope_differs
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (None, 256),
+        ({"rope_type": "default", "rope_theta": 1e4}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, 1024),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 1e4,
+            },
+            256,  # named already: 4 x 64
+        ),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 512),
+        ({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}, 256),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 5e5,
+            },
+            256,
+        ),
+    ],
+)
+def test_positions_by_scaling(rope: dict[str, Any] | None, expected: int) -> None:
+    config = LlamaConfig(max_position_embeddings=256, rope_parameters=rope)
+    assert max_positions(config) == expected
+
+
+def test_positions_as_publishers_write_them() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = Qwen2Config(max_position_embeddings=32768, rope_scaling=scaling)
+    assert max_positions(config) == 131_072
+
+
+def test_scaling_by_kind_of_layer() -> None:
+    ropes = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+    }
+    config = Gemma3TextConfig(max_position_embeddings=256, rope_parameters=ropes)
+    assert max_positions(config) == 512
+    assert rope_differs(config, 100, 300)
+    assert not rope_differs(config, 100, 200)
