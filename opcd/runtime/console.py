@@ -34,7 +34,7 @@ def any_console() -> Iterator[None]:
 
 
 class _Patient:
-    """A text stream that drops what can no longer be written: its reader, terminal or disk is gone."""
+    """A text stream that drops what can no longer be written: its reader or terminal is gone."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

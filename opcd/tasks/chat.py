@@ -51,6 +51,17 @@ class Chat:
             self._check_behind(own, self.template.text(self.teacher_messages(messages)))
         return self.template.ids(self.teacher_messages(messages))
 
+    def completion_ids(self, messages: Sequence[Message], text: str) -> list[int]:
+        """Token ids of a completion that was given as text, and of what ends it.
+
+        Tokenized behind its request: alone, many tokenizers put a space in front.
+        """
+        encode, request = self.template.encode, self.student_messages(messages)
+        opened = self.template.text(request)
+        before, whole = encode(opened), encode(opened + text)
+        behind = whole[: len(before)] == before
+        return [*(whole[len(before) :] if behind else encode(text)), *self.template.stop_ids[-1:]]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The answer's text, without special tokens and surrounding white space."""
         return self.template.tokenizer.decode(token_ids, skip_special_tokens=True).strip()

@@ -58,8 +58,11 @@ class Template:
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the messages, up to where the answer starts."""
-        # The template writes the special tokens itself.
-        return self.tokenizer(self.text(messages), add_special_tokens=False)["input_ids"]
+        return self.encode(self.text(messages))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of rendered text, which holds its special tokens already."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(
         self, messages: Sequence[Message], answered: bool = False, day: date | None = None
@@ -102,16 +105,16 @@ class Template:
         except InputError:  # some templates take no answer at the end
             return None
         behind = text.rpartition(ANSWER)[2].lstrip()
-        ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        ids = self.encode(behind)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return ids[0] if ids and ids[0] in special else None
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens that end a completion beside the model's own: the tokenizer's EOS, and what
-        the template writes behind an answer."""
+        """The tokens that end a completion beside the model's own: the tokenizer's EOS, and last
+        what the template writes behind an answer."""
         found = (self.tokenizer.eos_token_id, self.turn_end)
-        return sorted({token for token in found if token is not None})
+        return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def read_template(path: str) -> str:

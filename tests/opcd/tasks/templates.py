@@ -30,11 +30,13 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
     return byte_tokenizer(family.template, family.special, family.eos)
 
 
-def byte_tokenizer(template: str, special: Sequence[str], eos: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    template: str, special: Sequence[str], eos: str, prefix_space: bool = False
+) -> PreTrainedTokenizerFast:
     """Bytes as tokens, and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos)

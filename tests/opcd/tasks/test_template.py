@@ -3,6 +3,7 @@
 from datetime import date
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
@@ -170,3 +171,29 @@ def test_a_template_from_a_file(tmp_path) -> None:
     file.write_text("hello", encoding="utf-8")
     with pytest.raises(InputError, match="without that word"):
         read_template(str(file))
+
+
+def test_a_completion_as_text_is_tokenized_behind_its_request() -> None:
+    family = FAMILIES["ChatML base model"]
+    tokenizer = byte_tokenizer(family.template, family.special, family.eos, prefix_space=True)
+    chat = Chat(Template(tokenizer, {}, DAY), CONTEXT)
+    assert tokenizer.decode(tokenizer("So.", add_special_tokens=False)["input_ids"]) == " So."
+    ids = chat.completion_ids(REQUEST, "So.")
+    assert tokenizer.decode(ids) == "So.<|im_end|>"
+    assert tokenizer.decode(chat.student_ids(REQUEST) + ids).endswith("assistant\nSo.<|im_end|>")
+
+
+@families
+def test_a_tokenizer_that_prepends_bos_does_not_double_the_templates(family: Family) -> None:
+    template = template_of(family)
+    bos = template.tokenizer.convert_tokens_to_ids(family.special[0])
+    template.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{family.special[0]} $A", special_tokens=[(family.special[0], bos)]
+    )
+    assert template.tokenizer("x")["input_ids"][0] == bos
+    chat = Chat(template, CONTEXT)
+    for ids, text in (
+        (chat.student_ids(REQUEST), family.alone),
+        (chat.teacher_ids(REQUEST), family.system or family.user),
+    ):
+        assert ids.count(bos) == text.count(family.special[0])
