@@ -31,7 +31,7 @@ from transformers import (
 
 from benchmarks.memory import peak_mib
 from opcd.models.by_name import load_model, resolve_device, resolve_dtype
-from opcd.models.lm import head_of
+from opcd.models.head import head_of
 from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.plan import find_plan
 from opcd.rollouts.generate import TransformersEngine

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opcd.episodes import Episode, scored_tokens
-from opcd.models.lm import head_of
+from opcd.models.head import head_of
 from opcd.objective import Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden

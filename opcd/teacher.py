@@ -11,7 +11,14 @@ from torch import Tensor
 
 from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.errors import InputError
-from opcd.models.lm import batches_by_tokens, causal_lm, head_of, max_positions, rope_differs
+from opcd.models.head import head_of
+from opcd.models.lm import (
+    batches_by_tokens,
+    causal_lm,
+    max_positions,
+    rope_differs,
+    vocabulary_rows,
+)
 from opcd.objective import Targets
 from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import Plan, find_plan
@@ -243,7 +250,7 @@ def _completed(
 
 def _check_prefixes(model: torch.nn.Module, prefixes: Mapping[str, Sequence[int]]) -> None:
     lm = causal_lm(model)
-    limit, rows = max_positions(lm.config), lm.get_input_embeddings().num_embeddings
+    limit, rows = max_positions(lm.config), vocabulary_rows(lm)
     if not prefixes:
         raise InputError("prefix_ids must hold at least one context, got none")
     for name, ids in prefixes.items():

@@ -1,6 +1,7 @@
 """Causal language models.
 
-lm            body, head and limits of any causal LM of transformers
+lm            body, modes and limits of any causal LM of transformers
+head          its output head, measured
 adapter       what a LoRA adapter covers, in words
 cast_weights  fp32 weights in the dtype of the passes, cast once a step
 by_name       models and tokenizers by name or folder

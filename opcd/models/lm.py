@@ -1,25 +1,13 @@
-"""What the method needs of a causal language model: its hidden states, its head, its limits."""
+"""What the method needs of a causal language model: its body, its modes, its limits."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opcd.errors import InputError
-
-
-class Head(NamedTuple):
-    """The map from hidden states to logits: ``softcap(scale · hidden @ weight.T + bias)``.
-
-    `scored_hidden` has applied the scale already.
-    """
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    scale: float
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -41,20 +29,25 @@ def transformer(model: torch.nn.Module) -> Any:
     return body
 
 
-def head_of(model: torch.nn.Module) -> Head:
-    """The output head of a causal LM."""
-    lm = causal_lm(model)
-    config = lm.config.get_text_config()
-    output = lm.get_output_embeddings()
-    assert output is not None, f"{type(lm).__name__} has no lm_head"
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Head(
-        output.weight,
-        getattr(output, "bias", None),
-        getattr(config, "final_logit_softcapping", None),
-        scale,
-    )
+def vocabulary_rows(model: torch.nn.Module) -> int:
+    """Tokens that the model has an embedding for."""
+    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and then in its own again.
+
+    Dropout of any kind, jitter, layerdrop and checkpointing read that mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

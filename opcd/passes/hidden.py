@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opcd.models.lm import causal_lm, head_of, transformer
+from opcd.models.head import head_of
+from opcd.models.lm import causal_lm, transformer
 from opcd.passes.packed import Behind, InRow, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opcd.models.lm import causal_lm, head_of
+from opcd.models.head import head_of
+from opcd.models.lm import causal_lm, vocabulary_rows
 from opcd.objective import head_divergence
 from opcd.passes.hidden import Row, completion_rows, scored_hidden
 from opcd.passes.packed import packing_backends
@@ -48,7 +49,7 @@ def find_plan(
     ids = list(prefix_ids)
     pool = ids
     if len(set(ids)) < 8:  # tokens that differ, or a leak between sequences would not show
-        vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_rows(model)
         pool = [(ids[0] + k) % vocabulary for k in range(8)]
     prompts, completions = [pool[-1:], pool[-5:-2]], [pool[:3], pool[:7]]
     full = scored_hidden(model, completion_rows([[*ids, *p] for p in prompts], completions))

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
+from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids, vocabulary_rows
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
@@ -131,7 +131,7 @@ def uncached_autocast(device: torch.device) -> torch.autocast:
 def _gap_to_full_passes(model: torch.nn.Module) -> float:
     """The largest divergence of a decoder's steps from full passes, in nats."""
     lm = causal_lm(model)
-    vocabulary = lm.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_rows(lm)
     ids = [(7919 * k + 11) % vocabulary for k in range(12)]
     decoder = Decoder(model, 2, LENGTH_STEP, [])
     if lm.device.type == "cuda":

@@ -21,8 +21,8 @@ from opcd.models.by_name import (
     resolve_device,
     resolve_dtype,
 )
+from opcd.models.head import head_of
 from opcd.models.lm import check_rope, max_positions, stop_at
-from opcd.objective import check_head
 from opcd.tasks.chat import Chat, check_same_tokenizer
 from opcd.tasks.stored import read_stored
 from opcd.tasks.task import Task, read_task_files, render_task
@@ -56,7 +56,7 @@ class Setup(NamedTuple):
         """
         model = load_model(name, dtype or self.dtype, self.device)
         stop_at(model, self.chat.template.stop_ids)
-        check_head(model, self.task.prompts[0].student_ids)
+        head_of(model)  # refuses what the loss cannot use
         return model
 
 

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from opcd.evaluation.score import teacher_of
-from opcd.models.lm import autocast, head_of, switch_off_dropout
+from opcd.models.head import head_of
+from opcd.models.lm import autocast, switch_off_dropout
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opcd.models.lm import head_of
+from opcd.models.head import head_of
 from opcd.teacher import SharedPrefixTeacher
 from tests.opcd.architectures import ARCHITECTURES, build
 from tests.opcd.test_teacher import COMPLETIONS, PREFIX, PROMPTS, alone

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opcd.errors import InputError
 from opcd.models import builtin
 from opcd.models.by_name import resolve_model
-from opcd.objective import check_head
+from opcd.models.head import head_of
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +29,8 @@ def test_it_answers_and_can_be_saved(tmp_path: Path) -> None:
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
-    for length in (2, 17, 60, 130):  # bf16 passes of other shapes round differently
-        check_head(model, tokenizer("a b c d e f g " * 30)["input_ids"][:length])
+    head = head_of(model)
+    assert (head.bias, head.softcap, head.scale) == (None, None, 1.0)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
 

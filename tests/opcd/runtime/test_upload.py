@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from opcd.models.lm import head_of
+from opcd.models.head import head_of
 from opcd.objective import head_divergence
 from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.prefix import SharedPrefix
