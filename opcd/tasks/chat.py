@@ -1,6 +1,7 @@
 """Chat messages to token ids, for the student (without the context) and the teacher (with it)."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
 from opcd.tasks.data import Example, Message
+from opcd.tasks.reasoning import MARKS, opened_thought
 
 
 class Chat:
@@ -38,6 +40,13 @@ class Chat:
                 f"use an instruct model, or set tokenizer.chat_template and save it"
             )
         self._check_template()
+        probe = self._text([{"role": "user", "content": "Hm?"}], generation_prompt=True)
+        self._thought = opened_thought(probe)
+        self._marks = {
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in MARKS
+        }
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt as the student sees it, up to where the answer starts."""
@@ -48,8 +57,21 @@ class Chat:
         return self._ids([*self.context, *messages])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The answer's text, without special tokens and surrounding white space."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        """The completion's text without surrounding white space.
+
+        Without special tokens, but for the marks of a thought; a thought that the template opens
+        begins with its mark.
+        """
+        text = self._thought
+        for mark, ids in groupby(token_ids, self._marks.get):
+            piece = list(ids)
+            plain = self.tokenizer.decode(piece, skip_special_tokens=True)
+            text += plain if mark is None else mark * len(piece)
+        return text.strip()
+
+    def decode_raw(self, token_ids: Sequence[int]) -> str:
+        """The completion's text as it was sampled, with special tokens."""
+        return self.tokenizer.decode(token_ids)
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         text = self._text(messages, generation_prompt=True)
