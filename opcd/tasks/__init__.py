@@ -6,6 +6,7 @@ data        contexts, prompts, labelled examples; checks line by line
 stored      completions of training prompts from a file
 chat        messages to token ids; checks of the chat template
 scorers     when an answer counts
+gold        the accepted answers held against the scorer
 reasoning   a completion's thought and its answer
 texts       when two texts say the same, in any script
 numerals    the numbers in a text

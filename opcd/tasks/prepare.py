@@ -33,6 +33,7 @@ class Setup(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
+    remarks: list[str]  # what people should know of the files, a line each
 
     @property
     def fingerprint(self) -> str:
@@ -85,4 +86,4 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         examples, limit = files.parts["train"], config.max_completion_tokens
         stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
     chat = next(iter(chats.values()))
-    return Setup(resolved, task, chat, tokenizer, device, dtype, stored)
+    return Setup(resolved, task, chat, tokenizer, device, dtype, stored, files.remarks)

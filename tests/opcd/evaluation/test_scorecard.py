@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.scorers import Score, Scorer
 from opcd.tasks.task import Case
+from opcd.training.run import evaluate_run, train
 
 
 def test_wilson_interval() -> None:
@@ -157,7 +159,10 @@ def test_reasoning_is_counted_and_not_judged(settings: dict) -> None:
     assert columns["it"]["reasoning_share"] == 0.5
 
 
-def f(c, a): return c == 'never'\n")
+def test_remarks_on_the_data_reach_people(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scorer_of_labels.py").write_text("def f(c, a): return c == 'never'\n")
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
 
