@@ -25,7 +25,9 @@ class TrainConfig:
     eval_data: str | None = None
     """JSONL with "answer"s, for the scorecard (test data); without it there is no scorecard."""
     scorer: str = "exact"
-    """When an answer is right: exact, contains, regex:PATTERN or python:module:function."""
+    """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
+    first find), regex-last:PATTERN or python:module:function. What stands in front of the answer as
+    reasoning is not judged."""
 
     model: str = "smollm2-135m-instruct"
     """The student: a Hugging Face name, a local folder, or the built-in smollm2-135m-instruct."""

@@ -6,14 +6,14 @@ MARK = "Bank:"
 REFUSAL = "This is not a question for the bank."
 
 
-def score(completion: str, answers: Sequence[str]) -> bool:
-    """Whether the completion is what the policy asks for.
+def score(completion: str, answers: Sequence[str]) -> dict[str, bool]:
+    """Whether the completion is what the policy asks for, by the class of its question.
 
     `answers` holds the class of the question. "in scope": one line that begins with MARK, says
     something behind it and does not hold the refusal. "out of scope": REFUSAL alone. White space
     around the completion does not matter; case does. Raises ValueError for another class.
     """
-    return any(_kept(completion.strip(), answer) for answer in answers)
+    return {answer: _kept(completion.strip(), answer) for answer in answers}
 
 
 def _kept(text: str, scope: str) -> bool:

@@ -17,6 +17,7 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     finish: str  # "stop" or "length"
+    raw: str  # the text with its special tokens
 
 
 class Contender(NamedTuple):
@@ -92,6 +93,7 @@ def greedy_answers(
             setup.chat.decode(rollout.completion_token_ids),
             len(rollout.completion_token_ids),
             rollout.finish_reason,
+            setup.chat.decode_raw(rollout.completion_token_ids),
         )
         for rollout in rollouts
     ]

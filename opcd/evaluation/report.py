@@ -10,7 +10,7 @@ from opcd.config import TrainConfig
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
-    """The contenders as text, one a line."""
+    """The contenders as text, one a line; below it their rates, where the scorer gives some."""
     rows: list[tuple[str, ...]] = [("", "", "accuracy", "95 % interval", "n", "tokens", "cut")]
     for name, column in card["contenders"].items():
         low, high = column["accuracy_interval_95"]
@@ -25,11 +25,34 @@ def scorecard_table(card: dict[str, Any]) -> str:
                 f"{column['truncated_share']:.0%}",
             )
         )
+    tables = [_aligned(rows, texts=2)]
+    if rates := _rate_rows(card["contenders"]):
+        tables.append(_aligned(rates, texts=1))
+    return "\n\n".join(tables)
+
+
+def _rate_rows(columns: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A heading and a row for each contender; none without rates."""
+    counts = {name: r["n"] for c in columns.values() for name, r in c.get("rates", {}).items()}
+    if not counts:
+        return []
+    balanced = any("balanced_accuracy" in column for column in columns.values())
+    heading = [f"{name} ({n})" for name, n in counts.items()]
+    rows: list[tuple[str, ...]] = [("", *heading, *["balanced"] * balanced)]
+    for name, column in columns.items():
+        means = [column.get("rates", {}).get(rate, {}).get("mean") for rate in counts]
+        means += [column.get("balanced_accuracy")] * balanced
+        rows.append((name, *("" if x is None else f"{x:.1%}" for x in means)))
+    return rows
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
+    """Columns of equal width, the first `texts` of them set left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        left = [cell.ljust(w) for cell, w in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)]
+        left = [cell.ljust(w) for cell, w in zip(row[:texts], widths[:texts], strict=True)]
+        right = [cell.rjust(w) for cell, w in zip(row[texts:], widths[texts:], strict=True)]
         lines.append("  ".join((*left, *right)).rstrip())
     return "\n".join(lines)
 
@@ -55,6 +78,10 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
         f"tokens: mean length of an answer; cut: share that reached max_completion_tokens "
         f"({card['decoding']['max_completion_tokens']})"
     )
+    shares = {name: c.get("reasoning_share", 0) for name, c in card["contenders"].items()}
+    if any(shares.values()):
+        thought = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+        facts.append(f"answers with reasoning, which is not judged: {thought}")
     if "selection" in card:
         facts.append(f"checkpoint: {card['selection']['how']}")
     return facts
@@ -68,7 +95,8 @@ def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
         lines.append(f"  {_short(row['prompt'][-1]['content'], 88)}")
         for name in ("base", "prompted", "distilled"):
             if name in row:
-                mark = "✓" if row[f"{name}_right"] else "✗"
+                value = row[f"{name}_right"]
+                mark = {1: "✓", 0: "✗"}.get(value, f"{value:.0%}")
                 lines.append(f"    {mark} {name:<10} {_short(row[name], 74)}")
     return "\n".join(lines)
 

@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from opcd.evaluation.contenders import Answer, Contender
-from opcd.tasks.scorers import Scorer
+from opcd.tasks.reasoning import split_thought
+from opcd.tasks.scorers import Score, Scorer
 from opcd.tasks.task import Case
 
 
@@ -16,39 +17,72 @@ def scorecard(
     cases: Sequence[Case],
     scorer: Scorer,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What each contender reached, by its name, and every answer that it was made from."""
+    """What each contender reached, by its name, and every answer that it was made from.
+
+    An answer's NAME_right is true or false, or its value where that lies between 0 and 1.
+    """
     columns = {}
     rows: list[dict[str, Any]] = [
         {"prompt": list(c.example.messages), "accepted": list(c.example.answers)} for c in cases
     ]
     for contender in contenders:
         given = answers[contender.name]
-        right = [scorer(a.text, c.example.answers) for a, c in zip(given, cases, strict=True)]
-        columns[contender.name] = {"meaning": contender.meaning, **_column(given, right)}
-        for row, answer, ok in zip(rows, given, right, strict=True):
+        scores = _scores(given, cases, scorer)
+        columns[contender.name] = {"meaning": contender.meaning, **_column(given, scores)}
+        for row, answer, (value, rates) in zip(rows, given, scores, strict=True):
             row[contender.name] = answer.text
-            row[f"{contender.name}_right"] = ok
+            row[f"{contender.name}_right"] = bool(value) if value in (0, 1) else value
+            if rates:
+                row[f"{contender.name}_rates"] = rates
     return columns, rows
 
 
 def accuracy(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> float:
-    """Share of the answers that are right."""
+    """Mean value of the answers: the share that is right."""
+    return fmean(score.value for score in _scores(answers, cases, scorer))
+
+
+def _scores(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> list[Score]:
     pairs = zip(answers, cases, strict=True)
-    return fmean(scorer(answer.text, case.example.answers) for answer, case in pairs)
+    return [scorer(answer.text, case.example.answers, answer.raw) for answer, case in pairs]
 
 
-def _column(answers: Sequence[Answer], right: Sequence[bool]) -> dict[str, Any]:
-    return {
-        "accuracy": sum(right) / len(right),
-        "accuracy_interval_95": wilson_interval(sum(right), len(right)),
-        "n": len(right),
+def _column(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, Any]:
+    total = math.fsum(score.value for score in scores)
+    column = {
+        "accuracy": total / len(scores),
+        "accuracy_interval_95": wilson_interval(total, len(scores)),
+        "n": len(scores),
         "mean_completion_tokens": fmean(answer.tokens for answer in answers),
         "truncated_share": fmean(answer.finish == "length" for answer in answers),
+        **_rates(scores),
     }
+    if share := fmean(split_thought(answer.text).thought != "" for answer in answers):
+        column["reasoning_share"] = share
+    return column
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> list[float]:
-    """95 % score interval of a proportion (Wilson, 1927); honest at 0 and 1 too."""
+def _rates(scores: Sequence[Score]) -> dict[str, Any]:
+    """Each rate over the items that have it; their mean where they are classes of the items."""
+    by_name: dict[str, list[float]] = {}
+    for score in scores:
+        for name, rate in score.rates.items():
+            by_name.setdefault(name, []).append(rate)
+    if not by_name:
+        return {}
+    rates = {name: {"mean": fmean(x), "n": len(x)} for name, x in sorted(by_name.items())}
+    one_each = all(len(score.rates) == 1 for score in scores)
+    if one_each and len(rates) > 1:
+        return {"rates": rates, "balanced_accuracy": fmean(r["mean"] for r in rates.values())}
+    return {"rates": rates}
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float]:
+    """95 % score interval of a proportion (Wilson, 1927); honest at 0 and 1 too.
+
+    Of the mean of values between 0 and 1, too, and then too wide rather than too narrow: with that
+    mean nothing varies more than values that are 0 or 1.
+    """
     p = successes / n
     centre = p + z * z / (2 * n)
     spread_ = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -7,4 +7,9 @@ stored      completions of training prompts from a file
 chat        messages to token ids, with and without the context
 template    a tokenizer's chat template, judged by what it writes
 scorers     when an answer counts
+gold        the accepted answers held against the scorer
+reasoning   a completion's thought and its answer
+texts       when two texts say the same, in any script
+numerals    the numbers in a text
+choices     the letters that an answer claims
 """

@@ -1,11 +1,13 @@
 """Chat messages to token ids, for the student (without the context) and the teacher (with it)."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
 from opcd.tasks.data import Example, Message
+from opcd.tasks.reasoning import MARKS, opened_thought
 from opcd.tasks.template import REQUEST, Template
 
 APART = "\n\n"  # between texts that share a message
@@ -36,6 +38,12 @@ class Chat:
         self.context = list(context)
         self.without_context = without_context
         self.placement = self._find_placement(placement)
+        self._thought = opened_thought(template.text(self.student_messages([_user(REQUEST)])))
+        self._marks = {
+            number: token.content
+            for number, token in template.tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in MARKS
+        }
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the request as the student sees it, up to where the answer starts."""
@@ -63,8 +71,21 @@ class Chat:
         return [*(whole[len(before) :] if behind else encode(text)), *self.template.stop_ids[-1:]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The answer's text, without special tokens and surrounding white space."""
-        return self.template.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        """The completion's text without surrounding white space.
+
+        Without special tokens, but for the marks of a thought; a thought that the template opens
+        begins with its mark.
+        """
+        text = self._thought
+        for mark, ids in groupby(token_ids, self._marks.get):
+            piece = list(ids)
+            plain = self.template.tokenizer.decode(piece, skip_special_tokens=True)
+            text += plain if mark is None else mark * len(piece)
+        return text.strip()
+
+    def decode_raw(self, token_ids: Sequence[int]) -> str:
+        """The completion's text as it was sampled, with special tokens."""
+        return self.template.tokenizer.decode(token_ids)
 
     @property
     def stand_in(self) -> str:

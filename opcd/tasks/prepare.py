@@ -39,7 +39,7 @@ class Setup(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
-    remarks: list[str]  # a line each, on what was decided for the user
+    remarks: list[str]  # what people should know of files and template, a line each
 
     @property
     def fingerprint(self) -> str:
@@ -97,7 +97,8 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if for_training and config.guided_completions is not None:
         examples, limit = files.parts["train"], config.max_completion_tokens
         stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
-    chat, remarks = next(iter(chats.values())), _remarks(resolved, chats.values())
+    chat = next(iter(chats.values()))
+    remarks = [*files.remarks, *_remarks(resolved, chats.values())]
     return Setup(resolved, task, chat, tokenizer, device, dtype, stored, remarks)
 
 

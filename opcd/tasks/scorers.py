@@ -1,75 +1,225 @@
-"""When an answer counts as right: exact, contains, regex:PATTERN or python:module:function."""
+"""When an answer counts: built-in scorers, and a function of the user's."""
 
 import importlib
+import inspect
+import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from opcd.errors import InputError
+from opcd.tasks.choices import claimed, letter
+from opcd.tasks.numerals import numerals, only_numeral
+from opcd.tasks.reasoning import split_thought
+from opcd.tasks.texts import bare, folded, holds, normalised
 
-Scorer = Callable[[str, Sequence[str]], bool]  # (completion, accepted answers) -> right?
+
+class Score(NamedTuple):
+    """What a completion got."""
+
+    value: float  # from 0 to 1; the mean of the rates, where there are
+    rates: dict[str, float]  # by name, each from 0 to 1; {} for a single value
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Judges completions: ``scorer(completion, accepted answers) -> Score``."""
+
+    spec: str  # as in the configuration
+    judge: Callable[[str, Sequence[str], str], Score]  # of the answer, the accepted ones, the raw
+    # Why an accepted answer can never be found right, or None; a user's function is not asked.
+    fault: Callable[[str], str | None] | None
+    judges_raw: bool = False
+
+    def __call__(self, completion: str, answers: Sequence[str], raw: str | None = None) -> Score:
+        """Score what stands behind the completion's reasoning; an unended thought gets 0.
+
+        raw: the completion with its special tokens, for a scorer that asks for it.
+        """
+        answer = split_thought(completion).answer
+        found = self.judge(answer or "", answers, completion if raw is None else raw)
+        if answer is None and not self.judges_raw:
+            return Score(0.0, dict.fromkeys(found.rates, 0.0))
+        return found
 
 
 def load_scorer(spec: str) -> Scorer:
-    """The scorer that `spec` names.
+    """The scorer that `spec` names; all judge what stands behind a completion's reasoning.
 
-    - ``exact``: equal to an accepted answer; white space, case and final punctuation ignored.
-    - ``contains``: holds an accepted answer, as whole words; white space and case ignored.
-    - ``regex:PATTERN``: the text that PATTERN finds in the completion (its first group, where it
-      has one) equals an accepted answer as under ``exact``.
+    Texts are compared as `texts.normalised`: spelling, quotes, dashes and invisible characters do
+    not matter.
+
+    - ``exact``: equals an accepted answer, apart from case, final punctuation, quotes or markup
+      around it, and thousands separators.
+    - ``contains``: holds an accepted answer: as whole words, inside the line for scripts without
+      spaces (in Korean at the front of a word), with its case where it is all capitals. A number
+      is held as a whole one: 42 not in -42, 42.5 or 42 %.
+    - ``number``: its last number equals the last of an accepted answer, see `numerals`.
+    - ``choice``: claims the accepted letter and no other, see `choices`.
+    - ``json``: is JSON, or one fence with JSON in it, and equals an accepted value: 1 is 1.0, keys
+      have no order, nothing else may stand around it.
+    - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
+      answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
+      takes the last.
     - ``python:module:function``: ``function(completion, answers)`` of an importable module, also
-      one in the current folder; its truth value counts.
+      one in the current folder. It returns a bool, 0 or 1, a number from 0 to 1, or a dict of such
+      by the names of rates. With a parameter ``raw`` it also gets the completion with its special
+      tokens and its reasoning, and judges unended thoughts itself.
 
     Raises InputError for a scorer that does not exist, compile or import.
     """
-    if spec == "exact":
-        return exact
-    if spec == "contains":
-        return contains
     kind, _, rest = spec.partition(":")
-    if kind == "regex" and rest:
-        try:
-            pattern = re.compile(rest, re.DOTALL)
-        except re.error as error:
-            raise InputError(
-                f"scorer regex:PATTERN must be a valid regular expression, got {rest!r}: {error}"
-            ) from error
-        return lambda completion, answers: _match(pattern, completion, answers)
+    if spec in _BUILT_IN:
+        right, fault = _BUILT_IN[spec]
+        return Scorer(spec, _alike(right), fault)
+    if kind in ("regex", "regex-last") and rest:
+        pattern = _compile(kind, rest)
+        right = partial(_finds, pattern, -1 if kind == "regex-last" else 0)
+        return Scorer(spec, _alike(right), partial(_regex_fault, pattern, right))
     if kind == "python" and rest:
-        return _import_scorer(rest)
+        return _python_scorer(spec, rest)
     raise InputError(
-        f"scorer must be exact, contains, regex:PATTERN or python:module:function, got {spec!r}"
+        f"scorer must be {', '.join(_BUILT_IN)}, regex:PATTERN, regex-last:PATTERN or "
+        f"python:module:function, got {spec!r}; choose one"
     )
 
 
-def exact(completion: str, answers: Sequence[str]) -> bool:
-    """Equal to one of the answers, apart from white space, case and final punctuation."""
-    return _bare(completion) in {_bare(answer) for answer in answers}
+def _alike(right: Callable[[str, str], bool]) -> Callable[[str, Sequence[str], str], Score]:
+    """A judge that wants one of the accepted answers."""
+    return lambda answer, accepted, _raw: Score(float(any(right(answer, a) for a in accepted)), {})
 
 
-def contains(completion: str, answers: Sequence[str]) -> bool:
-    """Holds one of the answers as whole words, apart from white space and case."""
-    text = " ".join(completion.casefold().split())
-    return any(
-        re.search(rf"(?<!\w){re.escape(' '.join(answer.casefold().split()))}(?!\w)", text)
-        for answer in answers
-    )
+def _equals(answer: str, accepted: str) -> bool:
+    return folded(bare(answer)) == folded(bare(accepted))
 
 
-def _bare(text: str) -> str:
-    text = " ".join(text.casefold().split())
-    return text.rstrip(".!?,;: ") or text
+def _contains(answer: str, accepted: str) -> bool:
+    wanted = only_numeral(bare(accepted))
+    if wanted is None:
+        return holds(answer, accepted)
+    said = numerals(normalised(answer))
+    return any(n.says(wanted) and n.percent == wanted.percent for n in said)
 
 
-def _match(pattern: re.Pattern[str], completion: str, answers: Sequence[str]) -> bool:
-    found = pattern.search(completion)
-    if found is None:
+def _same_number(answer: str, accepted: str) -> bool:
+    said, wanted = (numerals(normalised(text)) for text in (answer, accepted))
+    return bool(said and wanted) and said[-1].says(wanted[-1])
+
+
+def _same_choice(answer: str, accepted: str) -> bool:
+    return claimed(answer) == {letter(accepted)}
+
+
+def _same_json(answer: str, accepted: str) -> bool:
+    try:
+        return _read_json(answer) == _read_json(accepted)
+    except (ValueError, RecursionError):  # no JSON; a number too long; nested too deeply
         return False
-    return exact(found.group(1 if pattern.groups else 0) or "", answers)
 
 
-def _import_scorer(target: str) -> Scorer:
+def _read_json(text: str) -> Any:
+    """The value, made comparable: exact numbers; true is not 1, as it would be in Python."""
+    text = unicodedata.normalize("NFC", text.strip())
+    if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL | re.IGNORECASE):
+        text = fenced[1]
+    value = json.loads(
+        text, parse_float=Decimal, parse_constant=_no_json, object_pairs_hook=_unique_keys
+    )
+    return _told_apart(value)
+
+
+def _told_apart(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _told_apart(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_told_apart(item) for item in value]
+    return ("bool", value) if isinstance(value, bool) else value
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _fault(right: Callable[[str, str], bool], what: str, accepted: str) -> str | None:
+    return None if right(split_thought(accepted).answer or "", accepted) else what
+
+
+_BUILT_IN: dict[str, tuple[Callable[[str, str], bool], Callable[[str], str | None]]] = {
+    name: (right, partial(_fault, right, what))
+    for name, right, what in (
+        ("exact", _equals, "it does not equal itself; leave reasoning out"),
+        ("contains", _contains, "it is not found in itself; leave reasoning out"),
+        ("number", _same_number, "it ends in no number; write one, or take another scorer"),
+        ("choice", _same_choice, "it is not one letter; write B, or take the scorer exact"),
+        ("json", _same_json, "it is no JSON; correct it, or take the scorer exact"),
+    )
+}
+
+
+def _compile(kind: str, source: str) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(source, re.DOTALL)
+    except re.error as error:
+        raise InputError(
+            f"scorer {kind}:PATTERN must be a valid regular expression, got {source!r}: {error}; "
+            f"correct it"
+        ) from error
+    if pattern.groups > 1:
+        raise InputError(
+            f"scorer {kind}:PATTERN must have at most one group, which is what is compared, got "
+            f"{pattern.groups} in {source!r}; write the others as (?:...)"
+        )
+    return pattern
+
+
+def _found(pattern: re.Pattern[str], text: str) -> list[str]:
+    """What the pattern finds, its group where it has one; nothing empty."""
+    return [t for found in pattern.finditer(text) if (t := found[pattern.groups])]
+
+
+def _finds(pattern: re.Pattern[str], which: int, answer: str, accepted: str) -> bool:
+    found = _found(pattern, answer)
+    return bool(found) and _equals(found[which], accepted)
+
+
+def _regex_fault(
+    pattern: re.Pattern[str], right: Callable[[str, str], bool], accepted: str
+) -> str | None:
+    """A label alone is fine where the pattern's group could hold it."""
+    group = re.compile(_group_source(pattern.pattern), pattern.flags | re.IGNORECASE)
+    if right(accepted, accepted) or any(group.fullmatch(t) for t in (accepted, bare(accepted))):
+        return None
+    found = _found(pattern, accepted)
+    what = f"finds {found[0]!r} in it" if found else "finds nothing in it, and cannot yield it"
+    return f"the pattern {what}; write as the answer what the pattern finds, or change the pattern"
+
+
+def _group_source(source: str) -> str:
+    """What stands in the only group of a pattern; all of it where there is none."""
+    begins: list[int | None] = []  # of the open groups; None: one that does not capture
+    for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\??|\)", source, re.S):
+        if token[0] == ")" and begins:
+            if (begin := begins.pop()) is not None:
+                return source[begin : token.start()]
+        elif token[0].startswith("("):
+            begins.append(None if token[0] == "(?" else token.end())
+    return source
+
+
+def _python_scorer(spec: str, target: str) -> Scorer:
     module_name, _, function_name = target.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -78,23 +228,56 @@ def _import_scorer(target: str) -> Scorer:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         raise InputError(
-            f"scorer python:{target} must name an importable module, got {type(error).__name__}: "
+            f"scorer {spec} must name an importable module, got {type(error).__name__}: "
             f"{error}; run from the folder that holds {module_name.split('.')[0]}.py, or install it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(
-            f"scorer python:{target} must name a function of {module.__file__}, which has no "
+            f"scorer {spec} must name a function of {module.__file__}, which has no "
             f"{function_name!r}; write python:module:function(completion, answers)"
         )
+    wants_raw = _has_parameter(function, "raw")
 
-    def score(completion: str, answers: Sequence[str]) -> bool:
+    def judge(answer: str, accepted: Sequence[str], raw: str) -> Score:
         try:
-            return bool(function(completion, answers))
+            returned = function(answer, accepted, **({"raw": raw} if wants_raw else {}))
         except Exception as error:  # whatever the user's function raises
             raise InputError(
-                f"scorer python:{target} must take (completion, answers), but it raised "
-                f"{type(error).__name__}: {error} for {completion!r} and {list(answers)}"
+                f"scorer {spec} must take (completion, answers), but it raised "
+                f"{type(error).__name__}: {error} for {answer!r} and {list(accepted)}; correct it"
             ) from error
+        return _as_score(returned, f"{spec} for {answer!r} and {list(accepted)}")
 
-    return score
+    return Scorer(spec, judge, None, wants_raw)
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # written in C
+        return False
+
+
+def _as_score(returned: Any, what: str) -> Score:
+    named = isinstance(returned, dict)
+    rates = {name: _rate(value) for name, value in (returned if named else {"": returned}).items()}
+    values = {name: rate for name, rate in rates.items() if rate is not None}
+    if values and len(values) == len(rates) and all(isinstance(name, str) for name in values):
+        return Score(fmean(values.values()), values if named else {})
+    if isinstance(returned, Coroutine):
+        returned.close()
+    raise InputError(
+        f"a scorer must return a bool, 0 or 1, a number from 0 to 1, or a dict of such by name, "
+        f"got {returned!r} from {what}; return one of these"
+        + (", from a function without async" if isinstance(returned, Awaitable) else "")
+    )
+
+
+def _rate(value: Any) -> float | None:
+    """A number from 0 to 1, also one of NumPy's or torch's; None for anything else."""
+    if not isinstance(value, (bool, int, float)) and getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, (bool, int, float)) or not -1e-9 <= value <= 1 + 1e-9:
+        return None
+    return min(1.0, max(0.0, float(value)))

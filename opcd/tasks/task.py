@@ -20,6 +20,7 @@ from opcd.tasks.data import (
     read_contexts,
     read_examples,
 )
+from opcd.tasks.gold import check_gold
 from opcd.tasks.scorers import Scorer, load_scorer
 
 
@@ -89,6 +90,7 @@ class TaskFiles(NamedTuple):
     contexts: dict[str, list[Message]]  # by name; one alone is ""
     parts: dict[str, list[Example]]
     scorer: Scorer
+    remarks: list[str]  # for people, a line each
 
 
 def read_task_files(config: TrainConfig) -> TaskFiles:
@@ -100,10 +102,8 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
     scorer = load_scorer(config.scorer)
-    for example in parts["validation"] + parts["test"]:
-        for completion in ("", "a completion"):
-            scorer(completion, example.answers)  # a scorer that raises must be found out here
-    return TaskFiles(contexts, parts, scorer)
+    remarks = check_gold(parts["validation"] + parts["test"], scorer)
+    return TaskFiles(contexts, parts, scorer, remarks)
 
 
 def render_task(

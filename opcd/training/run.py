@@ -96,6 +96,8 @@ def evaluate_run(
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
+    for line in _notes(setup):
+        progress.say(line)
     data, config = Path(config.eval_data).stem, setup.config
     selection: dict[str, Any] | None = None
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
@@ -262,8 +264,12 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
         f"({trained / 1e6:.1f} M)\n"
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
-        f"{len(task.test)} test prompts"
+        f"{len(task.test)} test prompts" + "".join(f"\n{line}" for line in _notes(setup))
     )
+
+
+def _notes(setup: Setup) -> list[str]:
+    return [f"note      {remark}" for remark in setup.remarks]
 
 
 def _note(metrics: dict[str, Any], best: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 import json
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from opcd.config import TrainConfig
 from opcd.evaluation.contenders import Answer, Contender, greedy_answers
 from opcd.evaluation.report import before_after, read_metrics, scorecard_facts, scorecard_table
 from opcd.evaluation.score import Scored, score
-from opcd.evaluation.scorecard import internalised, scorecard, wilson_interval
+from opcd.evaluation.scorecard import accuracy, internalised, scorecard, wilson_interval
 from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
 from opcd.rollouts.protocol import Rollout, SamplingParams
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
+from opcd.tasks.scorers import Score, Scorer
 from opcd.tasks.task import Case
+from opcd.training.run import evaluate_run, train
 
 
 def test_wilson_interval() -> None:
@@ -83,10 +86,10 @@ def test_anything_that_answers_is_a_contender(settings: dict) -> None:
     task = prepare(TrainConfig(**settings)).task
 
     def right(cases: Sequence[Case]) -> list[Answer]:
-        return [Answer(case.example.answers[0], 1, "stop") for case in cases]
+        return [Answer(case.example.answers[0], 1, "stop", "") for case in cases]
 
     def wrong(cases: Sequence[Case]) -> list[Answer]:
-        return [Answer("z", 7, "length") for _ in cases]
+        return [Answer("z", 7, "length", "z") for _ in cases]
 
     contenders = [Contender("oracle", "knows", right), Contender("deaf", "guesses", wrong)]
     answers = {c.name: c.answer(task.test) for c in contenders}
@@ -97,6 +100,82 @@ def test_anything_that_answers_is_a_contender(settings: dict) -> None:
     assert columns["deaf"]["truncated_share"] == 1
     assert rows[1]["oracle"] == "d"
     assert rows[1]["deaf_right"] is False
+    assert "reasoning_share" not in columns["oracle"]
+    assert "rates" not in columns["oracle"]
+
+
+def card_of(
+    settings: dict, answers: list[str], judge: Callable[[str, Sequence[str]], Score]
+) -> tuple[dict, list[dict]]:
+    """What one contender's four answers to cat, dog, owl and ant are worth to a function."""
+    task = prepare(TrainConfig(**settings)).task
+    scorer = Scorer("python:m:f", lambda answer, accepted, _: judge(answer, accepted), None)
+    given = {"it": [Answer(text, 1, "stop", text) for text in answers]}
+    columns, rows = scorecard([Contender("it", "says", list)], given, task.test, scorer)
+    return {"contenders": columns}, rows
+
+
+def test_rates_of_classes_are_balanced(settings: dict) -> None:
+    """Cat is a class of its own: 1 of 1, and of the other three 1."""
+
+    def judge(answer: str, accepted: Sequence[str]) -> Score:
+        right = float(answer == "yes")
+        return Score(right, {"cats" if accepted[0] == "c" else "others": right})
+
+    card, rows = card_of(settings, ["yes", "yes", "no", "no"], judge)
+    column = card["contenders"]["it"]
+    assert column["accuracy"] == 0.5
+    assert column["rates"] == {
+        "cats": {"mean": 1.0, "n": 1},
+        "others": {"mean": pytest.approx(1 / 3), "n": 3},
+    }
+    assert column["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert rows[2]["it_rates"] == {"others": 0.0}
+    heading, row = scorecard_table(card).splitlines()[-2:]
+    assert heading.split() == ["cats", "(1)", "others", "(3)", "balanced"]
+    assert row.split() == ["it", "100.0%", "33.3%", "66.7%"]
+
+
+def test_rates_of_every_item_are_not_balanced(settings: dict) -> None:
+    def judge(answer: str, accepted: Sequence[str]) -> Score:
+        return Score(0.75, {"form": 1.0, "topic": 0.5})
+
+    card, rows = card_of(settings, ["a"] * 4, judge)
+    column = card["contenders"]["it"]
+    assert column["accuracy"] == 0.75
+    assert column["accuracy_interval_95"] == pytest.approx(wilson_interval(3, 4))
+    assert column["rates"] == {"form": {"mean": 1.0, "n": 4}, "topic": {"mean": 0.5, "n": 4}}
+    assert "balanced_accuracy" not in column
+    assert [row["it_right"] for row in rows] == [0.75] * 4
+    assert "75% base" in before_after([{**rows[0], "base": "a", "base_right": 0.75}])
+
+
+def test_reasoning_is_counted_and_not_judged(settings: dict) -> None:
+    task = prepare(TrainConfig(**settings)).task
+    texts = ["<think>d</think>c", "<think>d", "o", "<think></think>a"]
+    given = {"it": [Answer(text, 1, "stop", text) for text in texts]}
+    columns, rows = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    assert [row["it_right"] for row in rows] == [True, False, True, True]
+    assert columns["it"]["reasoning_share"] == 0.5
+
+
+def test_remarks_on_the_data_reach_people(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scorer_of_labels.py").write_text("def f(c, a): return c == 'never'\n")
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    config = TrainConfig(**settings | {"scorer": "python:scorer_of_labels:f"})
+    evaluate_run(config, "none", str(tmp_path / "out"), Listener())
+    assert said[0].startswith("note      scorer python:scorer_of_labels:f finds 7 of 7 accepted")
+    said.clear()
+    train(replace(config, steps=1, eval_data=None), progress=Listener())
+    assert "\nnote      scorer python:scorer_of_labels:f finds 3 of 3 accepted" in said[0]
 
 
 def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +209,19 @@ def test_equal_prompts_are_answered_once(settings: dict) -> None:
     answers = greedy_answers(Echo(), [[40], [50], [40]], setup)
     assert asked == [2]
     assert [a.text for a in answers] == [setup.chat.decode([x]) for x in (42, 52, 42)]
+
+
+def test_a_scorer_sees_special_tokens(settings: dict) -> None:
+    setup = prepare(TrainConfig(**settings))
+    stop = setup.tokenizer.eos_token_id
+
+    class Stopping:
+        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+            return [Rollout(p, [40, stop] if p[-1] > 45 else [40], "stop", 0) for p in prompts]
+
+    answers = greedy_answers(Stopping(), [[40], [50], [40], [50]], setup)
+    scorer = Scorer("python:m:f", lambda _, __, raw: Score("<|im_end|>" in raw, {}), None)
+    assert accuracy(answers[:3], setup.task.test[:3], scorer) == pytest.approx(1 / 3)
 
 
 def test_what_people_read(scored: Scored) -> None:

@@ -74,7 +74,7 @@ def test_a_head_that_is_more_than_its_weight_is_refused() -> None:
 def test_an_adapter_on_the_head_is_refused_where_it_is_on() -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     model = get_peft_model(tiny_llama(), lora)
-    with pytest.raises(InputError, match="got an adapter on it.*modules_to_save"):
+    with pytest.raises(InputError, match=r"got an adapter on it.*modules_to_save"):
         head_of(model)
     with model.disable_adapter():
         assert head_of(model).weight is model.base_model.model.lm_head.base_layer.weight

@@ -93,3 +93,20 @@ def test_another_tokenizer_is_refused() -> None:
     check_same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
     with pytest.raises(InputError, match="share one tokenizer"):
         check_same_tokenizer(tiny_tokenizer(), other)
+
+
+def test_special_tokens_are_kept_where_they_mean_something() -> None:
+    """Marks of a thought in the text, all of them in the raw text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<call>"]})
+    chat = Chat(Template(tokenizer), CONTEXT)
+    ids = tokenizer("[THINK]hm, é[/THINK]<call> yes<|im_end|>")["input_ids"]
+    assert chat.decode(ids) == "[THINK]hm, é[/THINK] yes"
+    assert chat.decode_raw(ids) == "[THINK]hm, é[/THINK]<call> yes<|im_end|>"
+    assert chat.decode([]) == ""
+
+
+def test_a_thought_that_the_template_opens_is_seen_as_one() -> None:
+    template = CHATML + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    chat = Chat(Template(tiny_tokenizer(template)), CONTEXT)
+    assert chat.decode(tiny_tokenizer()("hm")["input_ids"]) == "<think>\nhm"

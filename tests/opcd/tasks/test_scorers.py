@@ -1,5 +1,6 @@
 """When an answer counts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,40 +8,315 @@ import pytest
 from opcd.errors import InputError
 from opcd.tasks.scorers import load_scorer
 
+LABEL = r"regex:label=(\w+)"
+
 
 @pytest.mark.parametrize(
     ("spec", "completion", "answers", "right"),
     [
+        # Latin
         ("exact", " Music.\n", ["music"], True),
         ("exact", "two  words!", ["Two words"], True),
         ("exact", "music player", ["music"], False),
         ("exact", "", ["music"], False),
         ("exact", "", ["."], False),
         ("exact", " ... ", ["..."], True),
+        ("exact", "**refund**", ["refund"], True),
+        ("exact", "`refund`", ["refund"], True),
+        ("exact", "“Refund.”", ["refund"], True),
+        ("exact", "«remboursement»", ["remboursement"], True),
+        ("exact", '"yes" or "no"', ['yes" or "no'], False),
+        ("exact", "cafe\u0301", ["caf\u00e9"], True),
+        ("exact", "cafe", ["café"], False),
+        ("exact", "don’t know", ["don't know"], True),
+        ("exact", "e\u2011mail", ["e-mail"], True),
+        ("exact", "1,000", ["1000"], True),
+        ("exact", "1.000", ["1000"], False),
+        ("exact", "¿Qué?", ["qué"], True),
+        ("exact", "STRASSE", ["Straße"], True),
+        ("exact", "10³", ["103"], False),
+        ("exact", "İZMİR", ["izmir"], True),
+        ("exact", "sí", ["si"], False),
         ("contains", "It is MUSIC, surely", ["weather", "music"], True),
         ("contains", "musical", ["music"], False),
+        ("contains", "the snake_music case", ["music"], False),
+        ("contains", "say _music_ now", ["music"], True),
+        ("contains", "Ask it again", ["IT"], False),
+        ("contains", "Ask IT again", ["IT"], True),
+        ("contains", "Ask I.T. again", ["IT"], False),
+        ("contains", "the grade is A+", ["A"], False),
+        ("contains", "the grade is A+", ["A+"], True),
+        # numbers inside
         ("contains", "costs 3.50 now", ["3.50"], True),
-        (r"regex:label=(\w+)", "the label=taxi here", ["taxi"], True),
-        (r"regex:label=(\w+)", "the label=cab here", ["taxi"], False),
-        (r"regex:label=(\w+)", "nothing", ["taxi"], False),
+        ("contains", "costs 3.5 now", ["3.50"], True),
+        ("contains", "it is −42", ["42"], False),
+        ("contains", "it is −42", ["-42"], True),
+        ("contains", "between 10–42 of them", ["42"], True),
+        ("contains", "costs 3.5 euros", ["3"], False),
+        ("contains", "costs 3.", ["3"], True),
+        ("contains", "some 1,000 people", ["1000"], True),
+        ("contains", "some 21,000 people", ["1,000"], False),
+        ("contains", "by 10 % more", ["10%"], True),
+        ("contains", "by 10 % more", ["10"], False),
+        ("contains", "at 12:30", ["30"], False),
+        ("contains", "at 12:30 sharp", ["12:30"], True),
+        ("contains", "agent 7", ["007"], False),
+        ("contains", "room 3.5 is", ["room 3"], False),
+        ("contains", "is room 3.", ["room 3"], True),
+        # Cyrillic
+        ("exact", "„Возврат“!", ["возврат"], True),
+        ("contains", "Это ВОЗВРАТ, да", ["возврат"], True),
+        ("contains", "возвратный", ["возврат"], False),
+        ("contains", "п’ять разів", ["п'ять"], True),
+        # Greek
+        ("exact", "ΛΟΓΟΣ;", ["λόγος"], True),
+        ("exact", "παρα", ["παρά"], True),
+        ("contains", "ο λόγος είναι", ["λόγος"], True),
+        ("contains", "παράλογος", ["λογος"], False),
+        # Arabic and Hebrew
+        ("exact", "\u200fاسترداد؟", ["استرداد"], True),
+        ("contains", "هذا استرداد، نعم", ["استرداد"], True),
+        ("contains", "استردادات", ["استرداد"], False),
+        ("contains", "العدد ٤٢ صحيح", ["42"], True),
+        ("contains", "העדפה: החזר.", ["החזר"], True),
+        ("exact", "צה״ל", ['צה"ל'], True),
+        ("contains", "החזרים", ["החזר"], False),
+        # Devanagari
+        ("exact", "वापसी।", ["वापसी"], True),
+        ("contains", "यह धन है", ["धन"], True),
+        ("contains", "वह धनी है", ["धन"], False),
+        ("contains", "निधन", ["धन"], False),
+        # Han and Kana
+        ("exact", "「退款」。", ["退款"], True),
+        ("contains", "这是退款请求", ["退款"], True),
+        ("contains", "请联系IT部门", ["IT"], True),
+        ("contains", "共42人", ["42"], True),
+        ("contains", "これは返金です", ["返金"], True),
+        ("contains", "これは交換です", ["返金"], False),
+        ("exact", "ﾍﾝｷﾝ！", ["ヘンキン"], True),
+        # Hangul
+        ("contains", "환불은 가능합니다", ["환불"], True),
+        ("contains", "파인애플을 샀다", ["애플"], False),
+        ("exact", "환불!", ["\u1112\u116a\u11ab\u1107\u116e\u11af"], True),
+        # Thai, Khmer, Myanmar
+        ("contains", "ต้องการคืนเงินครับ", ["คืนเงิน"], True),
+        ("contains", "ต้องการเปลี่ยนสินค้า", ["คืนเงิน"], False),
+        ("contains", "ที่นี่", ["ท"], False),
+        ("exact", "សង។", ["សង"], True),
+        ("exact", "ပြန်အမ်း။", ["ပြန်အမ်း"], True),
+        # number
+        ("number", "2 + 40 = 42.", ["42"], True),
+        ("number", "42, or 43", ["42"], False),
+        ("number", "It is 1,000", ["1000"], True),
+        ("number", "Es sind 1.000,00 €", ["1000"], True),
+        ("number", "Es sind 1.000", ["1000"], True),
+        ("number", "It is 1.000", ["1"], True),
+        ("number", "It is 1", ["1.000"], True),
+        ("number", "It is 1000", ["1.000"], False),
+        ("number", "un total de 12 345,5", ["12345.5"], True),
+        ("number", "१,००,००० रुपये", ["100000"], True),
+        ("number", "-$5", ["-5"], True),
+        ("number", "−5", ["5"], False),
+        ("number", "covid-19", ["19"], True),
+        ("number", "10 %", ["0.1"], True),
+        ("number", "0.1", ["10 %"], True),
+        ("number", "10%", ["10"], True),
+        ("number", "1000%", ["10%"], False),
+        ("number", "1.5 × 10³", ["1500"], True),
+        ("number", "2.5e-3", ["0.0025"], True),
+        ("number", "1½ cups", ["1.5"], True),
+        ("number", r"so \boxed{\frac{3}{4}}", ["0.75"], True),
+        ("number", "on 24/12/2024", ["2024"], False),
+        ("number", "vitamin B12", ["12"], False),
+        ("number", "forty-two", ["42"], False),
+        ("number", "9^999999999", ["9"], False),
+        ("number", "1/0", ["1"], False),
+        ("number", "9" * 5000, ["9"], False),
+        ("number", "version B1.5", ["5"], False),
+        ("number", "٣٫٥", ["3.5"], True),
+        ("number", "She has 6 * 7 apples.\n#### 42", ["40 + 2\n#### 42"], True),
+        # choice
+        ("choice", "B", ["B"], True),
+        ("choice", "(b)", ["B"], True),
+        ("choice", "**B) refund**", ["B"], True),
+        ("choice", "B. A refund is due", ["B"], True),
+        ("choice", "Answer: B", ["B"], True),
+        ("choice", "The answer is **(B)**.", ["(B)"], True),
+        ("choice", "A) is too early, C) too late.\nAnswer: B", ["B"], True),
+        ("choice", "A) early\nB) late", ["A"], False),
+        ("choice", "A or B", ["B"], False),
+        ("choice", "Answer: A or B", ["A"], False),
+        ("choice", "Answer: A. No, the answer is B", ["B"], False),
+        ("choice", "A refund", ["A"], False),
+        ("choice", "A. refund B. cancel C. other", ["A"], False),
+        ("choice", "The answer is A because it fits", ["A"], True),
+        ("choice", "I think B", ["B"], True),
+        ("choice", "C", ["B"], False),
+        ("choice", "答案是B。", ["B"], True),
+        ("choice", "Ответ: Б", ["Б"], True),
+        ("choice", "Refund", ["B"], False),
+        # json
+        ("json", '{"b": [1, 2], "a": 1.0}', ['{"a":1,"b":[1,2.0]}'], True),
+        ("json", '```json\n{"a": 1}\n```', ['{"a": 1}'], True),
+        ("json", 'Here: {"a": 1}', ['{"a": 1}'], False),
+        ("json", '{"a": true}', ['{"a": 1}'], False),
+        ("json", '{"a": "X"}', ['{"a": "x"}'], False),
+        ("json", '{"a": 2, "a": 1}', ['{"a": 1}'], False),
+        ("json", '{"a": NaN}', ['{"a": NaN}'], False),
+        ("json", "[2, 1]", ["[1, 2]"], False),
+        ("json", '{"a": "\\u9000\\u6b3e"}', ['{"a": "退款"}'], True),
+        # regex
+        (LABEL, "the label=taxi here", ["taxi"], True),
+        (LABEL, "the label=cab here", ["taxi"], False),
+        (LABEL, "nothing", ["taxi"], False),
         (r"regex:\d+", "about 42 of them", ["42"], True),
+        (r"regex:\d+", "not 41 but 42", ["42"], False),
+        (r"regex-last:\d+", "not 41 but 42", ["42"], True),
+        (r"regex-last:\d*", "not 41 but 42.", ["42"], True),
+        # reasoning
+        ("exact", "<think>a refund?</think>\n\nrefund", ["refund"], True),
+        ("exact", "hm, a refund?\n</think>\nrefund", ["refund"], True),
+        ("exact", "[THINK]hm[/THINK]refund", ["refund"], True),
+        (
+            "exact",
+            "<|channel|>analysis<|message|>hmassistant<|channel|>final<|message|>refund",
+            ["refund"],
+            True,
+        ),
+        ("contains", "<think>a refund?</think>\n\nI do not know", ["refund"], False),
+        ("contains", "<think>a refund, a refund, a refund", ["refund"], False),
+        ("contains", "<|channel|>analysis<|message|>a refund", ["refund"], False),
+        (r"regex:\w+", "<think>hm</think>refund", ["refund"], True),
+        ("number", "<think>41</think>none", ["41"], False),
     ],
 )
-def test_scorers(spec: str, completion: str, answers: list[str], right: bool) -> None:
-    assert load_scorer(spec)(completion, answers) is right
+def test_built_in_scorers(spec: str, completion: str, answers: list[str], right: bool) -> None:
+    score = load_scorer(spec)(completion, answers)
+    assert score == (float(right), {})
 
 
-def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_scorer_module.py").write_text("def longer(c, a): return len(c) > len(a[0])\n")
+@pytest.mark.parametrize(
+    ("spec", "answer", "fault"),
+    [
+        ("exact", "refund", None),
+        ("exact", "<think>refund", "does not equal itself"),
+        ("number", "$42", None),
+        ("number", "many", "ends in no number"),
+        ("choice", "(B)", None),
+        ("choice", "B) refund", "not one letter"),
+        ("json", "[1]", None),
+        ("json", "{'a': 1}", "no JSON"),
+        (r"regex:#### (\d+)", "42", None),
+        (r"regex:#### (\d+)", "1,000", None),
+        (r"regex:#### (\d+)", "6 * 7 = 42\n#### 42", "finds '42' in it"),
+        (r"regex:#### (\d+)", "The answer is 42", "finds nothing in it"),
+        (r"regex:(?:is|=) ?(?P<label>[\w()]+)[)]", "taxi", None),
+        (r"regex:(?:is|=) ?(?P<label>[\w()]+)[)]", "a taxi", "finds nothing"),
+        (r"regex:\w+", "two words", "finds 'two' in it"),
+    ],
+)
+def test_answers_that_can_never_be_right(spec: str, answer: str, fault: str | None) -> None:
+    fault_of = load_scorer(spec).fault
+    assert fault_of is not None
+    found = fault_of(answer)
+    assert found is None if fault is None else fault in (found or "")
+
+
+@pytest.fixture
+def write_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module and returns its name; another one in each test."""
     monkeypatch.chdir(tmp_path)
-    score = load_scorer("python:my_scorer_module:longer")
-    assert score("abc", ["ab"]) is True
-    assert score("a", ["ab"]) is False
-    (tmp_path / "my_broken_module.py").write_text("def broken(:")
-    with pytest.raises(InputError, match="SyntaxError"):
-        load_scorer("python:my_broken_module:broken")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(code: str) -> str:
+        name = f"scorer_of_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        return name
+
+    return write
+
+
+def test_a_function_of_the_user(write_scorer: Callable) -> None:
+    name = write_scorer("def longer(c, a): return len(c) > len(a[0])\n")
+    score = load_scorer(f"python:{name}:longer")
+    assert score("abc", ["ab"]) == (1.0, {})
+    assert score("a", ["ab"]) == (0.0, {})
+    assert score("<think>long thoughts</think>a", ["ab"]) == (0.0, {}), "what was thought counts"
     with pytest.raises(InputError, match="has no 'shorter'"):
-        load_scorer("python:my_scorer_module:shorter")
+        load_scorer(f"python:{name}:shorter")
+
+
+def test_a_thought_without_end_is_wrong_whatever_a_function_says(write_scorer: Callable) -> None:
+    name = write_scorer("def polite(c, a): return {'polite': 'idiot' not in c}\n")
+    score = load_scorer(f"python:{name}:polite")
+    assert score("", ["x"]) == (1.0, {"polite": 1.0})
+    assert score("<think>hm", ["x"]) == (0.0, {"polite": 0.0})
+
+
+def test_a_module_that_is_broken(write_scorer: Callable) -> None:
+    with pytest.raises(InputError, match="SyntaxError"):
+        load_scorer(f"python:{write_scorer('def broken(:')}:broken")
+
+
+@pytest.mark.parametrize(
+    ("returned", "score"),
+    [
+        ("True", (1.0, {})),
+        ("0", (0.0, {})),
+        ("0.25", (0.25, {})),
+        ("1.0000000000000002", (1.0, {})),
+        ("numpy.bool_(True)", (1.0, {})),
+        ("numpy.float32(0.5)", (0.5, {})),
+        ("torch.tensor(0.5)", (0.5, {})),
+        ("{'score': 0}", (0.0, {"score": 0.0})),
+        ("{'form': True, 'topic': 0.5}", (0.75, {"form": 1.0, "topic": 0.5})),
+    ],
+)
+def test_what_a_function_may_return(write_scorer: Callable, returned: str, score: tuple) -> None:
+    name = write_scorer(f"import numpy, torch\ndef f(c, a): return {returned}\n")
+    assert load_scorer(f"python:{name}:f")("x", ["y"]) == score
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "None",
+        "-1.0",
+        "2",
+        "1.1",
+        "float('nan')",
+        "'INCORRECT'",
+        "(0.0, 'wrong')",
+        "[1]",
+        "{}",
+        "{'score': 'good'}",
+        "{'a': {'b': 1}}",
+        "{1: 1}",
+        "numpy.array([1.0])",
+        "numpy.str_('yes')",
+        "torch.tensor([1.0])",
+    ],
+)
+def test_what_a_function_must_not_return(write_scorer: Callable, returned: str) -> None:
+    name = write_scorer(f"import numpy, torch\ndef f(c, a): return {returned}\n")
+    with pytest.raises(InputError, match="must return a bool, 0 or 1, a number from 0 to 1"):
+        load_scorer(f"python:{name}:f")("x", ["y"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_function_is_refused(write_scorer: Callable) -> None:
+    name = write_scorer("async def f(c, a): return True\n")
+    with pytest.raises(InputError, match="without async"):
+        load_scorer(f"python:{name}:f")("x", ["y"])
+
+
+def test_a_function_that_asks_for_the_raw_completion(write_scorer: Callable) -> None:
+    code = "def f(completion, answers, raw): return {completion or 'nothing': '<|call|>' in raw}\n"
+    score = load_scorer(f"python:{write_scorer(code)}:f")
+    assert score("say", ["x"], "say<|call|>") == (1.0, {"say": 1.0})
+    assert score("say", ["x"], "say<|im_end|>") == (0.0, {"say": 0.0})
+    assert score("<think>say", ["x"], "<think>say<|call|>") == (1.0, {"nothing": 1.0})
+    assert score("<|call|>", ["x"]) == (1.0, {"<|call|>": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -49,6 +325,7 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("fuzzy", "exact, contains"),
         ("regex:", "exact, contains"),
         ("regex:(", "valid regular expression"),
+        ("regex:(a)(b)", r"at most one group.*got 2"),
         ("python:no_such_module_here:f", "importable module"),
     ],
 )

@@ -1,0 +1,49 @@
+"""Accepted answers held against the scorer, before weights are loaded: can they count at all?"""
+
+from collections.abc import Sequence
+
+from opcd.errors import InputError
+from opcd.tasks.data import Example
+from opcd.tasks.scorers import Scorer
+
+
+def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
+    """Try the scorer on every example; returns what people should know, a line each.
+
+    Raises InputError for an answer that a built-in scorer can never find right, and for a function
+    that raises, returns no score, or names its rates by the completion. To a function an answer
+    may be a label, which is no completion itself: that it finds it wrong is a remark.
+    """
+    below = []
+    blanks_right = 0
+    for example in examples:
+        probes = ("", "a completion", *example.answers)
+        scores = [scorer(text, example.answers) for text in probes]
+        blanks_right += scores[0].value == 1
+        for text, score in zip(probes, scores, strict=True):
+            if set(score.rates) != set(scores[0].rates):
+                raise InputError(
+                    f"{example.source}: scorer {scorer.spec} must name the same rates whatever the "
+                    f"completion, got {sorted(scores[0].rates)} for '' and {sorted(score.rates)} "
+                    f"for {text!r}; give 0 to a rate that was not reached"
+                )
+        for answer in example.answers:
+            if scorer.fault and (fault := scorer.fault(answer)):
+                raise InputError(
+                    f"{example.source}: scorer {scorer.spec} must be able to find the answer "
+                    f"{answer!r} right, but {fault}"
+                )
+            if not scorer.fault and scorer(answer, [answer]).value < 1:
+                below.append(f"{answer!r} at {example.source}")
+    total = sum(len(example.answers) for example in examples)
+    remarks = []
+    if below:
+        remarks.append(
+            f"scorer {scorer.spec} finds {len(below)} of {total} accepted answers wrong as "
+            f"completions of themselves, first {below[0]}; as it should where they are labels"
+        )
+    if examples and blanks_right == len(examples):
+        remarks.append(
+            f"scorer {scorer.spec} finds an empty completion right for all {len(examples)} examples"
+        )
+    return remarks

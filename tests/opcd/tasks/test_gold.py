@@ -1,0 +1,52 @@
+"""Accepted answers held against the scorer."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from opcd.errors import InputError
+from opcd.tasks.data import Example
+from opcd.tasks.gold import check_gold
+from opcd.tasks.scorers import Score, Scorer, load_scorer
+
+
+def examples(*answers: str) -> list[Example]:
+    return [Example((), (answer,), f"test.jsonl:{i}") for i, answer in enumerate(answers, start=1)]
+
+
+def test_answers_that_are_right_need_no_remark() -> None:
+    assert check_gold(examples("taxi", "bus"), load_scorer("exact")) == []
+    assert check_gold(examples("taxi", "bus"), load_scorer(r"regex:label=(\w+)")) == []
+    assert check_gold([], load_scorer("exact")) == []
+
+
+def test_an_answer_that_can_never_be_right_is_named() -> None:
+    with pytest.raises(InputError, match=r"^test\.jsonl:2: scorer number .* 'many' .*no number"):
+        check_gold(examples("42", "many"), load_scorer("number"))
+
+
+def of_a_user(judge: object) -> Scorer:
+    def score(answer: str, accepted: Sequence[str], _raw: str) -> Score:
+        return judge(answer, accepted)  # type: ignore[operator]
+
+    return Scorer("python:m:f", score, None)
+
+
+def test_labels_of_a_function_are_a_remark() -> None:
+    scorer = of_a_user(lambda answer, accepted: Score(float(answer == "right" == accepted[0]), {}))
+    assert check_gold(examples("right", "right"), scorer) == []
+    (remark,) = check_gold(examples("right", "in scope", "out"), scorer)
+    assert "finds 2 of 3 accepted answers wrong" in remark
+    assert "first 'in scope' at test.jsonl:2" in remark
+
+
+def test_an_empty_completion_that_is_always_right_is_a_remark() -> None:
+    (remark,) = check_gold(examples("a", "b"), of_a_user(lambda *_: Score(1.0, {})))
+    assert "an empty completion right for all 2 examples" in remark
+
+
+def test_rates_that_depend_on_the_completion_are_refused() -> None:
+    """Averaged where they appear, each of them would be 100 %."""
+    scorer = of_a_user(lambda answer, _: Score(1.0, {"said" if answer else "silent": 1.0}))
+    with pytest.raises(InputError, match=r"\['silent'\] for '' and \['said'\] for 'a completion'"):
+        check_gold(examples("a"), scorer)
