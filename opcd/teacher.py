@@ -15,6 +15,7 @@ from opcd.models.head import head_of
 from opcd.models.lm import (
     batches_by_tokens,
     causal_lm,
+    evaluating,
     max_positions,
     rope_differs,
     vocabulary_rows,
@@ -33,6 +34,9 @@ ONLY = ""  # the name of the context where there is one
 
 class SharedPrefixTeacher:
     """Scores completions behind the token prefix of their context, computing each prefix once.
+
+    Passes are made in evaluation mode and under the autocast that was on at construction, whatever
+    the caller's; the module's own mode comes back.
 
     `prefix_ids` is one prefix, or several by the name of their context. On construction two short
     sequences are scored in every way that could be faster than full passes; `plan` is the fastest
@@ -55,8 +59,6 @@ class SharedPrefixTeacher:
         prefix_cache_bytes: int = 2**31,
     ) -> None:
         self.model = model
-        with frozen():
-            self.head = head_of(model)
         several = prefix_ids if isinstance(prefix_ids, Mapping) else {ONLY: prefix_ids}
         _check_prefixes(model, several)
         self._prefix_ids = {name: list(ids) for name, ids in several.items()}
@@ -64,7 +66,10 @@ class SharedPrefixTeacher:
         self.frozen = frozen
         self._prefixes = PrefixCache(model, prefix_cache_bytes)
         self.plan = Plan("recompute", "padded rows", "asked for")
-        with torch.no_grad(), frozen():
+        kind = causal_lm(model).device.type
+        self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.no_grad(), self._as_made():
+            self.head = head_of(model)
             if shared:
                 name, ids = next(iter(self._prefix_ids.items()))
                 self.plan = find_plan(model, ids, lambda: self._prefixes.get(name, ids))
@@ -76,7 +81,8 @@ class SharedPrefixTeacher:
     def refresh(self) -> None:
         """Take the model's weights as they now are: prefixes are computed again when needed."""
         self._prefixes.clear()
-        with self.frozen():
+        with self._as_made():
+            self.head = head_of(self.model)
             self._watch.take()
 
     def add_context(self, name: str, token_ids: Sequence[int]) -> None:
@@ -130,7 +136,7 @@ class SharedPrefixTeacher:
             episodes = _completed(prompts, completion_ids, contexts)
         self._check(episodes)
         lengths = scored_tokens(episodes)
-        with self.frozen():
+        with self._as_made():
             self._check_version()
             parts: dict[int, Tensor] = {}
             for members, rows in self._together(episodes):
@@ -147,6 +153,13 @@ class SharedPrefixTeacher:
         ordered = [parts[i] for i in range(len(episodes))]
         hidden = torch.cat(ordered) if ordered else weight.new_zeros(0, weight.shape[1])
         return Targets(hidden, tuple(lengths), self.head)
+
+    @contextlib.contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """The conditions of every pass."""
+        kind, dtype, enabled = self._autocast
+        with self.frozen(), evaluating(self.model), torch.autocast(kind, dtype, enabled):
+            yield
 
     def _together(self, episodes: Sequence[Episode]) -> Iterator[tuple[list[int], list[Row]]]:
         """Episodes that share passes, and how they are given to the model.
@@ -197,12 +210,11 @@ class SharedPrefixTeacher:
         return self._prefixes.get(name, ids), []
 
     def _check_version(self) -> None:
-        if self.plan.shares_prefix and self._watch.changed():
+        if self._watch.changed():
             raise StalePrefixError(
-                "the teacher must stay as it was when its prefix was computed, but its "
-                "weights, its adapter's state or its dropout have changed; call eval(), pass "
-                "frozen=model.disable_adapter if the student is the same module, or call "
-                "refresh() to score with the new weights"
+                "the teacher must stay as it was when its prefix was computed, but its weights or "
+                "its adapter's state have changed; pass frozen=model.disable_adapter if the "
+                "student is the same module, or call refresh() to score with the new weights"
             )
 
     def _check(self, episodes: Sequence[Episode]) -> None:

@@ -51,6 +51,11 @@ def head_of(model: torch.nn.Module) -> Head:
     an adapter on the head.
     """
     lm = causal_lm(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError(
+            f"an adapter must change the model's layers, got {type(model).__name__} with virtual "
+            f"tokens, which are not in its passes here; use LoRA or another adapter of layers"
+        )
     output = _output(lm)
     if lm not in _KNOWN:
         _KNOWN[lm] = _measure(lm, output)
@@ -130,9 +135,6 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     seen: dict[str, Tensor] = {}
 
-    def body(_module: Any, _args: Any, result: Any) -> None:
-        seen["hidden"] = result[0] if isinstance(result, tuple) else result.last_hidden_state
-
     def enlarged(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         plain = torch.nn.functional.linear(args[0], output.weight.to(args[0].dtype))
         factor = LARGEST / plain.abs().max().clamp_min(1e-9)
@@ -146,16 +148,16 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm))
         stack.enter_context(torch.autocast(ids.device.type, enabled=False))
-        stack.callback(transformer(lm).register_forward_hook(body).remove)
         stack.callback(output.register_forward_pre_hook(enlarged).remove)
         stack.callback(output.register_forward_hook(made).remove)
+        hidden = transformer(lm)(input_ids=ids, use_cache=False).last_hidden_state
         logits = lm(input_ids=ids, use_cache=False).logits
-    if missing := {"hidden", "input", "output"} - set(seen):
+    if len(seen) < 3:
         raise InputError(
-            f"{type(lm).__name__} must go from its body to its head in a pass, but no "
-            f"{' and '.join(sorted(missing))} was seen; this architecture is not supported"
+            f"{type(lm).__name__} must use its output head in a pass, but did not; this "
+            f"architecture is not supported"
         )
-    hidden = (seen["hidden"] * seen["factor"])[0].double()
+    hidden = (hidden * seen["factor"])[0].double()
     return hidden, seen["input"][0].double(), seen["output"][0].double(), logits[0].double()
 
 

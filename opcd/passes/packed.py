@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from opcd.models.lm import causal_lm, transformer
+from opcd.models.lm import causal_lm, max_positions, transformer
 from opcd.passes.attention import Operands, Shape, choose_backend, prefix_attention
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
@@ -136,7 +136,8 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
             f"{name} must attend through transformers' AttentionInterface to be packed, but "
             f"brings an attention of its own"
         )
-    ids = torch.tensor([prefix.token_ids[:8]], device=lm.device)
+    room = (max_positions(lm.config) or 2**31) - len(prefix)
+    ids = torch.tensor([prefix.token_ids[: min(8, room)]], device=lm.device)
     _, backends = packed_pass(model, ids, Packing([[ids.shape[1]]], lm.device), [prefix])
     return " and ".join(sorted(backends))
 

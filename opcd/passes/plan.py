@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opcd.models.head import head_of
-from opcd.models.lm import causal_lm, vocabulary_rows
+from opcd.models.lm import causal_lm, max_positions, vocabulary_rows
 from opcd.objective import head_divergence
 from opcd.passes.hidden import Row, completion_rows, scored_hidden
 from opcd.passes.packed import packing_backends
@@ -51,7 +51,13 @@ def find_plan(
     if len(set(ids)) < 8:  # tokens that differ, or a leak between sequences would not show
         vocabulary = vocabulary_rows(model)
         pool = [(ids[0] + k) % vocabulary for k in range(8)]
-    prompts, completions = [pool[-1:], pool[-5:-2]], [pool[:3], pool[:7]]
+    trials = [(pool[-1:], pool[:3]), (pool[-5:-2], pool[:7])]
+    room = (max_positions(causal_lm(model).config) or 2**31) - len(ids)
+    prompts = [prompt[: max(1, room - len(done))] for prompt, done in trials]
+    completions = [
+        done[: max(1, room - len(prompt))]
+        for prompt, (_, done) in zip(prompts, trials, strict=True)
+    ]
     full = scored_hidden(model, completion_rows([[*ids, *p] for p in prompts], completions))
     rows = "padded rows"
     try:
@@ -59,6 +65,7 @@ def find_plan(
     except UnsupportedModelError as error:
         return Plan("recompute", rows, str(error))
     behind = completion_rows(prompts, completions, prefix)
+    scored_hidden(model, behind)  # what it changes in the prefix would show in the second pass
     padded = scored_hidden(model, behind)
     if wrong := _disagreement(model, padded, full):
         return Plan("recompute", rows, f"behind the recorded prefix {wrong}")

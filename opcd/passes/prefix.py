@@ -45,6 +45,12 @@ class SharedPrefix:
                 f"{type(lm).__name__} must return a transformers Cache to share a prefix, got "
                 f"{type(cache).__name__}"
             )
+        beside = {name: value for name, value in vars(cache).items() if name != "layers"}
+        if any(True for _ in _tensors(beside)):  # what passes would share, and change
+            raise UnsupportedModelError(
+                f"{type(lm).__name__} must keep all its states in the layers of its cache to share "
+                f"a prefix, but has some beside them"
+            )
         self._cache: Any = cache
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
 

@@ -18,33 +18,41 @@ class PrefixCache:
         self._model = model
         self.budget_bytes = budget_bytes
         self._prefixes: OrderedDict[str, SharedPrefix] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # bytes, by name
+        self.nbytes = 0  # memory of what is held
+        self._tokens = 0
 
     def get(self, name: str, token_ids: Sequence[int]) -> SharedPrefix:
         """The prefix, recorded now if it is not held."""
         if name not in self._prefixes:
-            self._prefixes[name] = SharedPrefix(self._model, token_ids)
+            self._add(name, SharedPrefix(self._model, token_ids))
         self._prefixes.move_to_end(name)
         while len(self._prefixes) > 1 and self.nbytes > self.budget_bytes:
-            self._prefixes.popitem(last=False)
+            self._drop(next(iter(self._prefixes)))
         return self._prefixes[name]
 
     def expected_bytes(self, name: str, token_ids: Sequence[int]) -> int:
         """What the prefix takes, by the size of those that are held; 0 where there is none."""
-        if name in self._prefixes:
-            return self._prefixes[name].nbytes
-        tokens = sum(map(len, self._prefixes.values()))
-        return self.nbytes * len(token_ids) // tokens if tokens else 0
+        if name in self._sizes:
+            return self._sizes[name]
+        return self.nbytes * len(token_ids) // self._tokens if self._tokens else 0
 
     def clear(self) -> None:
         """Forget every prefix."""
-        self._prefixes.clear()
+        for name in [*self._prefixes]:
+            self._drop(name)
 
     @property
     def names(self) -> list[str]:
         """What is held, the least recently used first."""
         return list(self._prefixes)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is held."""
-        return sum(prefix.nbytes for prefix in self._prefixes.values())
+    def _add(self, name: str, prefix: SharedPrefix) -> None:
+        self._prefixes[name] = prefix
+        self._sizes[name] = prefix.nbytes
+        self.nbytes += self._sizes[name]
+        self._tokens += len(prefix)
+
+    def _drop(self, name: str) -> None:
+        self._tokens -= len(self._prefixes.pop(name))
+        self.nbytes -= self._sizes.pop(name)

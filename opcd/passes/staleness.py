@@ -79,15 +79,13 @@ def _idle_parts(module: torch.nn.Module) -> Iterator[Iterator[Tensor]]:
 
 
 def _state(model: torch.nn.Module) -> list[Any]:
-    """What changes a pass beside its weights: adapters, and dropout that is on."""
+    """What changes a pass beside its weights: the state of adapters."""
     states: list[Any] = []
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             states.append(adapter_state(module))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             states.append((module.disable_adapters, tuple(module.active_adapters)))
-        elif isinstance(module, torch.nn.Dropout) and module.p:
-            states.append(module.training)
     return states
 
 

@@ -1,14 +1,24 @@
 """The teacher behind its shared prefix, against every sequence computed in full and alone."""
 
 import copy
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM, RwkvConfig, RwkvForCausalLM
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from opcd.episodes import Episode, Prompt, Span
 from opcd.errors import InputError
@@ -543,3 +553,139 @@ def test_another_adapter_that_is_not_active_does_not_count() -> None:
     with torch.no_grad():
         layer.lora_B["default"].weight += 1
     assert watch.changed()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_other_weights_are_noticed_by_every_plan(shared: bool) -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX, shared=shared)
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+    with pytest.raises(StalePrefixError):
+        teacher.score(PROMPTS, COMPLETIONS)
+
+
+def test_a_teacher_in_training_mode_scores_as_in_evaluation_mode() -> None:
+    config = OPTConfig(
+        vocab_size=258,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.5,
+        attention_dropout=0.5,
+        layerdrop=0.5,
+    )
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config)
+    expected = SharedPrefixTeacher(model.eval(), PREFIX).score(PROMPTS, COMPLETIONS).hidden
+    model.train()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, expected)
+    assert model.training
+    assert model.model.decoder.layers[0].training
+
+
+def test_an_adapter_with_dropout_is_no_false_alarm() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    student = get_peft_model(tiny_llama(), lora).train()
+    off = SharedPrefixTeacher(student, PREFIX, frozen=student.disable_adapter)
+    on = SharedPrefixTeacher(student, PREFIX)
+    expected = [t.score(PROMPTS, COMPLETIONS).hidden for t in (off, on)]
+    student.eval()
+    for teacher, hidden in zip((off, on), expected, strict=True):
+        assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, hidden)
+
+
+def test_refresh_takes_the_head_too() -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    model.lm_head = torch.nn.Linear(32, 258, bias=False)
+    with pytest.raises(StalePrefixError):
+        teacher.score(PROMPTS, COMPLETIONS)
+    teacher.refresh()
+    assert teacher.score(PROMPTS, COMPLETIONS).head.weight is model.lm_head.weight
+
+
+def test_the_callers_autocast_changes_nothing() -> None:
+    teacher = SharedPrefixTeacher(tiny_llama(), PREFIX)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, expected)
+        low = SharedPrefixTeacher(tiny_llama(), PREFIX)
+    rounded = low.score(PROMPTS, COMPLETIONS).hidden
+    assert not torch.equal(rounded.float(), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low.score(PROMPTS, COMPLETIONS).hidden, rounded)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_teacher_is_a_teacher(how: Any) -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+    other = how(teacher)
+    assert other.model is not model
+    assert torch.equal(other.score(PROMPTS, COMPLETIONS).hidden, expected)
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+    assert torch.equal(other.score(PROMPTS, COMPLETIONS).hidden, expected)
+
+
+def test_virtual_tokens_are_refused() -> None:
+    tuned = get_peft_model(
+        tiny_llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(InputError, match="virtual tokens"):
+        SharedPrefixTeacher(tuned, PREFIX)
+
+
+def test_an_adapter_on_the_embedding() -> None:
+    lora = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), lora)
+    found = SharedPrefixTeacher(model, PREFIX).score(PROMPTS, COMPLETIONS).hidden
+    assert divergence(model, found, alone(model.base_model.model)) < 1e-6
+
+
+@pytest.mark.parametrize("room", [2, 3, 6, 11])
+def test_a_prefix_near_the_end_of_learned_positions(room: int) -> None:
+    config = GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=len(PREFIX) + room
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    assert teacher.plan.shares_prefix
+    hidden = teacher.score([[5]], [[7] * (room - 1)]).hidden
+    assert hidden.shape == (room - 1, 32)
+
+
+def test_a_state_beside_the_layers_of_a_cache_is_never_shared() -> None:
+    model = build("llama")
+    forward = model.model.forward
+
+    def with_state(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if output.past_key_values is not None:
+            output.past_key_values.running = [torch.zeros(1)]
+        return output
+
+    model.model.forward = with_state
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    assert teacher.plan.mode == "recompute"
+    assert "beside them" in teacher.plan.reason
+
+
+def test_hundreds_of_contexts_cost_in_proportion() -> None:
+    """Sizes are summed as prefixes come and go, not at every call."""
+    model = tiny_llama()
+    cache = PrefixCache(model, 10**9)
+    for i in range(5):
+        cache.get(str(i), [i + 1, 2, 3])
+    sizes = [cache.expected_bytes(str(i), []) for i in range(5)]
+    assert cache.nbytes == sum(sizes) == sum(cache.get(str(i), []).nbytes for i in range(5))
+    assert cache.expected_bytes("other", [1] * 6) == 2 * sizes[0]
+    cache.clear()
+    assert cache.nbytes == 0
+    assert cache.names == []
