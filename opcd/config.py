@@ -62,12 +62,9 @@ class TrainConfig:
     """Limit of a completion, in tokens, in training and in evaluation."""
     temperature: float = 1.0
     """Sampling temperature; both models' logits are divided by it in the loss as well."""
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    """What is minimised at every token of the student's own completions."""
     forward_share: float = 0.0
-    """Share of the forward KL in it, between 0 and 1; reverse_kl only."""
-    beta: float = 0.5
-    """Teacher's share of the mixture; jsd only."""
+    """What is minimised at every token of the student's own completions: 0 is the reverse KL, 1 the
+    forward KL, between them a mixture."""
     guided_share: float = 0.0
     """Share of a step's prompts that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
@@ -158,23 +155,11 @@ class TrainConfig:
         for name in ("forward_share", "guided_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.divergence != "reverse_kl" and self.forward_share:
-            raise InputError(
-                f"forward_share must go with divergence reverse_kl, got {self.forward_share} with "
-                f"{self.divergence}; leave one of them out"
-            )
-        if self.divergence == "jsd" and self.guided_share:
-            raise InputError(
-                f"guided_share must be 0 with divergence jsd, got {self.guided_share}; a mixture "
-                f"of both KL is divergence reverse_kl with a forward_share"
-            )
         if self.guided_completions is not None and not self.guided_share:
             raise InputError(
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "
                 "trained on them; pass --guided_share 1 to train on them alone"
             )
-        if not 0 < self.beta < 1:
-            raise InputError(f"beta must lie strictly between 0 and 1, got {self.beta}")
         return self
 
     def save(self, path: Path) -> None:

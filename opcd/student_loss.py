@@ -20,8 +20,6 @@ class StudentLoss(torch.nn.Module):
         self,
         student: torch.nn.Module,
         plan: Plan,  # of the student's passes
-        divergence: str = "reverse_kl",  # or "jsd"; forward KL is an episode's share of it
-        beta: float = 0.5,
         temperature: float = 1.0,
         add_weight_grad: bool = False,  # see `linear_divergence`
     ) -> None:
@@ -29,8 +27,6 @@ class StudentLoss(torch.nn.Module):
         self.student = student
         self.plan = plan
         self._options: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
             "temperature": temperature,
             "add_weight_grad": add_weight_grad,
         }

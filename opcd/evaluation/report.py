@@ -113,8 +113,8 @@ def write_report(
     text += ["```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     if metrics:
-        mixed = f"{config.forward_share:g} forward KL" if config.forward_share else ""
-        draw_curve(metrics, folder / "curve.png", mixed or config.divergence)
+        minimised = {0.0: "reverse KL", 1.0: "forward KL"}.get(config.forward_share, "mixture")
+        draw_curve(metrics, folder / "curve.png", minimised)
         seconds = sum(m["step_time_s"] for m in metrics)
         text += [
             "\n## Training\n",
@@ -132,7 +132,7 @@ def write_report(
 
 
 def draw_curve(
-    metrics: Sequence[dict[str, Any]], path: Path, divergence: str = "reverse_kl"
+    metrics: Sequence[dict[str, Any]], path: Path, divergence: str = "reverse KL"
 ) -> None:
     """Divergence, validation accuracy and completion length over the steps, as a PNG."""
     import matplotlib
@@ -157,7 +157,7 @@ def draw_curve(
     if validated:
         where = [m["step"] for m in validated]
         held_out = [m["validation"]["divergence"] for m in validated]
-        axes[0].plot(where, held_out, "o-", color="C3", label="held out, reverse_kl")
+        axes[0].plot(where, held_out, "o-", color="C3", label="held out, reverse KL")
         axes[0].legend(frameon=False)
         accuracy = [100 * m["validation"]["accuracy"] for m in validated]
         axes[2].plot(where, accuracy, "o-", color="C2")

@@ -53,9 +53,7 @@ def build_distiller(setup: Setup) -> Distiller:
     loss = StudentLoss(
         student,
         plan,
-        "jsd" if config.divergence == "jsd" else "reverse_kl",  # forward KL is a share of it
-        config.beta,
-        config.temperature,
+        temperature=config.temperature,
         add_weight_grad=head_of(student).weight.requires_grad,
     )
     source = _source(setup, teacher)

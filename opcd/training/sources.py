@@ -93,8 +93,7 @@ def own_episodes(
 def scored_as(episode: Episode, origin: str, config: TrainConfig) -> Episode:
     """The one place that says which episode is scored how."""
     if origin == "student":
-        share = 1.0 if config.divergence == "forward_kl" else config.forward_share
-        return replace(episode, forward_share=share)
+        return replace(episode, forward_share=config.forward_share)
     if config.guided_objective == "cross_entropy":
         return replace(episode, origin=origin, divergence_weight=0.0, likelihood_weight=1.0)
     return replace(episode, origin=origin, forward_share=1.0)

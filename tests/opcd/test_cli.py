@@ -48,7 +48,6 @@ def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train
         ({"chat_template_args": {"tokenize": True}}, "chat_template_args must name"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"beta": 1.0, "divergence": "jsd"}, "beta must lie"),
         ({"device": "cuda:93"}, "device must be"),
         ({"device": "tpu-ish"}, "device must be"),
         ({"model": "./no/such/folder"}, "is not there"),

@@ -63,8 +63,8 @@ def min_tokens_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     [
         {},
         {"lora_rank": 8, "learning_rate": 5e-3},
-        {"divergence": "forward_kl"},
-        {"divergence": "jsd", "beta": 0.3},
+        {"forward_share": 1.0},
+        {"forward_share": 0.3},
         {"average_over": "sequences", "completions_per_prompt": 2},
         {"rollout_engine": "static", "completions_per_prompt": 2},
         {"rollout_engine": "static", "dtype": "bfloat16"},
