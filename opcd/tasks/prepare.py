@@ -19,6 +19,7 @@ from opcd.models.by_name import (
 from opcd.models.lm import check_rope, max_positions, stop_at
 from opcd.objective import check_head
 from opcd.tasks.chat import Chat, check_same_tokenizer
+from opcd.tasks.control import control_remarks
 from opcd.tasks.stored import read_stored
 from opcd.tasks.task import Task, read_task_files, render_task
 
@@ -33,6 +34,7 @@ class Setup(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
+    remarks: list[str]  # what people should know of the files, a line each
 
     @property
     def fingerprint(self) -> str:
@@ -40,6 +42,12 @@ class Setup(NamedTuple):
         if not self.stored:
             return self.task.fingerprint
         text = self.task.fingerprint + json.dumps(sorted(self.stored.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def selection_fingerprint(self) -> str:
+        """Digest of what a checkpoint is chosen by: validation prompts, answers and scorer."""
+        text = self.task.validation_digest + self.config.scorer
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
@@ -83,6 +91,9 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     stored = None
     if for_training and config.guided_completions is not None:
         examples, limit = files.parts["train"], config.max_completion_tokens
-        stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
+        stored = read_stored(
+            config.guided_completions, task, examples, tokenizer, limit, files.contexts
+        )
     chat = next(iter(chats.values()))
-    return Setup(resolved, task, chat, tokenizer, device, dtype, stored)
+    remarks = [*files.remarks, *control_remarks(files.parts, files.contexts, tokenizer)]
+    return Setup(resolved, task, chat, tokenizer, device, dtype, stored, remarks)

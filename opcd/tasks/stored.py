@@ -7,7 +7,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.data import Example, read_records
+from opcd.tasks.data import Contexts, Example, without_context
+from opcd.tasks.formats import read_row
+from opcd.tasks.messages import Message
+from opcd.tasks.records import Record, read_records
 from opcd.tasks.task import Task
 
 
@@ -17,19 +20,21 @@ def read_stored(
     examples: Sequence[Example],  # of the training prompts, in their order
     tokenizer: PreTrainedTokenizerBase,
     max_completion_tokens: int,
+    contexts: Contexts,
 ) -> dict[int, list[list[int]]]:
     """The token ids of each training prompt's completions, by the prompt's key.
 
-    A line is ``{"prompt": ... or "messages": ..., "completion": text}``, with the name of its
-    context where there are several, or with ``"completion_token_ids"`` in place of the text, which
-    is ended by the tokenizer's EOS. A guided.jsonl of another run is taken as it is.
+    A line is a row in any form of `formats`, ``{"prompt": ..., "completion": text}`` or messages
+    of which the assistant's is the last, with the name of its context where there are several, or
+    with ``"completion_token_ids"`` in place of the text, which is ended by the tokenizer's EOS. A
+    guided.jsonl of another run is taken as it is.
 
     Raises InputError for lines of another form, token ids that are not the tokenizer's, a file made
     for another context, and training prompts that it has no completion for.
     """
     records = read_records(path, "guided_completions")
     by_words = {
-        (_words(list(example.messages)), example.context): prompt.key
+        (_words(example.messages), example.context): prompt.key
         for example, prompt in zip(examples, task.train, strict=True)
     }
     keys = set(by_words.values())
@@ -38,14 +43,14 @@ def read_stored(
         if "rule" in record:
             _check_contexts(record, task, source)
             continue
-        key = record.get("key")
+        key, text = record.get("key"), record.get("completion")
         if key is None:
-            alone = [{"role": "user", "content": record.get("prompt")}]
-            messages, context = record.get("messages", alone), record.get("context", "")
-            key = by_words.get((_words(messages), str(context)))
+            row = read_row(record, source)
+            messages, _ = without_context(row.messages, contexts.get(row.context, ()), source)
+            key, text = by_words.get((_words(messages), row.context)), row.completion
         elif not isinstance(key, int):
             raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
-        ids = _token_ids(record, source, tokenizer)
+        ids = _token_ids(record, text, source, tokenizer)
         if len(ids) > max_completion_tokens:
             raise InputError(
                 f"{source}: a completion must have at most max_completion_tokens "
@@ -63,8 +68,8 @@ def read_stored(
     return found
 
 
-def _words(messages: Any) -> str:
-    return json.dumps(messages, sort_keys=True)
+def _words(messages: Sequence[Message]) -> str:
+    return json.dumps(list(messages), sort_keys=True)
 
 
 def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
@@ -79,11 +84,10 @@ def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
 
 
 def _token_ids(
-    record: dict[str, Any], source: str, tokenizer: PreTrainedTokenizerBase
+    record: Record, text: Any, source: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     ids = record.get("completion_token_ids")
     if ids is None:
-        text = record.get("completion")
         if not isinstance(text, str) or not text.strip():
             raise InputError(
                 f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
