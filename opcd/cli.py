@@ -11,6 +11,10 @@ from opcd.errors import InputError
 from opcd.runtime.console import any_console
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+BACKSLASH = (
+    "\nA backslash in double quotes begins an escape in YAML; write the path with '/', or in "
+    "single quotes"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +97,13 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
 
     from opcd.config import TrainConfig
 
+    class Parser(ArgumentParser):
+        def error(self, message: str, *rest: Any) -> None:
+            escaped = "quoted scalar" in message and ("escape" in message or "hex" in message)
+            super().error(message + BACKSLASH if escaped else message, *rest)
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = Parser(
         prog="opcd", description="On-policy context distillation: a prompt into the weights."
     )
     commands = parser.add_subcommands(metavar="COMMAND", title="commands")
@@ -102,7 +111,7 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
         ("train", "Distil a context into a model, then score it on test data."),
         ("eval", "Score a distilled model against the base model, with and without the context."),
     ):
-        sub = ArgumentParser(description=summary)
+        sub = Parser(description=summary)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file with these fields.")
         sub.add_class_arguments(TrainConfig)
         if name == "train":

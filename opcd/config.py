@@ -17,13 +17,15 @@ class TrainConfig:
     output_dir: str
     """Folder of the run; must not hold one yet."""
     context: str
-    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages)."""
+    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, or the
+    body of an OpenAI request)."""
     prompts: str
-    """Training prompts: JSONL with "prompt" or "messages" a line; no answers needed."""
+    """Training prompts: JSONL (or a JSON array) of {"prompt": "..."}, {"messages": [...]}, or rows
+    of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
     validation_data: str | None = None
-    """JSONL with "answer"s, to choose the checkpoint; without it the last step is taken."""
+    """Rows with "answer"s, to choose the checkpoint; without it the last step is taken."""
     eval_data: str | None = None
-    """JSONL with "answer"s, for the scorecard (test data); without it there is no scorecard."""
+    """Rows with "answer"s, for the scorecard (test data); without it there is no scorecard."""
     scorer: str = "exact"
     """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
     first find), regex-last:PATTERN or python:module:function. What stands in front of the answer as
@@ -70,7 +72,7 @@ class TrainConfig:
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
     plain form, 1 its off-policy baseline."""
     guided_completions: str | None = None
-    """JSONL with "completion"s for them (or a guided.jsonl of another run), in place of the
+    """Rows with "completion"s for them (or a guided.jsonl of another run), in place of the
     teacher's own."""
     guided_objective: Literal["forward_kl", "cross_entropy"] = "forward_kl"
     """What is minimised on guided completions; cross_entropy is sequence-level distillation."""

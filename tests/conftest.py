@@ -70,6 +70,8 @@ def settings(tmp_path: Path, model_dir: Path) -> dict:
         ("test", "cat dog owl ant"),
     ):
         rows = [{"prompt": word, "answer": word[0]} for word in words.split()]
+        if name == "prompts":
+            rows = [{"prompt": row["prompt"]} for row in rows]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     return {
         "output_dir": str(tmp_path / "run"),

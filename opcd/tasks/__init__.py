@@ -2,7 +2,12 @@
 
 prepare     START HERE: everything that can be wrong before weights are loaded
 task        all of a run's prompts, rendered, and the scorer
-data        contexts, prompts, labelled examples; checks line by line
+contexts    what only the teacher sees, from a file
+data        prompts and labelled examples; what must hold between the parts
+formats     one row of data, in any form that people have
+messages    chat messages as people write them, to roles and texts
+records     files to JSON objects, each with its place
+control     special tokens that data spell
 stored      completions of training prompts from a file
 chat        messages to token ids, with and without the context
 template    a tokenizer's chat template, judged by what it writes

@@ -6,7 +6,8 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.data import Example, Message
+from opcd.tasks.data import Example
+from opcd.tasks.messages import Message
 from opcd.tasks.reasoning import MARKS, opened_thought
 from opcd.tasks.template import REQUEST, Template
 

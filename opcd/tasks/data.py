@@ -1,22 +1,27 @@
-"""Contexts, prompts and evaluation examples, read from files and checked line by line."""
+"""Prompts and evaluation examples, and what must hold between the parts of a run's data."""
 
-import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from opcd.errors import InputError
+from opcd.tasks.formats import Row, read_row
+from opcd.tasks.messages import Message
+from opcd.tasks.reasoning import split_thought
+from opcd.tasks.records import read_records
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""
 
-ROLES = ("system", "user", "assistant")
+SHOWN = 5  # of a list of mistakes
 
 
 @dataclass(frozen=True)
 class Example:
     """A prompt, as chat messages, and the answers that count as right (none for training)."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # a system message in front is the request's own
     answers: tuple[str, ...]
     source: str  # "file:line", for error messages
     context: str = ""  # the name of the context that belongs to it, where there are several
@@ -27,240 +32,180 @@ class Example:
         return self.messages[-1]["content"]
 
 
-def read_contexts(path: str) -> dict[str, list[Message]]:
-    """The contexts as chat messages by name; one alone has the name "".
+def read_examples(
+    path: str, answers_required: bool, contexts: Contexts
+) -> tuple[list[Example], list[str]]:
+    """The examples of a file in any form of `formats`, and remarks on how it was read.
 
-    .txt and .md are one system message, .json is a list of messages, or several contexts:
-    ``{"name": [messages], "other": "a system message"}``.
-
-    Raises InputError for a missing or empty file, another suffix, broken JSON or an unknown role.
-    """
-    text = _read(path, "context")
-    suffix = Path(path).suffix.lower()
-    if suffix in (".txt", ".md"):
-        return {"": _context(text, path)}
-    if suffix != ".json":
-        raise InputError(
-            f"context must be a .txt, .md (one system message) or .json file (a list of chat "
-            f"messages), got {path!r}; rename or convert it"
-        )
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: context must be valid JSON, got {error.msg} at column "
-            f"{error.colno}; correct that line"
-        ) from error
-    if not isinstance(value, dict):
-        return {"": _context(value, path)}
-    if set(value) <= {"role", "content"} and value:
-        raise InputError(
-            f"{path}: a context must be a list of messages, got one message alone; put it in "
-            f"brackets: [{{...}}]"
-        )
-    if not value or not all(name and name == name.strip() for name in value):
-        raise InputError(
-            f"{path}: several contexts must have a name each, without spaces around it, got "
-            f'names {sorted(value)}; write {{"name": [messages], ...}}'
-        )
-    return {name: _context(messages, f"{path}: {name}") for name, messages in value.items()}
-
-
-def _context(value: Any, source: str) -> list[Message]:
-    if isinstance(value, str) and value.strip():
-        _check_unicode(value, source)
-        return [{"role": "system", "content": value.strip()}]
-    context = _messages(value, source)
-    if context[-1]["role"] == "user":
-        raise InputError(
-            f"{source}: a context must end with a system or an assistant message, so that the "
-            f"prompt can follow it, got a user message at the end; remove it or add the answer "
-            f"to it"
-        )
-    return context
-
-
-def read_examples(path: str, answers_required: bool) -> list[Example]:
-    """One example a line: ``{"prompt": str}`` or ``{"messages": [...]}``, and ``"answer"``.
+    A system message that is the context's is taken out; another one stays with its request. A
+    completion is the answer where answers are required, unless the row has one, else left out.
 
     Raises InputError naming the file and the line.
     """
     kind = "evaluation data" if answers_required else "prompts"
-    records = read_records(path, kind)
-    return [_example(record, source, answers_required) for source, record in records]
-
-
-def read_records(path: str, kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place ("file:line").
-
-    Raises InputError naming the file and the line.
-    """
-    records = []
-    for number, line in enumerate(_read(path, kind).split("\n"), start=1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            record = json.loads(line, object_pairs_hook=_unique_keys)
-        except json.JSONDecodeError as error:
+    examples: list[Example] = []
+    forms, notes, unused = Counter[str](), Counter[str](), set[str]()
+    for source, record in read_records(path, kind):
+        row = read_row(record, source)
+        messages, found = without_context(row.messages, contexts.get(row.context, ()), source)
+        answers, said = _accepted(row, source) if answers_required else ((), _unanswered(row))
+        if answers_required and not answers:
             raise InputError(
-                f"{source}: each line must be one JSON object, got {error.msg} at column "
-                f"{error.colno}; correct that line"
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f'{source}: must be an object like {{"prompt": "..."}}, got {type(record).__name__}'
+                f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
+                f"got keys {sorted(record)}; add it, or use the line as a training prompt"
             )
-        records.append((source, record))
-    if not records:
-        raise InputError(f"{path}: {kind} must hold at least one line, got none; add examples")
-    return records
+        examples.append(Example(tuple(messages), answers, source, row.context))
+        notes.update([*row.notes, *found, *said])
+        forms[row.form] += 1
+        unused.update(row.unused)
+    return examples, _remarks(path, forms, notes, unused)
 
 
-def check_contexts(parts: dict[str, list[Example]], contexts: dict[str, list[Message]]) -> None:
+def without_context(
+    messages: Sequence[Message], context: Sequence[Message], source: str
+) -> tuple[list[Message], list[str]]:
+    """A request without the context that stands in front of it, and what was found.
+
+    Taken out is the whole context, or its system message alone, white space aside.
+
+    Raises InputError for a system message that holds the context and more: the student would see
+    the context.
+    """
+    size = len(context)
+    if 0 < size < len(messages) and all(map(_same, messages, context)):
+        what = "the system message is the context and" if size == 1 else "the whole context"
+        return list(messages[size:]), [f"{what} was taken out"]
+    own = messages[0]["role"] == "system"
+    notes = ["a system message of its own stays with the request"] if own else []
+    if not context or context[0]["role"] != "system":
+        return list(messages), notes
+    if own and _same(messages[0], context[0]):
+        return list(messages[1:]), ["the system message is the context's and was taken out"]
+    instructions = _spaced(context[0]["content"])
+    if own and instructions in _spaced(messages[0]["content"]):
+        raise InputError(
+            f"{source}: a row's system message must not hold the context, which the student must "
+            f"not see, got all of it and more; keep only what is this request's own"
+        )
+    if any(instructions in _spaced(m["content"]) for m in messages):
+        notes.append("the context's text stands in the request as well, where the student sees it")
+    return list(messages), notes
+
+
+def check_contexts(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -> None:
     """Raise InputError if an example names none of several contexts, or one where there is none."""
     for example in (e for examples in parts.values() for e in examples):
         if example.context not in contexts:
             names = ", ".join(sorted(filter(None, contexts)))
             what = f'"context" must be one of {names}' if names else 'there must be no "context"'
             fix = "name one" if names else "leave it out, or give the contexts a name each"
-            raise InputError(f"{example.source}: {what}, got {example.context!r}; {fix}")
+            if len(example.context.split()) > 3:
+                fix = "text that a request is about belongs into its prompt"
+            raise InputError(f"{example.source}: {what}, got {example.context[:60]!r}; {fix}")
 
 
-def check_disjoint(parts: dict[str, list[Example]], contexts: dict[str, list[Message]]) -> None:
-    """Raise InputError if a prompt stands in two parts, or an evaluation prompt in the context.
+def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -> None:
+    """Raise InputError, with all of them counted, if a prompt stands in two parts, or among the
+    demonstrations of its context.
 
     A scorecard on prompts that were trained on, or shown to the teacher, would flatter.
     """
-    seen = {
-        _normalised(m["content"]): "a demonstration of the context"
-        for context in contexts.values()
-        for m in context
-        if m["role"] == "user"
+    shown = {
+        (name, _normalised(message["content"])): f"demonstration {number} of the context"
+        for name, context in contexts.items()
+        for number, message in enumerate((m for m in context if m["role"] == "user"), start=1)
     }
+    seen: dict[tuple[str, str], str] = {}
+    found = []
     for examples in parts.values():
-        here = {}
+        here: dict[tuple[str, str], str] = {}
         for example in examples:
-            key = _normalised(" ".join(m["content"] for m in example.messages))
-            if key in seen:
-                raise InputError(
-                    f"{example.source}: training, validation and test prompts must be disjoint "
-                    f"from each other and from the context's demonstrations, but "
-                    f"{example.text!r} is also {seen[key]}; remove one of them"
-                )
-            here[key] = f"at {example.source}"
-        seen.update(here)
+            request, key = _request_of(example, _normalised), _normalised(example.text)
+            other = seen.get(request) or shown.get((example.context, key))
+            if other:
+                found.append(f"{example.source} is {other} ({example.text[:40]!r})")
+            here.setdefault(request, example.source)
+        seen |= here
+    if found:
+        raise InputError(
+            f"training, validation and test prompts must be disjoint from each other and from the "
+            f"context's demonstrations, got {_listed(found, 'overlap')}; remove one of each"
+        )
+
+
+def check_answers(examples: Sequence[Example]) -> None:
+    """Raise InputError if equal prompts of one part have different accepted answers."""
+    first: dict[tuple[str, str], Example] = {}
+    found = []
+    for example in examples:
+        other = first.setdefault(_request_of(example, _spaced), example)
+        if set(other.answers) != set(example.answers):
+            found.append(
+                f"{example.source} {list(example.answers)} and {other.source} "
+                f"{list(other.answers)} ({example.text[:40]!r})"
+            )
+    if found:
+        raise InputError(
+            f"equal prompts must have equal answers, got {_listed(found, 'contradiction')}; "
+            f"correct one of each, or accept both in a list"
+        )
+
+
+def _request_of(example: Example, normalise: Callable[[str], str]) -> tuple[str, str]:
+    """What makes two requests the same."""
+    return example.context, "\n".join(normalise(m["content"]) for m in example.messages)
+
+
+def _listed(found: Sequence[str], what: str) -> str:
+    count = f"{len(found)} {what}{'s' if len(found) > 1 else ''}"
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f"{count}: {'; '.join(found[:SHOWN])}{more}"
 
 
 def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return _spaced(text.casefold())
 
 
-def _read(path: str, kind: str) -> str:
-    file = Path(path)
-    if file.is_dir():
-        raise InputError(f"{kind} must be a file, got the folder {path!r}; name a file in it")
-    if not file.is_file():
-        raise InputError(f"{kind} must be a file, got {path!r}, which is not there; check the path")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{kind} must be readable, got {path!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+@lru_cache(maxsize=64)  # a long context is compared with every row
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _same(one: Message, other: Message) -> bool:
+    return one["role"] == other["role"] and _spaced(one["content"]) == _spaced(other["content"])
+
+
+def _accepted(row: Row, source: str) -> tuple[tuple[str, ...], list[str]]:
+    """The answers that count as right, and where they were found."""
+    if row.answers:
+        return row.answers, [*row.answer_notes, *_left_out(row)]
+    if not row.completion:
+        return (), []
+    answer = split_thought(row.completion).answer
+    if not answer:
         raise InputError(
-            f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x} at offset "
-            f"{error.start}; convert the file to UTF-8"
-        ) from error
-    if not text.strip():
-        raise InputError(f"{path}: {kind} must not be empty, got {len(text)} blank characters")
-    return text
-
-
-def _example(record: dict[str, Any], source: str, answers_required: bool) -> Example:
-    if ("prompt" in record) == ("messages" in record):
-        raise InputError(
-            f'{source}: must have either "prompt" or "messages", got keys {sorted(record)}; '
-            f"name the user's message one way"
+            f"{source}: an answer must stand behind its reasoning, got nothing behind it; add it, "
+            f"or remove the row"
         )
-    if "prompt" in record:
-        prompt = record["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f'{source}: "prompt" must be a non-empty string, got {prompt!r}')
-        _check_unicode(prompt, source)
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = _messages(record["messages"], source)
-        if messages[-1]["role"] != "user":
-            raise InputError(
-                f"{source}: the last message must be the user's, got role "
-                f"{messages[-1]['role']!r}; the model writes the answer"
-            )
-        if messages[0]["role"] == "system":
-            raise InputError(
-                f"{source}: a prompt must not carry a system message, since the context stands in "
-                f"front of it; move it to the context"
-            )
-    answers = record.get("answer", [])
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InputError(f'{source}: "answer" must be a string or a list of strings, got {answers}')
-    if not all(a.strip() for a in answers):
-        raise InputError(f'{source}: an "answer" must not be blank, got {answers}; remove it')
-    if answers_required and not answers:
-        raise InputError(
-            f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
-            f"got keys {sorted(record)}; add it, or use the line as a training prompt"
-        )
-    context = record.get("context", "")
-    if not isinstance(context, str) or ("context" in record and not context.strip()):
-        raise InputError(f'{source}: "context" must be the name of one, got {context!r}')
-    return Example(tuple(messages), tuple(answers), source, context)
+    return (answer,), [f"{row.origin} is the answer"]
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two equal keys JSON would silently keep the last."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = sorted(key for key, _ in pairs)
-        raise json.JSONDecodeError(f"a key that stands twice among {keys}", "", 0)
-    return record
+def _unanswered(row: Row) -> list[str]:
+    """What a training prompt is read without."""
+    return [*_left_out(row), *(["answers left out: training needs none"] if row.answers else [])]
 
 
-def _check_unicode(text: str, source: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{source}: text must be valid Unicode, got the lone surrogate "
-            f"{text[error.start]!r} at character {error.start}; correct the escape"
-        ) from error
+def _left_out(row: Row) -> list[str]:
+    return [f"{row.origin} left out"] if row.completion else []
 
 
-def _messages(value: Any, source: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{source}: must be a non-empty list of chat messages, got {type(value).__name__}"
-        )
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise InputError(
-                f'{source}: message {i} must be {{"role": ..., "content": ...}}, got {message!r}'
-            )
-        if message["role"] not in ROLES:
-            raise InputError(
-                f"{source}: the role of message {i} must be one of {', '.join(ROLES)}, got "
-                f"{message['role']!r}; correct it"
-            )
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise InputError(
-                f"{source}: the content of message {i} must be a non-empty string, got "
-                f"{message['content']!r}"
-            )
-        _check_unicode(message["content"], source)
-        if message["role"] == "system" and i > 0:
-            raise InputError(
-                f"{source}: a system message must come first, got one as message {i}; merge it "
-                f"into the first"
-            )
-    return value
+def _remarks(path: str, forms: Counter[str], notes: Counter[str], unused: set[str]) -> list[str]:
+    """One line on how a file was read; none if its rows are plain and wholly used."""
+    count = forms.total()
+    said = [note if n == count else f"{note} ({n} of {count})" for note, n in notes.items()]
+    if unused:
+        said.append(f"columns left out: {', '.join(sorted(unused))}")
+    if not said and set(forms) == {""}:
+        return []
+    kinds = [f"{n} {form or 'plain'} row{'s' if n > 1 else ''}" for form, n in forms.items()]
+    return [f"{Path(path).name}: {'; '.join([', '.join(kinds), *said])}"]

@@ -24,6 +24,7 @@ from opcd.models.by_name import (
 from opcd.models.head import head_of
 from opcd.models.lm import check_rope, max_positions, stop_at
 from opcd.tasks.chat import Chat, check_same_tokenizer
+from opcd.tasks.control import control_remarks
 from opcd.tasks.stored import read_stored
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
@@ -47,6 +48,12 @@ class Setup(NamedTuple):
         if not self.stored:
             return self.task.fingerprint
         text = self.task.fingerprint + json.dumps(sorted(self.stored.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def selection_fingerprint(self) -> str:
+        """Digest of what a checkpoint is chosen by: validation prompts, answers and scorer."""
+        text = self.task.validation_digest + self.config.scorer
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
@@ -96,9 +103,13 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     stored = None
     if for_training and config.guided_completions is not None:
         examples, limit = files.parts["train"], config.max_completion_tokens
-        stored = read_stored(config.guided_completions, task, examples, tokenizer, limit)
+        stored = read_stored(config.guided_completions, task, examples, chats, limit)
     chat = next(iter(chats.values()))
-    remarks = [*files.remarks, *_remarks(resolved, chats.values())]
+    remarks = [
+        *files.remarks,
+        *control_remarks(files.parts, files.contexts, tokenizer),
+        *_remarks(resolved, chats.values()),
+    ]
     return Setup(resolved, task, chat, tokenizer, device, dtype, stored, remarks)
 
 

@@ -1,13 +1,17 @@
 """Completions of training prompts from a file: another model's, or another run's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.data import Example, read_records
+from opcd.tasks.chat import Chat
+from opcd.tasks.data import Example, without_context
+from opcd.tasks.formats import read_row
+from opcd.tasks.messages import Message
+from opcd.tasks.records import Record, read_records
 from opcd.tasks.task import Task
 
 
@@ -15,44 +19,54 @@ def read_stored(
     path: str,
     task: Task,
     examples: Sequence[Example],  # of the training prompts, in their order
-    tokenizer: PreTrainedTokenizerBase,
+    chats: Mapping[str, Chat],  # by the name of the context
     max_completion_tokens: int,
 ) -> dict[int, list[list[int]]]:
     """The token ids of each training prompt's completions, by the prompt's key.
 
-    A line is ``{"prompt": ... or "messages": ..., "completion": text}``, with the name of its
-    context where there are several, or with ``"completion_token_ids"`` in place of the text, which
-    is ended by the tokenizer's EOS. A guided.jsonl of another run is taken as it is.
+    A line is a row in any form of `formats`, ``{"prompt": ..., "completion": text}`` or messages
+    of which the assistant's is the last, with the name of its context where there are several, or
+    with ``"completion_token_ids"`` in place of the text, which is tokenized behind its prompt and
+    ended as the chat template ends an answer. A guided.jsonl of another run is taken as it is.
 
     Raises InputError for lines of another form, token ids that are not the tokenizer's, a file made
     for another context, and training prompts that it has no completion for.
     """
     records = read_records(path, "guided_completions")
+    tokenizer = next(iter(chats.values())).template.tokenizer
     by_words = {
-        (_words(list(example.messages)), example.context): prompt.key
+        (_words(example.messages), example.context): prompt.key
         for example, prompt in zip(examples, task.train, strict=True)
     }
-    keys = set(by_words.values())
+    by_key = {prompt.key: e for e, prompt in zip(examples, task.train, strict=True)}
     found: dict[int, list[list[int]]] = {}
     for source, record in records:
         if "rule" in record:
             _check_contexts(record, task, source)
             continue
-        key = record.get("key")
+        key, text = record.get("key"), record.get("completion")
         if key is None:
-            alone = [{"role": "user", "content": record.get("prompt")}]
-            messages, context = record.get("messages", alone), record.get("context", "")
-            key = by_words.get((_words(messages), str(context)))
+            row = read_row(record, source)
+            context = chats[row.context].context if row.context in chats else []
+            messages, _ = without_context(row.messages, context, source)
+            key, text = by_words.get((_words(messages), row.context)), row.completion
         elif not isinstance(key, int):
             raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
-        ids = _token_ids(record, source, tokenizer)
+        ids = record.get("completion_token_ids")
+        if ids is None:
+            _check_text(text, record, source)
+            if (example := by_key.get(key)) is not None:
+                ids = chats[example.context].completion_ids(example.messages, text)
+        else:
+            _check_ids(ids, source, tokenizer)
+        if key not in by_key:
+            continue
         if len(ids) > max_completion_tokens:
             raise InputError(
                 f"{source}: a completion must have at most max_completion_tokens "
                 f"{max_completion_tokens} tokens, got {len(ids)}; raise it, or shorten the text"
             )
-        if key in keys:
-            found.setdefault(key, []).append(ids)
+        found.setdefault(key, []).append(ids)
     for example, prompt in zip(examples, task.train, strict=True):
         if prompt.key not in found:
             raise InputError(
@@ -63,8 +77,8 @@ def read_stored(
     return found
 
 
-def _words(messages: Any) -> str:
-    return json.dumps(messages, sort_keys=True)
+def _words(messages: Sequence[Message]) -> str:
+    return json.dumps(list(messages), sort_keys=True)
 
 
 def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
@@ -78,23 +92,18 @@ def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
             )
 
 
-def _token_ids(
-    record: dict[str, Any], source: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    ids = record.get("completion_token_ids")
-    if ids is None:
-        text = record.get("completion")
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(
-                f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
-                f"got keys {sorted(record)}"
-            )
-        eos = tokenizer.eos_token_id
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+def _check_text(text: Any, record: Record, source: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(
+            f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
+            f"got keys {sorted(record)}"
+        )
+
+
+def _check_ids(ids: Any, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     whole = isinstance(ids, list) and all(type(i) is int for i in ids)
     if not whole or not ids or not 0 <= min(ids) <= max(ids) < len(tokenizer):
         raise InputError(
             f"{source}: completion_token_ids must be token ids of this tokenizer, from 0 to "
             f"{len(tokenizer) - 1}, got {str(ids)[:80]}; make them with the model's own tokenizer"
         )
-    return ids

@@ -12,15 +12,16 @@ from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.tasks.chat import Chat, check_lengths
+from opcd.tasks.contexts import read_contexts
 from opcd.tasks.data import (
     Example,
-    Message,
+    check_answers,
     check_contexts,
     check_disjoint,
-    read_contexts,
     read_examples,
 )
 from opcd.tasks.gold import check_gold
+from opcd.tasks.messages import Message
 from opcd.tasks.scorers import Scorer, load_scorer
 
 
@@ -78,6 +79,16 @@ class Task:
         return hashlib.sha256(json.dumps(prefixes + prompts + named).encode()).hexdigest()
 
     @property
+    def validation_digest(self) -> str:
+        """What a checkpoint is chosen by: validation prompts and their accepted answers."""
+        rows = [
+            [case.prompt.student_ids, case.prompt.teacher_ids, case.prompt.context, answers]
+            for case in self.validation
+            for answers in [sorted(case.example.answers)]
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    @property
     def prompt_tokens_saved(self) -> float:
         """Prompt tokens a request no longer carries, on average over the test prompts."""
         prompts = [case.prompt for case in self.test] or self.train
@@ -95,14 +106,24 @@ class TaskFiles(NamedTuple):
 
 def read_task_files(config: TrainConfig) -> TaskFiles:
     """Read context, prompts and evaluation data. Raises InputError for whatever is wrong there."""
-    contexts = read_contexts(config.context)
-    parts = {"train": read_examples(config.prompts, answers_required=False)}
-    for part, path in (("validation", config.validation_data), ("test", config.eval_data)):
-        parts[part] = read_examples(path, answers_required=True) if path else []
+    contexts, remarks = read_contexts(config.context)
+    files = {
+        "train": config.prompts,
+        "validation": config.validation_data,
+        "test": config.eval_data,
+    }
+    parts: dict[str, list[Example]] = {}
+    for part, path in files.items():
+        parts[part] = []
+        if path:
+            parts[part], said = read_examples(path, part != "train", contexts)
+            remarks += said
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
+    check_answers(parts["validation"])
+    check_answers(parts["test"])
     scorer = load_scorer(config.scorer)
-    remarks = check_gold(parts["validation"] + parts["test"], scorer)
+    remarks += check_gold(parts["validation"] + parts["test"], scorer)
     return TaskFiles(contexts, parts, scorer, remarks)
 
 

@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.data import Message
+from opcd.tasks.messages import Message
 
 RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "chat_template"}
 REQUEST, ANSWER = "What is zebra 7?", "It is zebra 8."  # words that no template has

@@ -29,6 +29,7 @@ def export(setup: Setup, folder: Path, best: dict[str, Any]) -> None:
         "step": step,
         "steps_done": config.steps,
         "fingerprint": setup.fingerprint,
+        "selection_fingerprint": setup.selection_fingerprint,
         "data": config.validation_data,
         "validation": best,
     }

@@ -60,7 +60,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     folder = _check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
     if before.get("steps_done") == config.steps:
-        _check_fingerprint(before["fingerprint"], setup, folder / "final")
+        _check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
         outcome, best = _fit(setup, folder, resume, progress)
@@ -156,7 +156,7 @@ def _fit(
     if resume and (done := list_checkpoints(checkpoints)):
         state = load_checkpoint(done[-1], distiller)
         best = state["best"]
-        _check_fingerprint(state["fingerprint"], setup, done[-1])
+        _check_fingerprints(state, setup, done[-1])
         saved.add(distiller.steps_done)
     elif resume and (folder / "final").exists():
         raise InputError(
@@ -168,7 +168,10 @@ def _fit(
     progress.say(_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
     write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
-    extra = {"fingerprint": setup.fingerprint}
+    extra = {
+        "fingerprint": setup.fingerprint,
+        "selection_fingerprint": setup.selection_fingerprint,
+    }
     stopped: str | None = None
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
@@ -199,11 +202,20 @@ def _fit(
     return Outcome(folder, distiller.steps_done, stopped, None), best
 
 
-def _check_fingerprint(before: str, setup: Setup, where: Path) -> None:
-    if before != setup.fingerprint:
+def _check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> None:
+    """Raise InputError if a run would go on with other data than it was started with."""
+    if before["fingerprint"] != setup.fingerprint:
         raise InputError(
             f"a resumed run must see the prompts it was started with, but context, prompts, guided "
             f"completions or chat template give other token ids than in {where}; restore the files"
+        )
+    # Runs of before it was kept go on.
+    judged = before.get("selection_fingerprint", setup.selection_fingerprint)
+    if judged != setup.selection_fingerprint:
+        raise InputError(
+            f"a resumed run must choose its checkpoint by the validation data it was started with, "
+            f"but prompts, accepted answers or scorer are others than in {where}; restore "
+            f"{setup.config.validation_data!r}, or start another output_dir"
         )
 
 

@@ -222,6 +222,21 @@ def test_a_file_in_another_encoding(capsys: pytest.CaptureFixture, tmp_path: Pat
     assert "UTF-8" in capsys.readouterr().err
 
 
+def test_a_windows_path_in_double_quotes(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """YAML takes its backslashes for escapes: \\U is refused, \\t is a tab."""
+    config = tmp_path / "config.yaml"
+    config.write_text('context: "C:\\Users\\me.md"\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(config)])
+    assert stop.value.code == 2
+    assert "write the path with '/', or in single quotes" in capsys.readouterr().err
+    config.write_text(yaml.safe_dump(settings | {"context": "x"}).replace(": x", ': "C:\\temp.md"'))
+    assert main(["train", "--config", str(config)]) == 2
+    assert "it holds a tab or a line break" in capsys.readouterr().err
+
+
 def test_an_unknown_key_in_the_file(settings: dict, capsys: pytest.CaptureFixture) -> None:
     config = Path(settings["output_dir"]).parent / "config.yaml"
     config.write_text(yaml.safe_dump(settings | {"learning_rat": 1}))

@@ -1,63 +1,29 @@
-"""Reading contexts and prompts: what is accepted, and what each mistake is told."""
+"""Prompts and labelled examples: what each mistake is told, and what must hold between parts."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.tasks.data import Example, check_contexts, check_disjoint, read_contexts, read_examples
+from opcd.tasks.contexts import read_contexts
+from opcd.tasks.data import (
+    Example,
+    check_answers,
+    check_contexts,
+    check_disjoint,
+    read_examples,
+)
+from opcd.tasks.messages import Message
+from opcd.tasks.task import read_task_files
+
+CONTEXT = {"": [{"role": "system", "content": "Answer in one word."}]}
 
 
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-def test_a_text_file_is_one_system_message(tmp_path: Path) -> None:
-    assert read_contexts(write(tmp_path / "c.md", " Be brief.\n"))[""] == [
-        {"role": "system", "content": "Be brief."}
-    ]
-
-
-def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    assert read_contexts(write(tmp_path / "c.json", json.dumps(messages))) == {"": messages}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("c.txt", " \n", "must not be empty"),
-        ("c.pdf", "x", r"\.txt, \.md"),
-        ("c.json", "[{", "c.json:1: context must be valid JSON"),
-        ("c.json", "{}", "a name each"),
-        ("c.json", '{" ": "x"}', "a name each"),
-        ("c.json", '{"a": "x", "a": "y"}', "stands twice"),
-        ("c.json", '{"a": "x", "b": " "}', r"c\.json: b: must be a non-empty list"),
-        ("c.json", "[]", "non-empty list"),
-        ("c.json", '[{"role": "robot", "content": "x"}]', "'robot'"),
-        ("c.json", '[{"role": "user"}]', "message 0 must be"),
-        ("c.json", '[{"role": "system", "content": " "}]', "non-empty string"),
-        ("c.json", '[{"role": "user", "content": "x"}]', "must end with"),
-        (
-            "c.json",
-            '[{"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]',
-            "must come first",
-        ),
-    ],
-)
-def test_contexts_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read_contexts(write(tmp_path / name, text))
-
-
-def test_missing_and_undecodable_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not there"):
-        read_contexts(str(tmp_path / "none.txt"))
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="UTF-8"):
-        read_contexts(str(tmp_path / "latin.txt"))
 
 
 def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
@@ -66,9 +32,10 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         '{"prompt": "a", "answer": "x"}\n\n'
         '{"messages": [{"role": "user", "content": "b"}], "answer": ["y", "z"]}\n',
     )
-    first, second = read_examples(path, answers_required=True)
+    (first, second), remarks = read_examples(path, True, CONTEXT)
     assert (first.text, first.answers, first.source) == ("a", ("x",), f"{path}:1")
     assert (second.text, second.answers, second.source) == ("b", ("y", "z"), f"{path}:3")
+    assert remarks == []
 
 
 @pytest.mark.parametrize(
@@ -83,11 +50,8 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         (r'{"prompt": "a \ud800 b"}', "lone surrogate"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "last message must be the user"),
-        (
-            '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}',
-            "must not carry a system message",
-        ),
-        ('{"prompt": "a", "answer": 3}', "string or a list"),
+        ('{"prompt": "a", "answer": {"text": "x"}}', "a string, a number"),
+        ('{"prompt": "a", "context": " ", "answer": "x"}', "must be the name of one"),
         ('{"prompt": "a"}', 'needs "answer"'),
         ('{"prompt": "a", "prompt": "b"}', "stands twice"),
         ('{"prompt": "a", "answer": " "}', "must not be blank"),
@@ -96,38 +60,91 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
 def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "p.jsonl", '{"prompt": "ok", "answer": "x"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
-        read_examples(path, answers_required=True)
+        read_examples(path, True, CONTEXT)
 
 
 def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", '{"prompt": "a\u2028b"}\n{"prompt": "c"}\n')
-    assert [e.text for e in read_examples(path, answers_required=False)] == ["a\u2028b", "c"]
+    assert [e.text for e in read_examples(path, False, CONTEXT)[0]] == ["a\u2028b", "c"]
 
 
-def example(text: str, source: str) -> Example:
-    return Example(({"role": "user", "content": text},), (), source)
+def example(
+    text: str, source: str, *answers: str, context: str = "", before: tuple[Message, ...] = ()
+) -> Example:
+    return Example((*before, {"role": "user", "content": text}), answers, source, context)
 
 
-def test_prompts_in_two_parts_or_in_the_context_are_refused() -> None:
-    context = [{"role": "user", "content": "Demo"}, {"role": "assistant", "content": "x"}]
-    train, test = example("Hello  there", "t:1"), example("hello there", "e:1")
-    check_disjoint({"train": [train, train], "test": []}, {"": context})
-    with pytest.raises(InputError, match=r"e:1.*also at t:1"):
-        check_disjoint({"train": [train], "test": [test]}, {"": context})
-    with pytest.raises(InputError, match="demonstration of the context"):
-        check_disjoint({"train": [example("demo", "t:2")]}, {"": context})
+DEMO = [{"role": "user", "content": "Demo"}, {"role": "assistant", "content": "x"}]
+
+
+def test_prompts_in_two_parts_or_in_the_context_are_refused_all_at_once() -> None:
+    train = [example(f"Hello  {i}", f"t:{i}") for i in range(8)]
+    test = [example(f"hello {i}", f"e:{i}") for i in range(1, 8)]
+    check_disjoint({"train": train * 2, "test": []}, {"": DEMO})
+    with pytest.raises(InputError) as refused:
+        check_disjoint({"train": [example("demo", "t:9"), *train], "test": test}, {"": DEMO})
+    assert str(refused.value) == (
+        "training, validation and test prompts must be disjoint from each other and from the "
+        "context's demonstrations, got 8 overlaps: t:9 is demonstration 1 of the context ('demo'); "
+        "e:1 is t:1 ('hello 1'); e:2 is t:2 ('hello 2'); e:3 is t:3 ('hello 3'); "
+        "e:4 is t:4 ('hello 4'); and 3 more; remove one of each"
+    )
+
+
+def test_overlaps_are_judged_a_context_at_a_time() -> None:
+    contexts = {"de": DEMO, "en": CONTEXT[""]}
+    train = [example("Sky?", "t:1", context="de"), example("Demo", "t:2", context="en")]
+    check_disjoint({"train": train, "test": [example("Sky?", "e:1", context="en")]}, contexts)
+    with pytest.raises(InputError, match=r"1 overlap: e:1 is t:1 \('Sky\?'\)"):
+        check_disjoint({"train": train, "test": [example("Sky?", "e:1", context="de")]}, contexts)
+
+
+def test_a_demonstration_is_its_own_contexts() -> None:
+    contexts = {"de": DEMO, "en": CONTEXT[""]}
+    check_disjoint({"train": [example("Demo", "t:1", context="en")]}, contexts)
+    with pytest.raises(InputError, match="t:1 is demonstration 1 of the context"):
+        check_disjoint({"train": [example("Demo", "t:1", context="de")]}, contexts)
+
+
+def test_what_stands_before_a_prompt_makes_it_another_one() -> None:
+    before = ({"role": "system", "content": "Today is Monday."},)
+    dated = example("Sky?", "e:1", before=before)
+    check_disjoint({"train": [example("Sky?", "t:1")], "test": [dated]}, CONTEXT)
+    with pytest.raises(InputError, match="e:2 is demonstration 1 of the context"):
+        check_disjoint({"test": [example("demo", "e:2", before=before)]}, {"": DEMO})
+
+
+def test_equal_prompts_have_equal_answers() -> None:
+    check_answers([example("a", "e:1", "x", "y"), example("a ", "e:2", "y", "x")])
+    check_answers([example("Polish", "e:1", "nation"), example("polish", "e:2", "shine")])
+    check_answers([example("a", "e:1", "x", context="de"), example("a", "e:2", "y", context="en")])
+    with pytest.raises(InputError) as refused:
+        check_answers([example("a", "e:1", "x"), example("a", "e:2", "y")])
+    assert str(refused.value) == (
+        "equal prompts must have equal answers, got 1 contradiction: e:2 ['y'] and e:1 ['x'] "
+        "('a'); correct one of each, or accept both in a list"
+    )
+
+
+@pytest.mark.parametrize("part", ["validation_data", "eval_data"])
+def test_contradictions_are_found_in_a_runs_files(settings: dict, part: str) -> None:
+    read_task_files(TrainConfig(**settings))
+    with Path(settings[part]).open("a") as file:
+        file.write('{"prompt": "kiwi", "answer": "k"}\n{"prompt": "kiwi", "answer": "w"}\n')
+    with pytest.raises(InputError, match="got 1 contradiction"):
+        read_task_files(TrainConfig(**settings))
 
 
 def test_several_contexts_have_names_that_every_row_must_use(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Answer in German."}]
     text = json.dumps({"de": messages, "en": " Answer in English. "})
-    contexts = read_contexts(write(tmp_path / "c.json", text))
+    contexts, _ = read_contexts(write(tmp_path / "c.json", text))
     assert contexts["de"] == messages
     assert contexts["en"] == [{"role": "system", "content": "Answer in English."}]
 
     def rows(*records: dict) -> dict:
         lines = "\n".join(map(json.dumps, records))
-        return {"train": read_examples(write(tmp_path / "p.jsonl", lines), False)}
+        return {"train": read_examples(write(tmp_path / "p.jsonl", lines), False, contexts)[0]}
 
     named = rows({"prompt": "a", "context": "de"}, {"prompt": "b", "context": "en"})
     assert [e.context for e in named["train"]] == ["de", "en"]
@@ -139,5 +156,8 @@ def test_several_contexts_have_names_that_every_row_must_use(tmp_path: Path) -> 
         check_contexts(rows({"prompt": "a", "context": "fr"}), contexts)
     with pytest.raises(InputError, match=r'there must be no "context", got \'de\'; leave it out'):
         check_contexts(rows({"prompt": "a", "context": "de"}), {"": messages})
+    passage = "The sky is blue by day and black at night."
+    with pytest.raises(InputError, match="text that a request is about belongs into its prompt"):
+        check_contexts(rows({"prompt": "a", "context": passage}), {"": messages})
     with pytest.raises(InputError, match=r'"context" must be the name of one, got 3'):
         rows({"prompt": "a", "context": 3})

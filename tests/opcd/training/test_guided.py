@@ -251,6 +251,23 @@ def test_stored_completions_are_trained_on(settings: dict) -> None:
         assert episode.origin == "guided"
 
 
+def test_rows_of_a_fine_tuning_file_are_stored_completions(settings: dict) -> None:
+    """Its system message is the context; the assistant's message is the completion."""
+
+    def openai(rows: list) -> None:
+        for row in rows:
+            turns = [("system", "Answer with one letter."), ("user", row.pop("prompt"))]
+            turns.append(("assistant", row.pop("completion")))
+            row["messages"] = [{"role": role, "content": text} for role, text in turns]
+
+    config = TrainConfig(**settings, guided_share=1.0, guided_completions=stored(settings))
+    plain = prepare(config, True).stored
+    stored(settings, openai)
+    assert prepare(config, True).stored == plain
+    assert plain is not None
+    assert len(plain) == 12
+
+
 def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path) -> None:
     d = distiller(settings, guided_share=1.0)
     first = d.rollout()
@@ -272,8 +289,8 @@ def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path
         (lambda rows: rows[2].update(completion_token_ids=[5, 300]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion_token_ids=[5, "a"]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion="long " * 9), "at most max_completion_tokens 8"),
-        (lambda rows: rows[2].update(messages=5), r"none for .*prompts.jsonl:3"),
-        (lambda rows: rows[2].update(context=["a"]), r"none for .*prompts.jsonl:3"),
+        (lambda rows: rows[2].update(messages=5), "either .prompt. or .messages."),
+        (lambda rows: rows[2].update(context=["a"]), ".context. must be the name of one"),
         (lambda rows: rows[2].update(key=["a"]), '"key" must be a number'),
     ],
 )

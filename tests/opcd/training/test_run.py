@@ -351,6 +351,33 @@ def test_a_resumed_run_must_see_the_same_prompts(
     assert losses(settings["output_dir"]) == before
 
 
+def test_a_resumed_run_must_choose_by_the_same_validation_data(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    """Another prompt or another answer would leave the best checkpoint of before standing."""
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    data = Path(settings["validation_data"])
+    kept = data.read_text()
+    for old, new in (("pear", "peach"), ('"answer": "p"', '"answer": "q"')):
+        assert old in kept
+        data.write_text(kept.replace(old, new))
+        for more in (["--steps=8"], []):  # from a checkpoint, and a finished run
+            capsys.readouterr()
+            assert main(["train", "--config", config, "--resume", *more]) == 2
+            message = capsys.readouterr().err
+            assert "by the validation data it was started with" in message
+            assert f"restore '{data}', or start another output_dir" in message
+    data.write_text(kept)
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    file = Path(settings["output_dir"]) / "final" / "selection.json"
+    selection = json.loads(file.read_text())
+    del selection["selection_fingerprint"]  # a run of before it was kept
+    file.write_text(json.dumps(selection))
+    data.write_text(kept.replace("pear", "peach"))
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+
+
 def test_a_damaged_checkpoint_is_named(settings: dict, capsys: pytest.CaptureFixture) -> None:
     config = write_config(settings)
     assert main(["train", "--config", config]) == 0

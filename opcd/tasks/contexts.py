@@ -1,0 +1,108 @@
+"""Contexts: what only the teacher sees, as chat messages."""
+
+from pathlib import Path
+from typing import Any
+
+from opcd.errors import InputError
+from opcd.tasks.messages import NO_TOOLS, Message, check_unicode, read_messages
+from opcd.tasks.records import parse_json, read_text
+
+TEXTS = (".txt", ".md")
+
+
+def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
+    """The contexts as chat messages by name, one alone as ""; and remarks on how they were read.
+
+    .txt and .md are one system message. .json is a list of messages; ``{"messages": [...]}`` and
+    whatever else is in the body of an OpenAI request, whose last user message is left out; or
+    several contexts: ``{"name": [messages], "other": "a system message"}``.
+
+    Raises InputError for a missing or empty file, another suffix, broken JSON or an unknown role.
+    """
+    suffix = Path(path).suffix.lower()
+    if Path(path).is_file() and suffix not in (*TEXTS, ".json"):
+        raise InputError(
+            f"context must be a .txt, .md (one system message) or .json file (a list of chat "
+            f"messages), got {path!r}; rename or convert it"
+        )
+    text = read_text(path, "context")
+    if suffix in TEXTS:
+        return {"": [_system(text, path)]}, []
+    value = parse_json(text, path, "context")
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        messages, remarks = _request(value, path)
+        return {"": messages}, remarks
+    if isinstance(value, dict) and "model" in value and {"input", "instructions"} & set(value):
+        raise InputError(
+            f'{path}: a request must have "messages", got {", ".join(sorted(value))}; write its '
+            f'instructions as {{"messages": [{{"role": "system", "content": "..."}}]}}'
+        )
+    if not isinstance(value, dict):
+        messages, remarks = _context(value, path)
+        return {"": messages}, remarks
+    if set(value) <= {"role", "content"} and value:
+        raise InputError(
+            f"{path}: a context must be a list of messages, got one message alone; put it in "
+            f"brackets: [{{...}}]"
+        )
+    if not value or not all(name and name == name.strip() for name in value):
+        raise InputError(
+            f"{path}: several contexts must have a name each, without spaces around it, got "
+            f'names {sorted(value)}; write {{"name": [messages], ...}}'
+        )
+    found = {name: _context(given, f"{path}: {name}") for name, given in value.items()}
+    remarks = [remark for _, remarks in found.values() for remark in remarks]
+    return {name: messages for name, (messages, _) in found.items()}, remarks
+
+
+def _request(body: dict[str, Any], path: str) -> tuple[list[Message], list[str]]:
+    """The context of a request: its messages up to the last one, which is the request itself."""
+    for key in ("tools", "functions", "tool_choice"):
+        if body.get(key):
+            raise InputError(
+                f'{path}: a context must be text, got a request with "{key}": {NO_TOOLS}; remove '
+                f"it if the prompt works without"
+            )
+    given = body["messages"]
+    if body.get("system"):  # where Anthropic's requests have it
+        given = [{"role": "system", "content": body["system"]}, *given]
+    messages, notes = read_messages(given, path)
+    if settings := sorted(set(body) - {"messages", "system"}):
+        notes = [f"settings left out: {', '.join(settings)}", *notes]
+    if messages[-1]["role"] == "user":
+        messages.pop()
+        notes = ["the last user message is the request and was left out", *notes]
+    if not messages:
+        raise InputError(
+            f"{path}: a context must hold more than the request, got one user message alone; add "
+            f"the system message"
+        )
+    return messages, _remarks(path, notes)
+
+
+def _context(value: Any, source: str) -> tuple[list[Message], list[str]]:
+    if isinstance(value, str) and value.strip():
+        return [_system(value, source)], []
+    messages, notes = read_messages(value, source)
+    if messages[-1]["role"] == "user":
+        raise InputError(
+            f"{source}: a context must end with a system or an assistant message, so that the "
+            f"prompt can follow it, got a user message at the end; remove it or add the answer "
+            f"to it"
+        )
+    return messages, _remarks(source, notes)
+
+
+def _system(text: str, source: str) -> Message:
+    text = text.strip()
+    check_unicode(text, source)
+    if len(text.split()) == 1 and Path(text).suffix.lower() in (*TEXTS, ".json"):
+        raise InputError(
+            f"{source}: a context must be the text itself, got the name of a file, {text!r}; "
+            f"write what stands in it"
+        )
+    return {"role": "system", "content": text}
+
+
+def _remarks(source: str, notes: list[str]) -> list[str]:
+    return [f"{Path(source).name}: {'; '.join(notes)}"] if notes else []

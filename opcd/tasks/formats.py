@@ -1,0 +1,231 @@
+"""One row of data, in any of the forms that people have, to a request and what answers it.
+
+Plain: ``{"prompt": text}``, ``{"messages": [...]}``. Also OpenAI's fine-tuning rows (the assistant
+last) and batch rows (``body``), TRL's (``prompt`` and ``completion`` as messages), ShareGPT's
+(``conversations``), Alpaca's (``instruction``, ``input``, ``output``), and ``question``.
+"""
+
+from typing import Any, NamedTuple
+
+from opcd.errors import InputError
+from opcd.tasks.messages import NO_TOOLS, Message, check_unicode, read_messages
+from opcd.tasks.records import Record
+
+REQUESTS = (
+    "prompt",
+    "messages",
+    "conversations",
+    "conversation",
+    "body",
+    "instruction",
+    "question",
+)
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = ("answer", "answers", "label")
+COMPLETIONS = ("completion", "response", "output")
+# Columns that look like one of these by another name, and what that is.
+OTHER_NAMES = {
+    "input": "prompt",
+    "query": "prompt",
+    "history": "messages",
+    "target": "answer",
+    "labels": "answer",
+    "expected": "answer",
+    "expected_output": "answer",
+    "ideal": "answer",
+    "gold": "answer",
+    "ground_truth": "answer",
+    "reference": "answer",
+    "reference_answer": "answer",
+    "solution": "answer",
+    "chosen": "completion",
+    "rejected": "completion",
+}
+TOOLS = {"tools", "functions", "function_call", "tool_choice", "tool_calls"}
+MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos"}
+# Settings of a request that are not its text.
+BATCH = {"custom_id", "method", "url"}
+LAST_MESSAGE = "the last assistant message"
+
+
+class Row(NamedTuple):
+    """What a row means."""
+
+    form: str  # whose form it is; "" for the plain ones
+    messages: list[Message]  # the request, which ends with the user's message
+    answers: tuple[str, ...]  # from a column for them
+    completion: str  # a whole answer; "" where there is none
+    origin: str  # where the completion was found
+    context: str  # the name of its context
+    notes: list[str]  # how the request was read, for people
+    answer_notes: list[str]  # and how the answers were
+    unused: list[str]  # columns with no meaning here
+
+
+def read_row(record: Record, source: str) -> Row:
+    """What a row means. Raises InputError where that is not clear or not supported."""
+    given = {key: value for key, value in record.items() if value is not None}
+    _check_columns(given, source)
+    found = [name for name in REQUESTS if name in given]
+    if len(found) != 1:
+        raise InputError(
+            f'{source}: must have either "prompt" or "messages", got keys {sorted(record)}; '
+            f"name the user's message one way"
+        )
+    name = found[0]
+    answered = [key for key in COMPLETIONS if str(given.get(key, "")).strip()]
+    form, messages, notes = _request(name, given, source)
+    completion, origin = "", ""
+    if messages[-1]["role"] == "assistant":
+        completion, origin = messages.pop()["content"], LAST_MESSAGE
+        form = form or "OpenAI"
+        answered.append(LAST_MESSAGE)
+    if len(answered) > 1:
+        raise InputError(
+            f"{source}: a row must have one completion, got {' and '.join(answered)}; remove the "
+            f"one that is not meant"
+        )
+    if answered and not completion:
+        origin = f'"{answered[0]}"'
+        completion = _completion(given[answered[0]], answered[0], source)
+    if not messages or messages[-1]["role"] != "user":
+        raise InputError(
+            f"{source}: the last message must be the user's, or the one answer behind it, got "
+            f"roles {', '.join(m['role'] for m in messages) or 'assistant'}; the model writes the "
+            f"answer"
+        )
+    messages = _with_system(messages, given, source)
+    if name == "messages" and messages[0]["role"] == "system":
+        form = "OpenAI"
+    answers, spelled = _answers(given, source)
+    context = given.get("context", "")
+    if not isinstance(context, str) or ("context" in given and not context.strip()):
+        raise InputError(f'{source}: "context" must be the name of one, got {context!r:.80}')
+    known = {*REQUESTS, *SYSTEMS, *ANSWERS, *COMPLETIONS, "context", "input"}
+    unused = sorted(set(given) - known - (BATCH if name == "body" else set()))
+    if name == "body":
+        unused += [f"body.{key}" for key in sorted(set(given["body"]) - {"messages", *SYSTEMS})]
+    return Row(form, messages, answers, completion, origin, context, notes, spelled, unused)
+
+
+def _check_columns(given: Record, source: str) -> None:
+    """Raise InputError for columns whose meaning is not supported, or clear only with a name."""
+    for key, value in given.items():
+        if key in TOOLS and value:
+            raise InputError(f'{source}: a row must be text, got "{key}": {NO_TOOLS}; remove it')
+        if key in MEDIA and value:
+            raise InputError(
+                f'{source}: a row must be text, got "{key}", and images and sounds are not '
+                f"supported; leave that row out"
+            )
+        if key in OTHER_NAMES and value and not (key == "input" and "instruction" in given):
+            raise InputError(
+                f'{source}: got a column "{key}", which has no meaning here; rename it to '
+                f'"{OTHER_NAMES[key]}" if it is that, else remove it'
+            )
+
+
+def _request(name: str, given: Record, source: str) -> tuple[str, list[Message], list[str]]:
+    """Whose form it is, its messages, and how they were read."""
+    value = given[name]
+    if name == "instruction":
+        return _alpaca(value, given.get("input", ""), source)
+    if name in ("prompt", "question") and not isinstance(value, list):
+        notes = [] if name == "prompt" else ['"question" is the prompt']
+        return "", [{"role": "user", "content": _text(value, name, source)}], notes
+    if name == "body":
+        if not isinstance(value, dict) or "messages" not in value:
+            raise InputError(
+                f'{source}: "body" must be a request with "messages", got {str(value)[:60]!r}'
+            )
+        if key := next((key for key in TOOLS if value.get(key)), None):
+            raise InputError(
+                f'{source}: a request must be text, got "{key}": {NO_TOOLS}; leave that row out'
+            )
+        messages, notes = read_messages(value["messages"], source)
+        return "OpenAI batch", _with_system(messages, value, source), notes
+    messages, notes = read_messages(value, source)
+    form = {"prompt": "TRL", "messages": "", "question": ""}.get(name, "ShareGPT")
+    return form, messages, notes
+
+
+def _alpaca(instruction: Any, more: Any, source: str) -> tuple[str, list[Message], list[str]]:
+    text = _text(instruction, "instruction", source)
+    if not more:
+        return "Alpaca", [{"role": "user", "content": text}], []
+    text = f"{text}\n\n{_text(more, 'input', source)}"
+    notes = ["instruction and input joined by a blank line"]
+    return "Alpaca", [{"role": "user", "content": text}], notes
+
+
+def _with_system(messages: list[Message], given: Record, source: str) -> list[Message]:
+    """With the system message that stands in a column of its own in front."""
+    texts = [_text(given[key], key, source) for key in SYSTEMS if given.get(key)]
+    if messages[0]["role"] == "system":
+        texts.append(messages[0]["content"])
+    if len(set(texts)) > 1:
+        raise InputError(
+            f"{source}: a row must have one system message, got {len(texts)}; merge them into one"
+        )
+    if not texts or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": texts[0]}, *messages]
+
+
+def _completion(value: Any, name: str, source: str) -> str:
+    """Text, or one assistant message."""
+    if isinstance(value, list):
+        messages, _ = read_messages(value, source)
+        if [m["role"] for m in messages] != ["assistant"]:
+            raise InputError(
+                f'{source}: "{name}" must be text or one assistant message, got roles '
+                f"{', '.join(m['role'] for m in messages)}; put the turns before it into the prompt"
+            )
+        return messages[0]["content"]
+    return _text(value, name, source)
+
+
+def _answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:
+    """The accepted answers as text, and how they were read."""
+    found = [name for name in ANSWERS if name in given]
+    if len(found) > 1:
+        raise InputError(
+            f"{source}: the accepted answers must stand in one column, got {' and '.join(found)}; "
+            f'put them into "answer", as a list'
+        )
+    if not found:
+        return (), []
+    name = found[0]
+    values = given[name] if isinstance(given[name], list) else [given[name]]
+    plain = str if name == "label" else (str, int, float)  # a label's number is a class or a vote
+    if not all(isinstance(value, plain) for value in values):
+        kinds = "text" if name == "label" else "a string, a number, true, false or a list of them"
+        raise InputError(
+            f'{source}: "{name}" must be {kinds}, got {str(given[name])[:60]}; write what the '
+            f"model should answer"
+        )
+    answers = tuple(map(_spelled, values))
+    for answer in answers:
+        if not answer.strip():
+            raise InputError(
+                f'{source}: an "{name}" must not be blank, got {given[name]!r}; remove it, or '
+                f'write a word for it, like "none", that the context asks for'
+            )
+        check_unicode(answer, source)
+    notes = [] if name == "answer" else [f'"{name}" is the answer']
+    if any(not isinstance(value, str) for value in values):
+        notes.append("numbers, true and false are answers as text")
+    return answers, notes
+
+
+def _spelled(value: str | int | float) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def _text(value: Any, name: str, source: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f'{source}: "{name}" must be a non-empty string, got {value!r:.80}')
+    check_unicode(value, source)
+    return value

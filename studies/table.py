@@ -1,0 +1,73 @@
+"""The results of a study as Markdown tables, one a stage.
+
+python -m studies.table studies/results/guided.jsonl
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from studies.run import BEFORE, read
+
+Rows = Sequence[dict[str, Any]]
+
+
+def main() -> int:
+    by_stage: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read(Path(sys.argv[1])):
+        by_stage[row["stage"]].append(row)
+    for stage, rows in by_stage.items():
+        print(f"\n## {stage}\n\n{table(rows)}")
+    return 0
+
+
+def table(rows: Rows) -> str:
+    """A line for each cell, two columns for each task: what was reached, and seconds."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [
+        f"| | {' | '.join(f'{task} | s' for task in tasks)} |",
+        "|---|" + "---|" * 2 * len(tasks),
+    ]
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        cells = []
+        for task in tasks:
+            found = [r for r in rows if (r["cell"], r["task"]) == (cell, task)]
+            cells += [reached(found), seconds(found)] if found else ["", ""]
+        lines.append(f"| {cell} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reached(rows: Rows) -> str:
+    """Mean and range over seeds: test data where they were answered, else the last validation."""
+    if rows[0]["cell"] == BEFORE:
+        column = rows[0]["test"]["prompted"]
+        return f"prompted {column['accuracy']:.1%}{rates([column])}"
+    if "test" not in rows[0]:
+        curves = [[f"{v['accuracy']:.1%}" for v in row["validation"]] for row in rows]
+        return "; ".join(", ".join(curve) for curve in curves)
+    columns = [row["test"]["alone"] for row in rows]
+    values = [column["accuracy"] for column in columns]
+    spread = f" ({min(values):.1%} – {max(values):.1%})" if len(values) > 1 else ""
+    back = fmean(row["test"]["prompted"]["accuracy"] for row in rows)
+    return f"{fmean(values):.1%}{spread}{rates(columns)}; prompt given back {back:.1%}"
+
+
+def rates(columns: Rows) -> str:
+    """The mean rate of each class, where they are few."""
+    if not columns[0]["class_rates"]:
+        return ""
+    names = columns[0]["class_rates"]
+    means = {name: fmean(c["class_rates"][name] for c in columns) for name in names}
+    return f" [{', '.join(f'{name} {mean:.0%}' for name, mean in means.items())}]"
+
+
+def seconds(rows: Rows) -> str:
+    """Median time of training, in seconds."""
+    return f"{median(row['train_s'] for row in rows):.0f}" if "train_s" in rows[0] else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
