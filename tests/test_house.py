@@ -15,7 +15,7 @@ FLOORS = (
     {"errors", "opcd_kernels"},
     {"episodes"},
     {"models", "runtime"},
-    {"config", "objective"},
+    {"config", "objective", "scoring"},
     {"passes"},
     {"rollouts", "student_loss", "tasks", "teacher"},
     {"evaluation"},

@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from opcd.evaluation.contenders import Answer, Contender
-from opcd.tasks.reasoning import split_thought
-from opcd.tasks.scorers import Score, Scorer
+from opcd.scoring.reasoning import split_thought
+from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.task import Case
 
 

@@ -1,4 +1,4 @@
-"""What is distilled, and how it is judged.
+"""What is distilled: contexts, prompts and labelled examples, as people have them and as token ids.
 
 prepare     START HERE: everything that can be wrong before weights are loaded
 task        all of a run's prompts, rendered, and the scorer
@@ -11,10 +11,5 @@ control     special tokens that data spell
 stored      completions of training prompts from a file
 chat        messages to token ids, with and without the context
 template    a tokenizer's chat template, judged by what it writes
-scorers     when an answer counts
 gold        the accepted answers held against the scorer
-reasoning   a completion's thought and its answer
-texts       when two texts say the same, in any script
-numerals    the numbers in a text
-choices     the letters that an answer claims
 """

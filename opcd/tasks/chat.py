@@ -6,9 +6,9 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
+from opcd.scoring.reasoning import MARKS, opened_thought
 from opcd.tasks.data import Example
 from opcd.tasks.messages import Message
-from opcd.tasks.reasoning import MARKS, opened_thought
 from opcd.tasks.template import REQUEST, Template
 
 APART = "\n\n"  # between texts that share a message

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from opcd.errors import InputError
+from opcd.scoring.reasoning import split_thought
 from opcd.tasks.formats import Row, read_row
 from opcd.tasks.messages import Message
-from opcd.tasks.reasoning import split_thought
 from opcd.tasks.records import read_records
 
 Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from opcd.errors import InputError
+from opcd.scoring.scorers import Scorer
 from opcd.tasks.data import Example
-from opcd.tasks.scorers import Scorer
 
 
 def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:

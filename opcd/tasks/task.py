@@ -11,6 +11,7 @@ from opcd.config import TrainConfig
 from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
+from opcd.scoring.scorers import Scorer, load_scorer
 from opcd.tasks.chat import Chat, check_lengths
 from opcd.tasks.contexts import read_contexts
 from opcd.tasks.data import (
@@ -22,7 +23,6 @@ from opcd.tasks.data import (
 )
 from opcd.tasks.gold import check_gold
 from opcd.tasks.messages import Message
-from opcd.tasks.scorers import Scorer, load_scorer
 
 
 class Case(NamedTuple):

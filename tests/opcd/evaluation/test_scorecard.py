@@ -19,8 +19,8 @@ from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
 from opcd.rollouts.protocol import Rollout, SamplingParams
 from opcd.runtime.progress import Progress
+from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.prepare import Setup, prepare
-from opcd.tasks.scorers import Score, Scorer
 from opcd.tasks.task import Case
 from opcd.training.run import evaluate_run, train
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from opcd.errors import InputError
+from opcd.scoring.scorers import Score, Scorer, load_scorer
 from opcd.tasks.data import Example
 from opcd.tasks.gold import check_gold
-from opcd.tasks.scorers import Score, Scorer, load_scorer
 
 
 def examples(*answers: str) -> list[Example]:

@@ -2,7 +2,7 @@
 
 import re
 
-from opcd.tasks.texts import bare, normalised
+from opcd.scoring.texts import bare, normalised
 
 _CAPITALS = "A-ZΑ-ΩА-Я"
 _WORD = "A-Za-zÀ-ɏͰ-ԯ\\d_'"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opcd.errors import InputError
-from opcd.tasks.scorers import load_scorer
+from opcd.scoring.scorers import load_scorer
 
 LABEL = r"regex:label=(\w+)"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opcd.tasks.reasoning import opened_thought, split_thought
+from opcd.scoring.reasoning import opened_thought, split_thought
 
 CHANNEL = "<|channel|>"
 

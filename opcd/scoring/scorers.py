@@ -15,10 +15,10 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
-from opcd.tasks.choices import claimed, letter
-from opcd.tasks.numerals import numerals, only_numeral
-from opcd.tasks.reasoning import split_thought
-from opcd.tasks.texts import bare, folded, holds, normalised
+from opcd.scoring.choices import claimed, letter
+from opcd.scoring.numerals import numerals, only_numeral
+from opcd.scoring.reasoning import split_thought
+from opcd.scoring.texts import bare, folded, holds, normalised
 
 
 class Score(NamedTuple):
