@@ -67,6 +67,12 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
             if share is None
             else f"internalised: {share:.1%} of what the prompt gained is now in the weights"
         )
+    cut = card["contenders"]["prompted"]["truncated_share"]
+    if cut > 0.5:
+        facts.append(
+            f"{cut:.0%} of the prompted answers were cut: raise max_completion_tokens, or look at "
+            f"what ends an answer (the plan above says it)"
+        )
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
         f"divergence to the teacher on {card['divergence']['prompts']} held-out prompts: "

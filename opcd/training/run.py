@@ -17,6 +17,7 @@ from opcd.evaluation.report import read_metrics
 from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.adapter import lora_coverage
+from opcd.models.lm import eos_token_ids
 from opcd.runtime.files import free_name, make_folder, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -272,12 +273,18 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
         f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
         f"{plan.backend} ({plan.reason})\n"
         f"without   {setup.chat.stand_in[-100:]!r} stands in front of a request\n"
+        f"answers   end with {_ends(setup, distiller)} or at {config.max_completion_tokens} tokens\n"
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)\n"
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts" + "".join(f"\n{line}" for line in _notes(setup))
     )
+
+
+def _ends(setup: Setup, distiller: Distiller) -> str:
+    ids = eos_token_ids(distiller.student)
+    return ", ".join(map(str, setup.tokenizer.convert_ids_to_tokens(ids)))
 
 
 def _notes(setup: Setup) -> list[str]:

@@ -237,6 +237,15 @@ def test_what_people_read(scored: Scored) -> None:
     assert "✓ distilled  a" in shown
 
 
+def test_a_prompt_whose_answers_are_cut_is_said(scored: Scored) -> None:
+    column = scored.card["contenders"]["prompted"]
+    for share, said in ((0.5, False), (0.96, True)):
+        column["truncated_share"] = share
+        facts = scorecard_facts(scored.card)
+        assert any("of the prompted answers were cut" in fact for fact in facts) is said
+    assert "96% of the prompted answers were cut: raise max_completion_tokens" in " ".join(facts)
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
