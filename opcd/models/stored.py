@@ -225,7 +225,7 @@ def _once_each(state: dict[str, Tensor], on_meta: bool) -> dict[str, Tensor]:
         if ".lora_" not in name:
             key = tensor.data_ptr(), tensor.shape
             one = kept.setdefault(key, tensor.to("meta") if on_meta else tensor)
-            found[name.replace(".base_layer.", ".")] = one
+            found[name.replace("base_layer.", "")] = one
     return found
 
 

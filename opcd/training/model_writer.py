@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
 from opcd.models.stored import GENERATION_CONFIG, StoredModel
 from opcd.runtime.files import write_json
@@ -64,10 +65,16 @@ class ModelWriter:
             write_json(folder / GENERATION_CONFIG, settings | {"eos_token_id": ids})
 
     def rehearse(self, folder: Path) -> None:
-        """Write the small files once, and throw them away: what fails then fails early."""
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
-            self.write_small(Path(aside))
+        """Write the small files once, and throw them away. Raises InputError if that fails."""
+        try:
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+                self.write_small(Path(aside))
+        except OSError as error:
+            raise InputError(
+                f"the files of {self.base.name!r} must be copied to {str(folder)!r}, got {error}; "
+                f"make them readable, or choose another output_dir"
+            ) from error
 
     def _write_index(self, folder: Path, size: int | None) -> None:
         name = "model.safetensors.index.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import CHATML, tiny_tokenizer
@@ -135,6 +136,8 @@ def publish(name: str, folder: Path) -> Path:
             file.rename(folder / file.name)
         shutil.rmtree(folder / "saved")
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    if name == "gemma3-multimodal":
+        _name_as_published(folder / "model.safetensors")
     tiny_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     write_json(folder / "special_tokens_map.json", special)
@@ -144,6 +147,13 @@ def publish(name: str, folder: Path) -> Path:
     (folder / "tokenizer.model").write_bytes(b"\x0a\x05not a real one")
     (folder / "LICENSE").write_text("do as you like\r\n")
     return folder
+
+
+def _name_as_published(file: Path) -> None:
+    """Gemma 3's vision tower under the names that transformers 4 gave it."""
+    inner = "vision_tower.vision_model."
+    renamed = {k.replace("vision_tower.", inner): t for k, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -20,6 +20,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models import builtin
 from opcd.models.by_name import load_config, load_model
+from opcd.models.lm import stop_at
 from opcd.models.stored import StoredModel
 from opcd.runtime.files import write_folder
 from opcd.tasks.prepare import prepare
@@ -100,7 +101,9 @@ def test_the_bases_are_of_the_kinds_that_they_are_named_for(tmp_path: Path) -> N
     expert = "model.layers.0.mlp.experts.3.down_proj.weight"
     assert ("model.safetensors", expert) in tensors(moe)
     gemma = publish("gemma3-multimodal", tmp_path / "gemma")
-    assert any("vision_tower" in key for _, key in tensors(gemma))
+    patches = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    assert ("model.safetensors", patches) in tensors(gemma)
+    assert ("model.safetensors", "language_model.model.norm.weight") in tensors(gemma)
 
 
 def test_bin_files_become_safetensors(settings: dict, tmp_path: Path) -> None:
@@ -199,15 +202,17 @@ def test_the_adapter_lies_beside_the_merged_model(settings: dict, tmp_path: Path
 def test_sampling_settings_that_transformers_would_not_write(
     settings: dict, tmp_path: Path, lora_rank: int
 ) -> None:
-    """As Llama 2 ships them; save_pretrained raises for them, after all steps."""
+    """A temperature without do_sample, as Llama 2 ships it: read, and refused when written."""
     base = publish("llama-default", tmp_path / "base")
-    odd = {"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}
-    write_json(base / "generation_config.json", odd | {"do_sample": False})
-    with pytest.raises(ValueError, match="invalid"):
-        AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "saved")
+    odd = {"eos_token_id": 0, "temperature": 0.9, "top_p": 0.6}
+    write_json(base / "generation_config.json", odd)
+    model = load_model(str(base), "auto")
+    stop_at(model, 1)
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.save_pretrained(tmp_path / "saved")
     final = run_of(settings, model=str(base), lora_rank=lora_rank)
-    for file in ("generation_config.json", "config.json", "tokenizer_config.json"):
-        assert (final / file).read_bytes() == (base / file).read_bytes()
+    written = json.loads((final / "generation_config.json").read_text())
+    assert written == odd | {"eos_token_id": [0, 1]}
 
 
 def test_what_cannot_be_written_fails_before_the_first_step(
