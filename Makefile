@@ -5,15 +5,17 @@
 # make bench   what the benchmarks can measure on this machine; SAVE=name keeps it
 # make bench-compare   the same, held against what is stored for this device; RUN=file.json takes a run
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
+# make test-export   exports read by transformers 4.57, in an environment of its own
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ELSEWHERE := .venv-export
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
-.PHONY: demo test check fix bench bench-compare kernels test-gpu clean
+.PHONY: demo test check fix bench bench-compare kernels test-export test-gpu clean
 
 demo: $(call READY,train)
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
@@ -40,6 +42,18 @@ bench-compare: $(call READY,bench)
 kernels: $(call READY,dev)
 	$(BIN)/python -m benchmarks.compiled_kernels
 
+test-export: $(call READY,test) $(ELSEWHERE)/export.ok
+	rm -rf build/exported
+	mkdir -p build/exported
+	$(BIN)/python -m tests.export_elsewhere write build/exported
+	$(ELSEWHERE)/bin/python tests/export_elsewhere.py read build/exported
+
+$(ELSEWHERE)/export.ok:
+	$(if $(filter $(VENV)/bin,$(BIN)),$(PYTHON),$(BIN)/python) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/python -m pip install --quiet torch==2.13.0
+	$(ELSEWHERE)/bin/python -m pip install --quiet "transformers==4.57.*"
+	touch $@
+
 test-gpu: $(call READY,dev)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"
 	$(BIN)/python -m pytest -m gpu
@@ -54,4 +68,4 @@ $(VENV)/%.ok: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(ELSEWHERE) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,7 @@ cache: `OPCD_CACHE`, or ~/.cache/opcd.
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -41,6 +43,7 @@ def ensure() -> Path:
     """
     target = cache_dir() / NAME
     if (target / "config.json").is_file():
+        _say_in_both_ways(target)  # what earlier versions converted lacks it
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as folder:
@@ -109,3 +112,29 @@ def _convert(gguf: Path, target: Path) -> None:
     )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    _say_in_both_ways(target)
+    for file in target.iterdir():
+        file.chmod(target.stat().st_mode & 0o666)
+
+
+def _say_in_both_ways(folder: Path) -> None:
+    """Let transformers 4 and what serves with it read the folder as transformers 5 does.
+
+    Rotary frequencies and dtype stand under their names of both releases, and the tokenizer's
+    class is one that both have.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    theta, dtype = config["rope_parameters"]["rope_theta"], config["dtype"]
+    _rewrite(folder / "config.json", config | {"rope_theta": theta, "torch_dtype": dtype})
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _rewrite(folder / "tokenizer_config.json", tokenizer)
+
+
+def _rewrite(file: Path, settings: dict[str, Any]) -> None:
+    """Replace a file at once, if it says something else."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    if file.read_text("utf-8") != text:
+        aside = file.with_name(f".{file.name}-{os.getpid()}")
+        aside.write_text(text, "utf-8")
+        aside.replace(file)

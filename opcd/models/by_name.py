@@ -1,5 +1,6 @@
 """Models and tokenizers from a name: a Hugging Face name, a local folder or the built-in one."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from transformers import (
 from opcd.errors import InputError
 from opcd.models import builtin
 
+ADAPTER_CONFIG = "adapter_config.json"
+_UNLOADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -49,14 +55,37 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_model(name: str) -> str:
-    """A path or hub name that `from_pretrained` takes; the built-in model is fetched."""
+    """A path or hub name that `from_pretrained` takes; the built-in model is fetched.
+
+    Raises InputError for a path that is no folder, and for an adapter without its model.
+    """
     if name == builtin.NAME:
         return str(builtin.ensure())
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if _is_path(name):
+            found = "a file" if folder.exists() else "which is not there"
+            raise InputError(f"model must be a folder, got {name!r}, {found}; check the path")
+        return name
+    if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(
-            f"model must be a folder, got {name!r}, which is not there; check the path"
+            f'model must be whole, got an adapter in {name!r}; merge it first: python -c "from '
+            f"peft import AutoPeftModelForCausalLM as M; M.from_pretrained({name!r})"
+            f".merge_and_unload().save_pretrained('merged')\", put its base's tokenizer files "
+            f"beside it, and pass --model merged"
         )
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return str(folder)
+
+
+def check_trainable(name: str) -> None:
+    """Raise InputError if a model's weights are quantised: they cannot be written as they were."""
+    quantized = getattr(load_config(name), "quantization_config", None)
+    if quantized is not None:
+        method = dict(quantized).get("quant_method", "an unnamed method")
+        raise InputError(
+            f"model must hold weights that can be trained and written again, got {name!r} "
+            f"quantised by {method}; name the unquantised model that it was made from"
+        )
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -91,13 +120,30 @@ def load_model(
 def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(resolve_model(name), **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except ImportError as error:
+        raise InputError(
+            f"the packages that {name!r} needs must be installed, got "
+            f"{' '.join(str(error).split())[:300]}; install them, or name an unquantised model"
+        ) from error
+    except _UNLOADABLE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"model must be a Hugging Face name, a local folder or {builtin.NAME!r}, got "
             f"{name!r}: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only mean a file or folder: hub names are "name" or "owner/name"."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+        or "\\" in name
+        or Path(name).exists()
+        or ("/" in name and Path(name).parent.is_dir())
+    )
 
 
 def _cpu_has_bf16() -> bool:

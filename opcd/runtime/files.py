@@ -12,13 +12,18 @@ from opcd.errors import InputError
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(folder)`` on a folder aside, then put that in the place of `target`.
 
-    What was begun is gone where that fails, and `target` is what it was.
+    What was begun is gone where that fails, and `target` is what it was. Files get the modes that
+    the umask asks for, whoever wrote them.
     """
     aside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         write(aside)
+        mode = aside.stat().st_mode & 0o666
+        for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.by_name import (
+    check_trainable,
     load_config,
     load_model,
     load_tokenizer,
@@ -73,6 +74,8 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     files = read_task_files(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if for_training:
+        check_trainable(config.model)
     tokenizer = load_tokenizer(config.model)
     configs = [load_config(config.model)]
     if config.teacher:

@@ -1,10 +1,11 @@
 """A run: START HERE, in loop.
 
-loop        sample, score, step
-sources     which episodes a step has, and how each is scored
-guided      completions that the prompted teacher wrote, or that came from a file
-build       student, teacher and sampler from a configuration
-run         from a configuration to its scorecard: folder, steps, validation
-checkpoint  complete or absent, never half written
-export      the chosen checkpoint as a model of its own
+loop          sample, score, step
+sources       which episodes a step has, and how each is scored
+guided        completions that the prompted teacher wrote, or that came from a file
+build         student, teacher and sampler from a configuration
+run           from a configuration to its scorecard: folder, steps, validation
+checkpoint    complete or absent, never half written
+export        the chosen checkpoint as a model of its own
+model_writer  models written as the base's own files, with other weights
 """

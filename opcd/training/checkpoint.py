@@ -20,8 +20,10 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.runtime.files import folder_bytes, free_bytes, remove_folder, write_folder
 from opcd.training.loop import Distiller
+from opcd.training.model_writer import ModelWriter
 
 STATE_FILE = "trainer.pt"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DAMAGED = (SafetensorError, pickle.UnpicklingError)
 
 
@@ -35,17 +37,20 @@ def checkpoint_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def save_checkpoint(folder: Path, distiller: Distiller, extra: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, distiller: Distiller, writer: ModelWriter, extra: dict[str, Any]
+) -> Path:
     """Save model, optimizer, number of steps and `extra` as ``folder/step-NNNNNN``.
 
-    Learning rate, data position and what is sampled are functions of the number of steps.
+    A trained model is one that loads by itself, with weights in float32; an adapter is in peft's
+    layout. Learning rate, data position and what is sampled are functions of the number of steps.
 
     Raises InputError if it cannot be written; the checkpoints before it are as they were.
     """
     target = checkpoint_of(folder, distiller.steps_done)
 
     def write(aside: Path) -> None:
-        _save_student(distiller.student, aside)
+        _save_student(distiller.student, writer, aside)
         state = {
             "steps_done": distiller.steps_done,
             "optimizer": distiller.optimizer.state_dict(),
@@ -149,17 +154,17 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _save_student(student: Any, folder: Path) -> None:
+def _save_student(student: Any, writer: ModelWriter, folder: Path) -> None:
     if isinstance(student, PeftModel):
         student.peft_config["default"].save_pretrained(folder)
-        save_file(get_peft_model_state_dict(student), folder / "adapter_model.safetensors")
+        save_file(get_peft_model_state_dict(student), folder / ADAPTER_WEIGHTS)
     else:
-        student.save_pretrained(folder)
+        writer.write(folder, writer.base.names_for(student).get, as_stored=False)
 
 
 def _load_student(student: torch.nn.Module, folder: Path) -> None:
     if isinstance(student, PeftModel):
-        set_peft_model_state_dict(student, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(student, load_file(folder / ADAPTER_WEIGHTS))
         return
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     student.load_state_dict(saved.state_dict())

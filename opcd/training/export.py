@@ -1,23 +1,25 @@
 """The chosen checkpoint as a model of its own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from opcd.models.by_name import load_config, load_model
+from opcd.errors import InputError
+from opcd.models.by_name import ADAPTER_CONFIG, load_model
+from opcd.models.stored import StoredModel
 from opcd.runtime.files import write_folder, write_json
 from opcd.tasks.prepare import Setup
-from opcd.training.checkpoint import checkpoint_of
+from opcd.training.checkpoint import ADAPTER_WEIGHTS, checkpoint_of
+from opcd.training.model_writer import ModelWriter
 
 SELECTION_FILE = "selection.json"
 
 
-def export(setup: Setup, folder: Path, best: dict[str, Any]) -> None:
-    """Write the chosen checkpoint as final/, in the precision the model was stored in.
+def export(setup: Setup, writer: ModelWriter, folder: Path, best: dict[str, Any]) -> None:
+    """Write the chosen checkpoint as final/, and how it was chosen.
 
     A run that was finished before and goes on keeps its final/ where that is still the best.
     """
@@ -39,26 +41,35 @@ def export(setup: Setup, folder: Path, best: dict[str, Any]) -> None:
         )
         write_json(final / SELECTION_FILE, selection)
         return
-    stored = stored_dtype(config.model)
-    if config.lora_rank > 0:
-        base = load_model(config.model, stored)
-        adapter = PeftModel.from_pretrained(base, str(checkpoint))
-        model: PreTrainedModel = adapter.merge_and_unload()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=stored)
 
     def write(aside: Path) -> None:
-        model.save_pretrained(aside)
-        setup.tokenizer.save_pretrained(aside)
+        export_model(writer, checkpoint, aside)
         write_json(aside / SELECTION_FILE, selection)
 
     write_folder(final, write)
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """What a model's weights are stored in."""
-    found: torch.dtype | None = getattr(load_config(name), "dtype", None)
-    return found or torch.float32
+def export_model(writer: ModelWriter, checkpoint: Path, target: Path) -> None:
+    """Write the model of a checkpoint into the folder `target`, as `writer.base` is stored.
+
+    With weights as they were, every file and every tensor equals the base's. An adapter is merged
+    as peft does it, and kept beside, in adapter/.
+    Raises InputError for a checkpoint that does not hold all of the base's tensors.
+    """
+    base = writer.base
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        adapted = PeftModel.from_pretrained(load_model(base.name, base.dtype), str(checkpoint))
+        writer.write(target, base.names_for(adapted.merge_and_unload()).get)
+        _copy_adapter(checkpoint, target / "adapter", base.name)
+        return
+    trained = StoredModel(str(checkpoint))
+    lacking = sorted(base.slots.keys() - trained.slots.keys())
+    if lacking:
+        raise InputError(
+            f"{checkpoint} must hold every tensor of {base.name!r}, but lacks {len(lacking)}, such "
+            f"as {lacking[0]}; it was saved by another version: start another output_dir"
+        )
+    writer.write(target, trained.read)
 
 
 def read_selection(folder: Path) -> dict[str, Any]:
@@ -66,6 +77,15 @@ def read_selection(folder: Path) -> dict[str, Any]:
     file = folder / "final" / SELECTION_FILE
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return found
+
+
+def _copy_adapter(checkpoint: Path, target: Path, base: str) -> None:
+    """An adapter for PeftModel.from_pretrained on `base`."""
+    target.mkdir()
+    settings = json.loads((checkpoint / ADAPTER_CONFIG).read_text("utf-8"))
+    settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    write_json(target / ADAPTER_CONFIG, settings)
+    shutil.copyfile(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
 
 
 def _how(best: dict[str, Any], step: int, steps: int) -> str:

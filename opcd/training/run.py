@@ -18,6 +18,7 @@ from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.adapter import lora_coverage
 from opcd.models.lm import eos_token_ids
+from opcd.models.stored import StoredModel
 from opcd.runtime.files import free_name, make_folder, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -31,8 +32,9 @@ from opcd.training.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from opcd.training.export import export, read_selection, stored_dtype
+from opcd.training.export import export, read_selection
 from opcd.training.loop import Distiller
+from opcd.training.model_writer import ModelWriter
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,10 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         _check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
-        outcome, best = _fit(setup, folder, resume, progress)
+        outcome, best, writer = _fit(setup, folder, resume, progress)
         if outcome.stopped:
             return outcome
-        export(setup, folder, best)  # what was trained is out of memory by now
+        export(setup, writer, folder, best)  # what was trained is out of memory by now
     finish(folder / "checkpoints", config)
     if not config.eval_data:
         return outcome
@@ -148,10 +150,15 @@ def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path
 
 def _fit(
     setup: Setup, folder: Path, resume: bool, progress: Progress
-) -> tuple[Outcome, dict[str, Any]]:
-    """Train to the last step, unless `progress` ends it before; and the best step on validation."""
+) -> tuple[Outcome, dict[str, Any], ModelWriter]:
+    """Train to the last step, unless `progress` ends it before.
+
+    Also returns the best step on validation, and how the run writes models.
+    """
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
     distiller = build_distiller(setup)
+    template = setup.tokenizer.get_chat_template() if config.chat_template else None
+    writer = ModelWriter(StoredModel(config.model), distiller.student, template)
     best: dict[str, Any] = {"step": None}
     saved: set[int] = set()
     if resume and (done := list_checkpoints(checkpoints)):
@@ -165,7 +172,8 @@ def _fit(
             f"restore it, or start another output_dir"
         )
     config.save(folder / "config.yaml")
-    check_room(folder, distiller, _final_bytes(setup, distiller))
+    check_room(folder, distiller, writer.base.nbytes)
+    writer.rehearse(checkpoints)
     progress.say(_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
     write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
@@ -182,7 +190,7 @@ def _fit(
                     metrics = distiller.step()
                 except InputError:
                     if distiller.steps_done not in saved:
-                        save_checkpoint(checkpoints, distiller, extra | {"best": best})
+                        save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     raise
                 stopped = progress.stop()
                 step, last = distiller.steps_done, distiller.steps_done == config.steps
@@ -193,14 +201,14 @@ def _fit(
                         best = {"step": step, **found}
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 if validated or last or stopped or step % config.save_every == 0:
-                    save_checkpoint(checkpoints, distiller, extra | {"best": best})
+                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     saved.add(step)
                     rotate(checkpoints, config.keep_checkpoints, best["step"])
                 progress.part(_note(metrics, best), metrics)
     finally:
         progress.end()
         distiller.engine.close()
-    return Outcome(folder, distiller.steps_done, stopped, None), best
+    return Outcome(folder, distiller.steps_done, stopped, None), best, writer
 
 
 def _check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> None:
@@ -218,11 +226,6 @@ def _check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> No
             f"but prompts, accepted answers or scorer are others than in {where}; restore "
             f"{setup.config.validation_data!r}, or start another output_dir"
         )
-
-
-def _final_bytes(setup: Setup, distiller: Distiller) -> int:
-    size = stored_dtype(setup.config.model).itemsize
-    return size * sum(p.numel() for p in distiller.student.parameters())
 
 
 def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
