@@ -28,7 +28,7 @@ from opcd.training.build import build_distiller
 from opcd.training.checkpoint import save_checkpoint
 from opcd.training.export import export_model
 from opcd.training.model_writer import ModelWriter
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
 from tests.opcd.published import CONFIGS, publish, write_json
 
 IDS = torch.tensor([[0, 70, 80, 90, 100, 110, 120, 130, 140, 150, 160, 170]])
@@ -207,7 +207,7 @@ def test_sampling_settings_that_transformers_would_not_write(
     odd = {"eos_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     write_json(base / "generation_config.json", odd)
     model = load_model(str(base), "auto")
-    stop_at(model, 1)
+    stop_at(model, [1])
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         model.save_pretrained(tmp_path / "saved")
     final = run_of(settings, model=str(base), lora_rank=lora_rank)
@@ -347,3 +347,14 @@ def test_shards_say_what_they_hold(settings: dict, tmp_path: Path) -> None:
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as opened:
                 assert opened.metadata() == {"format": "pt"}
+
+
+def test_a_template_that_was_given_goes_with_the_model(settings: dict, tmp_path: Path) -> None:
+    """And what it ends an answer with ends a completion there, of an adapter's run too."""
+    template = tmp_path / "own.jinja"
+    text = CHATML.replace("<|im_end|>", "<|im_start|>")
+    template.write_text(text, encoding="utf-8")
+    final = run_of(settings, chat_template=str(template), lora_rank=2)
+    assert AutoTokenizer.from_pretrained(final).get_chat_template() == text
+    ends = json.loads((final / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [1, 0]
