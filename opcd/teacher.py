@@ -25,6 +25,7 @@ from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import Plan, find_plan
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache
+from opcd.passes.sequences import Mask, TokenIds, token_lists
 from opcd.passes.staleness import StalePrefixError, WeightsWatch
 
 log = logging.getLogger(__name__)
@@ -106,34 +107,45 @@ class SharedPrefixTeacher:
     @overload
     def score(
         self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
+        prompt_ids: TokenIds,
+        completion_ids: TokenIds,
         contexts: Sequence[str] | None = None,
+        *,
+        prompt_mask: Mask = None,
+        completion_mask: Mask = None,
     ) -> Targets: ...
 
     @torch.no_grad()
     def score(
         self,
-        prompt_ids: Sequence[Episode] | Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Episode] | TokenIds,
+        completion_ids: TokenIds | None = None,
         contexts: Sequence[str] | None = None,
+        *,
+        prompt_mask: Mask = None,
+        completion_mask: Mask = None,
     ) -> Targets:
         """What the teacher makes of episodes: hidden states behind their contexts, and its head.
 
         In short, ``score(prompt_ids, completion_ids, contexts)`` scores completions behind prompts:
         the teacher's, without the prefix; `contexts` names the context of each sequence where there
-        are several. Results come in the order given, whatever the passes.
+        are several. They are lists of token ids (or of tensors, arrays), or padded (B, T) tensors
+        with masks that are 1 on real tokens, pads on either side. Results come in the order given,
+        whatever the passes: of a padded batch ``hidden`` has the rows that its mask marks, in order.
 
         Raises InputError for an empty prompt or completion (each prompt keeps at least one token
-        behind the prefix, which predicts the first completion token), for a context that the
-        teacher was not given, and for a sequence beyond the model's positions; StalePrefixError if
-        the weights or the adapter's state are not those that the teacher was made with.
+        behind the prefix, which predicts the first completion token), for token ids that are not
+        the model's, for a mask with a gap (score turns between others as episodes), for a context
+        that the teacher was not given, and for a sequence beyond the model's positions;
+        StalePrefixError if the weights or the adapter's state are not those that the teacher was
+        made with.
         """
         if completion_ids is None:
             episodes = cast(Sequence[Episode], prompt_ids)
         else:
-            prompts = cast(Sequence[Sequence[int]], prompt_ids)
-            episodes = _completed(prompts, completion_ids, contexts)
+            prompts = token_lists(cast(TokenIds, prompt_ids), prompt_mask, "prompt")
+            completions = token_lists(completion_ids, completion_mask, "completion")
+            episodes = _completed(prompts, completions, contexts)
         self._check(episodes)
         lengths = scored_tokens(episodes)
         with self._as_made():
@@ -223,8 +235,14 @@ class SharedPrefixTeacher:
                 f"contexts must be among {sorted(self._prefix_ids)}, got {sorted(unknown)}; name "
                 f"one for each sequence"
             )
-        limit = max_positions(causal_lm(self.model).config)
+        limit, rows = max_positions(causal_lm(self.model).config), vocabulary_rows(self.model)
         for episode in episodes:
+            if not 0 <= min(episode.teacher_ids) <= max(episode.teacher_ids) < rows:
+                raise InputError(
+                    f"token ids must be the model's, from 0 to {rows - 1}, got "
+                    f"{min(episode.teacher_ids)} to {max(episode.teacher_ids)}; give pads by masks, "
+                    f"and use the model's own tokenizer"
+                )
             prefix, own = len(self._prefix_ids[episode.context]), len(episode.teacher_ids)
             if limit is not None and prefix + own > limit:
                 raise InputError(
@@ -235,8 +253,8 @@ class SharedPrefixTeacher:
 
 
 def _completed(
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
     contexts: Sequence[str] | None,
 ) -> list[Episode]:
     """Completions behind the teacher's prompts; what a student sees is not asked."""

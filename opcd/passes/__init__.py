@@ -3,6 +3,7 @@
 plan          START HERE: packed, padded or in full: the fastest way that is exact on a model
 hidden        the hidden states that predict scored tokens: one pass
 packed        many sequences in one row, through any model's own layers
+sequences     token ids as trainers hold them, to lists
 packing       where sequences lie in a packed row, and as rectangles
 attention     attention to a prefix and to the own sequence, merged; its backends
 prefix        keys and values of a prefix, computed once, handed out as views

@@ -6,6 +6,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -689,3 +690,46 @@ def test_hundreds_of_contexts_cost_in_proportion() -> None:
     cache.clear()
     assert cache.nbytes == 0
     assert cache.names == []
+
+
+def padded(rows: list, left: bool, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((2, len(rows), width), pad)
+    mask.zero_()
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row), 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("pad", [0, -100])
+def test_token_ids_in_the_forms_that_trainers_hold(pad: int) -> None:
+    teacher = SharedPrefixTeacher(tiny_llama(), PREFIX)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+    tensors = [[torch.tensor(row) for row in rows] for rows in (PROMPTS, COMPLETIONS)]
+    arrays = [[np.array(row, dtype=np.int32) for row in rows] for rows in (PROMPTS, COMPLETIONS)]
+    for prompts, completions in (tensors, arrays):
+        assert torch.equal(teacher.score(prompts, completions).hidden, expected)
+    prompts, prompt_mask = padded(PROMPTS, left=True, pad=pad)
+    completions, completion_mask = padded(COMPLETIONS, left=False, pad=pad)
+    masks = {"prompt_mask": prompt_mask, "completion_mask": completion_mask.bool()}
+    assert torch.equal(teacher.score(prompts, completions, **masks).hidden, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "masks", "message"),
+    [
+        ([[5]], [[-100]], {}, "from 0 to 257, got -100 to 5; give pads by masks"),
+        ([[5]], [[6, 258]], {}, "from 0 to 257, got 5 to 258"),
+        ([[5.0]], [[6]], {}, "every prompt must be a row of token ids, got torch.float32"),
+        ([5, 6], [[6], [7]], {}, r"every prompt must be a row of token ids, got .* of shape \(\)"),
+        ([[5]], [[6, 7]], {"completion_mask": [[1]]}, "must have the shape of completion_ids"),
+        ([[5]], [[6, 7, 8]], {"completion_mask": [[1, 0, 1]]}, "got a gap at position 1"),
+        ([[5]], [[6, 7]], {"completion_mask": [[0, 0]]}, "completion must hold at least one token"),
+    ],
+)
+def test_token_ids_that_cannot_be(
+    prompts: list, completions: list, masks: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        SharedPrefixTeacher(tiny_llama(), PREFIX).score(prompts, completions, **masks)
