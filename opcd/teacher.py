@@ -131,7 +131,7 @@ class SharedPrefixTeacher:
         the teacher's, without the prefix; `contexts` names the context of each sequence where there
         are several. They are lists of token ids (or of tensors, arrays), or padded (B, T) tensors
         with masks that are 1 on real tokens, pads on either side. Results come in the order given,
-        whatever the passes: of a padded batch ``hidden`` has the rows that its mask marks, in order.
+        whatever the passes: of a padded batch ``hidden`` has the rows that its mask marks.
 
         Raises InputError for an empty prompt or completion (each prompt keeps at least one token
         behind the prefix, which predicts the first completion token), for token ids that are not
@@ -237,11 +237,11 @@ class SharedPrefixTeacher:
             )
         limit, rows = max_positions(causal_lm(self.model).config), vocabulary_rows(self.model)
         for episode in episodes:
-            if not 0 <= min(episode.teacher_ids) <= max(episode.teacher_ids) < rows:
+            least, most = min(episode.teacher_ids), max(episode.teacher_ids)
+            if not 0 <= least <= most < rows:
                 raise InputError(
-                    f"token ids must be the model's, from 0 to {rows - 1}, got "
-                    f"{min(episode.teacher_ids)} to {max(episode.teacher_ids)}; give pads by masks, "
-                    f"and use the model's own tokenizer"
+                    f"token ids must be the model's, from 0 to {rows - 1}, got {least} to {most}; "
+                    f"give pads by masks, and use the model's own tokenizer"
                 )
             prefix, own = len(self._prefix_ids[episode.context]), len(episode.teacher_ids)
             if limit is not None and prefix + own > limit:

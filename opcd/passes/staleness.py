@@ -103,4 +103,4 @@ def _marks(model: torch.nn.Module) -> list[Any]:
 def _sums(model: torch.nn.Module) -> list[int]:
     """Of each weight the sum of its bits, read as whole numbers."""
     used = (p for p in used_weights(model) if p.element_size() in BITS)
-    return [p.view(BITS[p.element_size()]).sum(dtype=torch.int64).item() for p in used]
+    return [int(p.view(BITS[p.element_size()]).sum(dtype=torch.int64).item()) for p in used]

@@ -11,7 +11,7 @@ from opcd.tasks.chat import Chat
 from opcd.tasks.data import Example, without_context
 from opcd.tasks.formats import read_row
 from opcd.tasks.messages import Message
-from opcd.tasks.records import Record, read_records
+from opcd.tasks.records import read_records
 from opcd.tasks.task import Task
 
 
@@ -53,14 +53,18 @@ def read_stored(
         elif not isinstance(key, int):
             raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
         ids = record.get("completion_token_ids")
-        if ids is None:
-            _check_text(text, record, source)
-            if (example := by_key.get(key)) is not None:
-                ids = chats[example.context].completion_ids(example.messages, text)
-        else:
+        if ids is not None:
             _check_ids(ids, source, tokenizer)
-        if key not in by_key:
+        elif not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
+                f"got keys {sorted(record)}"
+            )
+        if key is None or key not in by_key:
             continue
+        if ids is None:
+            example = by_key[key]
+            ids = chats[example.context].completion_ids(example.messages, str(text))
         if len(ids) > max_completion_tokens:
             raise InputError(
                 f"{source}: a completion must have at most max_completion_tokens "
@@ -90,14 +94,6 @@ def _check_contexts(rule: dict[str, Any], task: Task, source: str) -> None:
                 f"{source}: the completions must have been made for {what} of this run, but were "
                 f"made for another one; make them anew, or restore the context"
             )
-
-
-def _check_text(text: Any, record: Record, source: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(
-            f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
-            f"got keys {sorted(record)}"
-        )
 
 
 def _check_ids(ids: Any, source: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,7 +22,9 @@ def test_nothing_is_decided_by_what_the_device_computes(monkeypatch: pytest.Monk
     """On the meta device there is nothing to read: a pass that asks for a value fails."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which does not know meta
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    model = tiny_llama().to("meta")
+    model = tiny_llama()
+    head_of(model)  # measured once, from values
+    model.to("meta")
     prefix = SharedPrefix(model, PREFIX)
     with torch.no_grad():
         teacher = scored_hidden(model, completion_rows(PROMPTS, COMPLETIONS, prefix), packed=True)
