@@ -71,7 +71,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     if cut > 0.5:
         facts.append(
             f"{cut:.0%} of the prompted answers were cut: raise max_completion_tokens, or look at "
-            f"what ends an answer (the plan above says it)"
+            f"what ends an answer there"
         )
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
