@@ -3,10 +3,7 @@
 import argparse
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -15,8 +12,6 @@ from opcd.config import TrainConfig
 from opcd.evaluation.contenders import Contender, Subjects
 from opcd.evaluation.scorecard import scorecard
 from opcd.tasks.prepare import prepare
-
-FEW_CLASSES = 10  # up to here the rate of each class is kept
 
 
 def main() -> int:
@@ -42,21 +37,12 @@ def reached(config: TrainConfig, model: str) -> dict[str, Any]:
         Contender("prompted", "with the context", subject.prompted),
     ]
     answers = {c.name: c.answer(cases) for c in contenders}
-    columns, rows = scorecard(contenders, answers, cases, setup.task.scorer)
-    for name, column in columns.items():
+    columns, _ = scorecard(contenders, answers, cases, setup.task.scorer)
+    for column in columns.values():
         del column["meaning"]
-        column["class_rates"] = class_rates(rows, name)
+        rates = column.pop("rates", {})
+        column["class_rates"] = {name: rate["mean"] for name, rate in rates.items()} or None
     return columns
-
-
-def class_rates(rows: Sequence[dict[str, Any]], contender: str) -> dict[str, float] | None:
-    """Share of right answers of each class; None where classes are many."""
-    by_class = defaultdict(list)
-    for row in rows:
-        by_class[row["accepted"][0]].append(row[f"{contender}_right"])
-    if len(by_class) > FEW_CLASSES:
-        return None
-    return {name: fmean(right) for name, right in sorted(by_class.items())}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The scorecard: what contenders reached on the same requests, and how sure that is."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -9,6 +10,8 @@ from opcd.evaluation.contenders import Answer, Contender
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.task import Case
+
+FEW_CLASSES, CASES_A_CLASS = 10, 5
 
 
 def scorecard(
@@ -22,19 +25,37 @@ def scorecard(
     An answer's NAME_right is true or false, or its value where that lies between 0 and 1.
     """
     columns = {}
+    classes = classes_of(cases)
     rows: list[dict[str, Any]] = [
         {"prompt": list(c.example.messages), "accepted": list(c.example.answers)} for c in cases
     ]
     for contender in contenders:
         given = answers[contender.name]
         scores = _scores(given, cases, scorer)
-        columns[contender.name] = {"meaning": contender.meaning, **_column(given, scores)}
-        for row, answer, (value, rates) in zip(rows, given, scores, strict=True):
+        rates = [score.rates for score in scores]
+        if classes and not any(rates):
+            rates = [{name: score.value} for name, score in zip(classes, scores, strict=True)]
+        column = _column(given, [score.value for score in scores]) | _rates(rates)
+        columns[contender.name] = {"meaning": contender.meaning, **column}
+        for row, answer, (value, own) in zip(rows, given, scores, strict=True):
             row[contender.name] = answer.text
             row[f"{contender.name}_right"] = bool(value) if value in (0, 1) else value
-            if rates:
-                row[f"{contender.name}_rates"] = rates
+            if own:
+                row[f"{contender.name}_rates"] = own
     return columns, rows
+
+
+def classes_of(cases: Sequence[Case]) -> list[str] | None:
+    """The class of each case, its accepted answer; None where answers are no classes.
+
+    Classes are few, and each has several cases.
+    """
+    if any(len(case.example.answers) != 1 for case in cases):
+        return None
+    classes = [case.example.answers[0] for case in cases]
+    counts = Counter(classes)
+    few = 1 < len(counts) <= FEW_CLASSES and min(counts.values()) >= CASES_A_CLASS
+    return classes if few else None
 
 
 def accuracy(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> float:
@@ -47,31 +68,30 @@ def _scores(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) ->
     return [scorer(answer.text, case.example.answers, answer.raw) for answer, case in pairs]
 
 
-def _column(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, Any]:
-    total = math.fsum(score.value for score in scores)
+def _column(answers: Sequence[Answer], values: Sequence[float]) -> dict[str, Any]:
+    total = math.fsum(values)
     column = {
-        "accuracy": total / len(scores),
-        "accuracy_interval_95": wilson_interval(total, len(scores)),
-        "n": len(scores),
+        "accuracy": total / len(values),
+        "accuracy_interval_95": wilson_interval(total, len(values)),
+        "n": len(values),
         "mean_completion_tokens": fmean(answer.tokens for answer in answers),
         "truncated_share": fmean(answer.finish == "length" for answer in answers),
-        **_rates(scores),
     }
     if share := fmean(split_thought(answer.text).thought != "" for answer in answers):
         column["reasoning_share"] = share
     return column
 
 
-def _rates(scores: Sequence[Score]) -> dict[str, Any]:
+def _rates(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Each rate over the items that have it; their mean where they are classes of the items."""
     by_name: dict[str, list[float]] = {}
-    for score in scores:
-        for name, rate in score.rates.items():
+    for item in found:
+        for name, rate in item.items():
             by_name.setdefault(name, []).append(rate)
     if not by_name:
         return {}
     rates = {name: {"mean": fmean(x), "n": len(x)} for name, x in sorted(by_name.items())}
-    one_each = all(len(score.rates) == 1 for score in scores)
+    one_each = all(len(item) == 1 for item in found)
     if one_each and len(rates) > 1:
         return {"rates": rates, "balanced_accuracy": fmean(r["mean"] for r in rates.values())}
     return {"rates": rates}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opcd.config import TrainConfig
+from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender, greedy_answers
 from opcd.evaluation.report import before_after, read_metrics, scorecard_facts, scorecard_table
 from opcd.evaluation.score import Scored, score
@@ -23,6 +24,17 @@ from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import Case
 from opcd.training.run import evaluate_run, train
+from tests.conftest import write_jsonl
+
+
+class Heard(Progress):
+    """What a run tells."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said += text.splitlines()
 
 
 def test_wilson_interval() -> None:
@@ -136,6 +148,27 @@ def test_rates_of_classes_are_balanced(settings: dict) -> None:
     assert row.split() == ["it", "100.0%", "33.3%", "66.7%"]
 
 
+def test_few_answers_are_classes(settings: dict) -> None:
+    """Of a built-in scorer; the better class cannot hide the worse one behind its number."""
+    test = Path(settings["eval_data"])
+    rows = [{"prompt": f"n {i}", "answer": "a" if i < 15 else "b"} for i in range(20)]
+
+    def columns(rows: list[dict]) -> dict:
+        write_jsonl(test, rows)
+        task = prepare(TrainConfig(**settings)).task
+        always = Contender("always a", "", lambda cases: [Answer("a", 1, "stop", "a")] * len(cases))
+        answers = {always.name: always.answer(task.test)}
+        return scorecard([always], answers, task.test, task.scorer)[0]["always a"]
+
+    found = columns(rows)
+    assert found["accuracy"] == 0.75
+    assert found["rates"] == {"a": {"mean": 1.0, "n": 15}, "b": {"mean": 0.0, "n": 5}}
+    assert found["balanced_accuracy"] == 0.5
+    assert "rates" not in columns(rows[:19]), "a class of four"
+    assert "rates" not in columns([*rows, {"prompt": "n 20", "answer": ["a", "b"]}])
+    assert "rates" not in columns([r | {"answer": f"{i % 11}"} for i, r in enumerate(rows)])
+
+
 def test_rates_of_every_item_are_not_balanced(settings: dict) -> None:
     def judge(answer: str, accepted: Sequence[str]) -> Score:
         return Score(0.75, {"form": 1.0, "topic": 0.5})
@@ -164,18 +197,37 @@ def test_remarks_on_the_data_reach_people(
 ) -> None:
     (tmp_path / "scorer_of_labels.py").write_text("def f(c, a): return c == 'never'\n")
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
-
-    class Listener(Progress):
-        def say(self, text: str) -> None:
-            said.append(text)
-
+    heard = Heard()
     config = TrainConfig(**settings | {"scorer": "python:scorer_of_labels:f"})
-    evaluate_run(config, "none", str(tmp_path / "out"), Listener())
-    assert said[0].startswith("note      scorer python:scorer_of_labels:f finds 7 of 7 accepted")
-    said.clear()
-    train(replace(config, steps=1, eval_data=None), progress=Listener())
-    assert "\nnote      scorer python:scorer_of_labels:f finds 3 of 3 accepted" in said[0]
+    evaluate_run(config, "none", str(tmp_path / "out"), heard)
+    assert heard.said[2].startswith(
+        "note      scorer python:scorer_of_labels:f finds 7 of 7 accepted"
+    )
+    heard.said.clear()
+    train(replace(config, steps=1, eval_data=None), progress=heard)
+    wanted = "note      scorer python:scorer_of_labels:f finds 3 of 3 accepted"
+    assert any(line.startswith(wanted) for line in heard.said)
+
+
+def test_what_a_model_is_given_is_said_and_must_be_what_it_was_trained_on(settings: dict) -> None:
+    """A run's model is scored on the prompts of its training, or named to try others."""
+    settings |= {"steps": 1, "eval_data": None, "without_context": "You are Ada."}
+    train(TrainConfig(**settings))
+    settings |= {"eval_data": str(Path(settings["output_dir"]).parent / "test.jsonl")}
+    heard = Heard()
+    evaluate_run(TrainConfig(**settings), progress=heard)
+    assert heard.said == [
+        "without   '<|im_start|>system\\nYou are Ada.<|im_end|>\\n<|im_start|>user\\n' stands in "
+        "front of a request",
+        "answers   end with <|im_end|>, or at 8 tokens",
+        "note      not as in training: eval_data",
+    ]
+    final = f"{settings['output_dir']}/final"
+    for change in ({"without_context": "default"}, {"chat_template_args": {"a": 1}}):
+        config = TrainConfig(**settings | change)
+        with pytest.raises(InputError, match=f"values for {next(iter(change))} than in"):
+            evaluate_run(config)
+        evaluate_run(config, final)
 
 
 def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
