@@ -43,8 +43,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command = arguments.subcommand
     values = arguments[command].as_dict()
     values.pop("config", None)
-    if command == "train":
-        _let_waiting_threads_sleep()
+    _let_waiting_threads_sleep()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -143,7 +143,7 @@ class TrainConfig:
                     f"{name} must be one of {', '.join(get_args(kind))}, got "
                     f"{getattr(self, name)!r}"
                 )
-        for name in ("output_dir", "context", "prompts", "model", "scorer"):
+        for name in ("output_dir", "context", "prompts", "model", "scorer", "without_context"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")
         if self.seed >= 2**62:
@@ -154,6 +154,12 @@ class TrainConfig:
         for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for keyword in ("default", "none"):
+            if self.without_context != keyword and self.without_context.strip().lower() == keyword:
+                raise InputError(
+                    f"without_context must be default, none or a text for the model, got "
+                    f"{self.without_context!r}; write {keyword}"
+                )
         for name in ("forward_share", "guided_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")

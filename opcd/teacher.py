@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import cast, overload
 
 import torch
@@ -13,7 +14,6 @@ from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.models.lm import (
-    batches_by_tokens,
     causal_lm,
     evaluating,
     max_positions,
@@ -27,6 +27,7 @@ from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache
 from opcd.passes.sequences import Mask, TokenIds, token_lists
 from opcd.passes.staleness import StalePrefixError, WeightsWatch
+from opcd.runtime.batches import batches_by_tokens
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class SharedPrefixTeacher:
                 self.plan = find_plan(model, ids, lambda: self._prefixes.get(name, ids))
             self._watch = WeightsWatch(model)
         if shared and not self.plan.shares_prefix:
-            log.warning("the context is computed with every sequence: %s", self.plan.reason)
+            _warn_once(f"the context is computed with every sequence: {self.plan.reason}")
         log.debug("teacher: %s with %s, %s", *self.plan)
 
     def refresh(self) -> None:
@@ -300,3 +301,9 @@ def _check_prefixes(model: torch.nn.Module, prefixes: Mapping[str, Sequence[int]
                 f"{what} must leave room within the model's {limit} positions, got {len(ids)} "
                 f"tokens; shorten the context"
             )
+
+
+@lru_cache
+def _warn_once(text: str) -> None:
+    """A scorecard behind a run makes a second teacher of the same model."""
+    log.warning(text)

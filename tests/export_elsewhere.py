@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
     """Bases in the layout of transformers 4, in today's, and their exports, full and LoRA."""
     from opcd.config import TrainConfig
     from opcd.models import builtin
-    from opcd.models.stored import StoredModel
+    from opcd.models.files import ModelFiles
     from opcd.runtime.files import write_folder
     from opcd.tasks.prepare import prepare
     from opcd.training.build import build_distiller
@@ -69,7 +69,7 @@ def write(folder: Path) -> None:
                 lora_rank=lora_rank,
             )
             distiller = build_distiller(prepare(config, for_training=True))
-            writer = ModelWriter(StoredModel(str(base)), distiller.student)
+            writer = ModelWriter(ModelFiles(str(base)), distiller.student)
             for steps in (0, 2):
                 while distiller.steps_done < steps:
                     distiller.step()

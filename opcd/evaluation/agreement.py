@@ -9,12 +9,12 @@ from torch import Tensor
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.models.head import Head, head_of
-from opcd.models.lm import batches_by_tokens
 from opcd.objective import head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.rollouts.noise import HELD_OUT
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
+from opcd.runtime.batches import batches_by_tokens
 from opcd.teacher import SharedPrefixTeacher
 
 

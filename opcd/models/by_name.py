@@ -1,5 +1,6 @@
 """Models and tokenizers from a name: a Hugging Face name, a local folder or the built-in one."""
 
+import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,6 +19,7 @@ from transformers import (
 
 from opcd.errors import InputError
 from opcd.models import builtin
+from opcd.models.lm import eos_token_ids_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 _UNLOADABLE = (
@@ -96,6 +99,33 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     return _from_pretrained(AutoTokenizer, name)
+
+
+def load_eos_token_ids(name: str) -> list[int]:
+    """The tokens that end a completion by the model's files, without its weights.
+
+    Raises InputError if neither the generation config nor the model's own names one.
+    """
+    configs: list[Any] = [load_config(name).get_text_config()]
+    with contextlib.suppress(OSError):  # there is none
+        configs.insert(0, GenerationConfig.from_pretrained(resolve_model(name)))
+    return eos_token_ids_of(configs, name)
+
+
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Raise InputError if both models do not turn the same text into the same token ids."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    text = "Distil 3,14 naïve things:\n\tdef f(x): return x  # ok 日本語 🙂"
+    same = student(text)["input_ids"] == teacher(text)["input_ids"]
+    if ours != theirs or not same:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"teacher and student must share one tokenizer, got {len(ours)} and {len(theirs)} "
+            f"tokens of which {differing} entries differ ({student.name_or_path!r}, "
+            f"{teacher.name_or_path!r}); choose a teacher of the student's family"
+        )
 
 
 def load_model(

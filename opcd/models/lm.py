@@ -114,12 +114,18 @@ def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
 def eos_token_ids(model: torch.nn.Module) -> list[int]:
     """The tokens that end a completion, from the generation config, then the model's own."""
     lm = causal_lm(model)
-    for config in (lm.generation_config, lm.config.get_text_config()):
+    configs = (lm.generation_config, lm.config.get_text_config())
+    return eos_token_ids_of(configs, lm.name_or_path)
+
+
+def eos_token_ids_of(configs: Sequence[Any], name: str) -> list[int]:
+    """The same from the configurations of the model called `name`."""
+    for config in configs:
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return list(ids) if isinstance(ids, (list, tuple)) else [ids]
     raise InputError(
-        f"the model {lm.name_or_path!r} must name its end-of-sequence token, got none in its "
+        f"the model {name!r} must name its end-of-sequence token, got none in its "
         f"generation_config.json and config.json; add eos_token_id"
     )
 
@@ -147,23 +153,3 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Passes in `dtype`, whatever the weights are kept in; fp32 is left as it is."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, neighbours in length together, longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches whose rows, padded to the longest, hold at most `max_tokens`.
-
-    Neighbours in length together, longest first; a longer sequence makes a batch alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size

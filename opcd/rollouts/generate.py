@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids
+from opcd.models.lm import causal_lm, eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.rollouts.noise import drawn, uniforms
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
+from opcd.runtime.batches import batches_by_length
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
 # as long as they hold no more tokens than that many rows of this length.

@@ -7,12 +7,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from opcd.models.lm import batches_by_length, causal_lm, eos_token_ids, vocabulary_rows
+from opcd.models.lm import causal_lm, eos_token_ids, vocabulary_rows
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
 from opcd.rollouts.decode import Decoder
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
+from opcd.runtime.batches import batches_by_length
 
 LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 

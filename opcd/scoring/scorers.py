@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
+from opcd.runtime.strict_json import no_constant, unique_keys
 from opcd.scoring.choices import claimed, letter
 from opcd.scoring.numerals import numerals, only_numeral
 from opcd.scoring.reasoning import split_thought
@@ -130,7 +131,7 @@ def _read_json(text: str) -> Any:
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL | re.IGNORECASE):
         text = fenced[1]
     value = json.loads(
-        text, parse_float=Decimal, parse_constant=_no_json, object_pairs_hook=_unique_keys
+        text, parse_float=Decimal, parse_constant=no_constant, object_pairs_hook=unique_keys
     )
     return _told_apart(value)
 
@@ -141,16 +142,6 @@ def _told_apart(value: Any) -> Any:
     if isinstance(value, list):
         return [_told_apart(item) for item in value]
     return ("bool", value) if isinstance(value, bool) else value
-
-
-def _no_json(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def _fault(right: Callable[[str, str], bool], what: str, accepted: str) -> str | None:
@@ -221,12 +212,18 @@ def _group_source(source: str) -> str:
 
 def _python_scorer(spec: str, target: str) -> Scorer:
     module_name, _, function_name = target.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        name = module_name.removesuffix(".py").replace("/", ".").strip(".")
+        raise InputError(
+            f"scorer {spec} must name a module, not a file; write python:{name}:"
+            f"{function_name or 'function'}"
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise InputError(
             f"scorer {spec} must name an importable module, got {type(error).__name__}: "
             f"{error}; run from the folder that holds {module_name.split('.')[0]}.py, or install it"
@@ -234,7 +231,8 @@ def _python_scorer(spec: str, target: str) -> Scorer:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(
-            f"scorer {spec} must name a function of {module.__file__}, which has no "
+            f"scorer {spec} must name a function of {module_name} "
+            f"({getattr(module, '__file__', None) or 'built in'}), which has no "
             f"{function_name!r}; write python:module:function(completion, answers)"
         )
     wants_raw = _has_parameter(function, "raw")
@@ -242,7 +240,7 @@ def _python_scorer(spec: str, target: str) -> Scorer:
     def judge(answer: str, accepted: Sequence[str], raw: str) -> Score:
         try:
             returned = function(answer, accepted, **({"raw": raw} if wants_raw else {}))
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise InputError(
                 f"scorer {spec} must take (completion, answers), but it raised "
                 f"{type(error).__name__}: {error} for {answer!r} and {list(accepted)}; correct it"

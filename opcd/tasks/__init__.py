@@ -1,15 +1,17 @@
 """What is distilled: contexts, prompts and labelled examples, as people have them and as token ids.
 
-prepare     START HERE: everything that can be wrong before weights are loaded
-task        all of a run's prompts, rendered, and the scorer
-contexts    what only the teacher sees, from a file
-data        prompts and labelled examples; what must hold between the parts
-formats     one row of data, in any form that people have
-messages    chat messages as people write them, to roles and texts
-records     files to JSON objects, each with its place
-control     special tokens that data spell
-stored      completions of training prompts from a file
-chat        messages to token ids, with and without the context
-template    a tokenizer's chat template, judged by what it writes
-gold        the accepted answers held against the scorer
+prepare         START HERE: everything that can be wrong before weights are loaded
+task            all of a run's prompts, rendered, and the scorer
+contexts        what only the teacher sees, from a file
+data            prompts and labelled examples; what must hold between the parts
+formats         one row of data, in any form that people have
+messages        chat messages as people write them, to roles and texts
+records         files to JSON objects, each with its place
+special_tokens  special tokens that data spell
+completions     completions of training prompts from a file
+chat            messages to token ids, with and without the context
+template        a tokenizer's chat template, judged by what it writes
+kept            whether a template keeps messages
+limits          what must fit the model: lengths, tokens
+gold            the accepted answers held against the scorer
 """

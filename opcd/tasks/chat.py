@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from transformers import PreTrainedTokenizerBase
-
 from opcd.errors import InputError
 from opcd.scoring.reasoning import MARKS, opened_thought
-from opcd.tasks.data import Example
-from opcd.tasks.messages import Message
+from opcd.tasks.kept import check_behind, check_kept
+from opcd.tasks.messages import Message, parted, system, user
 from opcd.tasks.template import REQUEST, Template
 
 APART = "\n\n"  # between texts that share a message
@@ -22,7 +20,8 @@ class Chat:
     first that the template takes. `without_context` is what stands in its place for the student:
     whatever the template writes by itself ("default"), an empty system message ("none"), or a text.
 
-    A request's own system message stays for both models, behind the context.
+    A request's own system message stays for both models, behind the context; `own_system` says that
+    there are such requests.
 
     Raises InputError for a template that refuses or drops what it is given, or that opens the
     answer differently behind the context.
@@ -34,12 +33,13 @@ class Chat:
         context: Sequence[Message],
         placement: str = "auto",
         without_context: str = "default",
+        own_system: bool = False,
     ) -> None:
         self.template = template
         self.context = list(context)
         self.without_context = without_context
-        self.placement = self._find_placement(placement)
-        self._thought = opened_thought(template.text(self.student_messages([_user(REQUEST)])))
+        self.placement = self._find_placement(placement, own_system)
+        self._thought = opened_thought(template.text(self.student_messages([user(REQUEST)])))
         self._marks = {
             number: token.content
             for number, token in template.tokenizer.added_tokens_decoder.items()
@@ -47,7 +47,13 @@ class Chat:
         }
 
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the request as the student sees it, up to where the answer starts."""
+        """Token ids of the request as the student sees it, up to where the answer starts.
+
+        Raises InputError if the template drops the request's own system message.
+        """
+        own, rest = parted(messages)
+        if own is not None:
+            check_kept(self.template, [own], lambda m: self.student_messages([*m, *rest]))
         return self.template.ids(self.student_messages(messages))
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -55,21 +61,30 @@ class Chat:
 
         Raises InputError for a request's own system message that does not stay behind the context.
         """
-        own, _ = _parted(messages)
+        own, rest = parted(messages)
         if own is not None:
-            self._check_behind(own, self.template.text(self.teacher_messages(messages)))
+            self._check_behind(own, rest, self.placement)
         return self.template.ids(self.teacher_messages(messages))
 
     def completion_ids(self, messages: Sequence[Message], text: str) -> list[int]:
         """Token ids of a completion that was given as text, and of what ends it.
 
-        Tokenized behind its request: alone, many tokenizers put a space in front.
+        Tokenized behind its request: alone, many tokenizers put a space in front. A thought's mark
+        that the template opens already, and an end that the text spells, stand there once.
         """
         encode, request = self.template.encode, self.student_messages(messages)
         opened = self.template.text(request)
+        ends = self.template.stop_ids
+        mark = self._thought.strip()
+        if mark and text.lstrip().startswith(mark):
+            text = text.lstrip().removeprefix(mark).lstrip()
+        for end in map(self.template.tokenizer.convert_ids_to_tokens, ends):
+            if text.rstrip().endswith(str(end)):
+                text = text.rstrip().removesuffix(str(end))
+                break
         before, whole = encode(opened), encode(opened + text)
         behind = whole[: len(before)] == before
-        return [*(whole[len(before) :] if behind else encode(text)), *self.template.stop_ids[-1:]]
+        return [*(whole[len(before) :] if behind else encode(text)), *ends[-1:]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The completion's text without surrounding white space.
@@ -91,18 +106,18 @@ class Chat:
     @property
     def stand_in(self) -> str:
         """What the student's prompts begin with, in front of the request."""
-        return self.template.text(self.student_messages([_user(REQUEST)])).partition(REQUEST)[0]
+        return self.template.text(self.student_messages([user(REQUEST)])).partition(REQUEST)[0]
 
     @property
     def dated(self) -> bool:
         """Whether the template writes today's date, for either model."""
-        request = [_user(REQUEST)]
+        request = [user(REQUEST)]
         sides = (self.student_messages(request), self.teacher_messages(request))
         return any(self.template.dated(messages) for messages in sides)
 
     def student_messages(self, messages: Sequence[Message]) -> list[Message]:
         """A request without the context."""
-        own, rest = _parted(messages)
+        own, rest = parted(messages)
         texts = [own["content"]] if own else []
         if self.without_context not in ("default", "none"):
             texts = [self.without_context, *texts]
@@ -110,62 +125,57 @@ class Chat:
             return self._with_system(texts, rest)
         return self._with_system([""], rest)  # an empty one, in place of the template's default
 
-    def teacher_messages(
-        self, messages: Sequence[Message], placement: str | None = None
-    ) -> list[Message]:
+    def teacher_messages(self, messages: Sequence[Message]) -> list[Message]:
         """A request behind the context."""
-        own, rest = _parted(messages)
-        instructions, demonstrations = _parted(self.context)
-        if (placement or self.placement) == "user":
-            if own:
-                rest = _in_front([own["content"]], rest)
-            texts = [instructions["content"]] if instructions else []
-            return _in_front(texts, [*demonstrations, *rest])
-        if own and instructions and not demonstrations:
-            return [_system([instructions["content"], own["content"]]), *rest]
-        return [*self.context, *messages]
+        return behind(self.context, messages, self.placement)
 
     def _with_system(self, texts: Sequence[str], rest: Sequence[Message]) -> list[Message]:
         """Texts where the template takes a system message, or in front of the request."""
         if not self.template.takes_system:
             return _in_front(texts, rest)
-        return [_system(texts), *rest] if texts else list(rest)
+        return [system(APART.join(texts)), *rest] if texts else list(rest)
 
-    def _find_placement(self, wanted: str) -> str:
+    def _find_placement(self, wanted: str, own_system: bool) -> str:
         """The first that the template takes. Raises InputError where there is none."""
         if wanted == "user":
-            self._check("user")
+            self._check("user", own_system)
             return "user"
         try:
-            self._check("system")
+            self._check("system", own_system)
         except InputError as refused:
             try:
-                self._check("user")
+                self._check("user", own_system)
             except InputError:
                 raise refused from None
             if wanted == "system":
-                raise InputError(f"{refused}; pass --context_placement user") from refused
+                raise InputError(f"{refused}; or pass --context_placement user") from refused
             return "user"
         return "system"
 
-    def _check(self, placement: str) -> None:
-        template, request = self.template, [_user(REQUEST)]
-        behind = template.text(self.teacher_messages(request, placement))
-        alone = template.text(self.student_messages(request))
-        for message in self.context:
-            self._check_kept(message, behind)
-        for text, what in ((alone, "the request"), (behind, "the request behind the context")):
+    def _check(self, placement: str, own_system: bool) -> None:
+        template, request = self.template, [user(REQUEST)]
+        check_kept(template, self.context, lambda marked: behind(marked, request, placement))
+        if own_system:
+            self._check_behind(system("The customer is Ms Ng."), request, placement)
+        texts = {
+            "the request": template.text(self.student_messages(request)),
+            "the request behind the context": template.text(
+                behind(self.context, request, placement)
+            ),
+        }
+        for what, text in texts.items():
             if text.count(REQUEST) != 1:
                 raise InputError(
                     f"the chat template of {template.name!r} must keep {what} as it is, but drops "
                     f"or alters it; pass another template with --chat_template"
                 )
+        alone, prompted = texts.values()
         if self.without_context not in ("default", "none") and self.without_context not in alone:
             raise InputError(
                 f"the chat template of {template.name!r} must keep the text of without_context, "
                 f"but drops or alters {self.without_context[:60]!r}; pass default"
             )
-        ends = [text.partition(REQUEST)[2] for text in (alone, behind)]
+        ends = [text.partition(REQUEST)[2] for text in (alone, prompted)]
         if ends[0] != ends[1]:
             raise InputError(
                 f"the chat template of {template.name!r} must open the answer the same way with "
@@ -174,36 +184,27 @@ class Chat:
                 f"they agree"
             )
 
-    def _check_behind(self, own: Message, text: str) -> None:
-        place = text.find(own["content"].strip())
-        last = max((text.find(m["content"].strip()) for m in self.context), default=-1)
-        if place <= last:
-            raise InputError(
-                f"a system message of a request's own must stand behind the context, but the chat "
-                f"template of {self.template.name!r} puts it in front of it or drops it: "
-                f"{own['content'][:60]!r}; put it into the user's message"
-            )
-
-    def _check_kept(self, message: Message, text: str) -> None:
-        content = message["content"].strip()
-        if content in text:
-            return
-        behind_reasoning = content.rpartition("</think>")[2].strip()
-        if behind_reasoning != content and behind_reasoning in text:
-            advice = "write that answer without its reasoning"
-        else:
-            advice = "write it in another role"
-        raise InputError(
-            f"the chat template of {self.template.name!r} must keep every message of the context, "
-            f"but it drops or alters the {message['role']} message {content[:60]!r}; {advice}"
+    def _check_behind(self, own: Message, rest: Sequence[Message], placement: str) -> None:
+        """Raise InputError if a request's own system message does not stay behind the context."""
+        check_behind(
+            self.template,
+            [*self.context, own],
+            lambda m: behind(m[:-1], [m[-1], *rest], placement),
         )
 
 
-def _parted(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
-    """The system message in front, if there is one, and the rest."""
-    if messages and messages[0]["role"] == "system":
-        return messages[0], list(messages[1:])
-    return None, list(messages)
+def behind(context: Sequence[Message], request: Sequence[Message], placement: str) -> list[Message]:
+    """A request behind the context, whose system message stands as `placement` says."""
+    own, rest = parted(request)
+    instructions, demonstrations = parted(context)
+    if placement == "user":
+        if own:
+            rest = _in_front([own["content"]], rest)
+        texts = [instructions["content"]] if instructions else []
+        return _in_front(texts, [*demonstrations, *rest])
+    if own and instructions and not demonstrations:
+        return [system(APART.join([instructions["content"], own["content"]])), *rest]
+    return [*context, *request]
 
 
 def _in_front(texts: Sequence[str], messages: Sequence[Message]) -> list[Message]:
@@ -211,51 +212,6 @@ def _in_front(texts: Sequence[str], messages: Sequence[Message]) -> list[Message
     joined = list(messages)
     for i, message in enumerate(messages):
         if message["role"] == "user":
-            joined[i] = _user(APART.join([*texts, message["content"]]))
+            joined[i] = user(APART.join([*texts, message["content"]]))
             break
     return joined
-
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _system(texts: Sequence[str]) -> Message:
-    return {"role": "system", "content": APART.join(texts)}
-
-
-def check_lengths(
-    examples: Sequence[Example],
-    lengths: Sequence[int],  # tokens of each example, rendered with the context
-    max_completion_tokens: int,
-    max_positions: int | None,
-    context_tokens: int,
-) -> None:
-    """Raise InputError if context, prompt and completion exceed the model's positions."""
-    if max_positions is None or not lengths:
-        return
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    total = lengths[longest] + max_completion_tokens
-    if total > max_positions:
-        raise InputError(
-            f"context, prompt and completion must fit the model's {max_positions} positions, got "
-            f"{context_tokens} + {lengths[longest] - context_tokens} + {max_completion_tokens} = "
-            f"{total} tokens for {examples[longest].source}; shorten the context or that prompt, "
-            f"or lower max_completion_tokens (nothing is cut silently)"
-        )
-
-
-def check_same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> None:
-    """Raise InputError if both models do not turn the same text into the same token ids."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    text = "Distil 3,14 naïve things:\n\tdef f(x): return x  # ok 日本語 🙂"
-    same = student(text)["input_ids"] == teacher(text)["input_ids"]
-    if ours != theirs or not same:
-        differing = len(set(ours.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"teacher and student must share one tokenizer, got {len(ours)} and {len(theirs)} "
-            f"tokens of which {differing} entries differ ({student.name_or_path!r}, "
-            f"{teacher.name_or_path!r}); choose a teacher of the student's family"
-        )

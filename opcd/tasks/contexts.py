@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.tasks.messages import NO_TOOLS, Message, check_unicode, read_messages
+from opcd.tasks.messages import NO_TOOLS, ROLES, Message, check_unicode, read_messages
 from opcd.tasks.records import parse_json, read_text
 
 TEXTS = (".txt", ".md")
@@ -44,6 +44,12 @@ def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
         raise InputError(
             f"{path}: a context must be a list of messages, got one message alone; put it in "
             f"brackets: [{{...}}]"
+        )
+    if value and set(value) <= {*ROLES, "input", "instructions", "prompt"}:
+        raise InputError(
+            f"{path}: several contexts must have names, got {', '.join(sorted(value))}, which are "
+            f'parts of one; write it as [{{"role": "system", "content": "..."}}], without the '
+            f"request"
         )
     if not value or not all(name and name == name.strip() for name in value):
         raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
-from opcd.tasks.formats import Row, read_row
+from opcd.tasks.formats import Row, guess, read_row
 from opcd.tasks.messages import Message
 from opcd.tasks.records import read_records
 
@@ -25,6 +25,11 @@ class Example:
     answers: tuple[str, ...]
     source: str  # "file:line", for error messages
     context: str = ""  # the name of the context that belongs to it, where there are several
+
+    @property
+    def own_system(self) -> bool:
+        """Whether it has a system message of its own."""
+        return self.messages[0]["role"] == "system"
 
     @property
     def text(self) -> str:
@@ -47,12 +52,13 @@ def read_examples(
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, kind):
         row = read_row(record, source)
-        messages, found = without_context(row.messages, contexts.get(row.context, ()), source)
+        messages, found = strip_context(row.messages, contexts.get(row.context, ()), source)
         answers, said = _accepted(row, source) if answers_required else ((), _unanswered(row))
         if answers_required and not answers:
             raise InputError(
                 f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
-                f"got keys {sorted(record)}; add it, or use the line as a training prompt"
+                f"got keys {sorted(record)}; {guess('answer', record)}, or use the line as a "
+                f"training prompt"
             )
         examples.append(Example(tuple(messages), answers, source, row.context))
         notes.update([*row.notes, *found, *said])
@@ -61,7 +67,7 @@ def read_examples(
     return examples, _remarks(path, forms, notes, unused)
 
 
-def without_context(
+def strip_context(
     messages: Sequence[Message], context: Sequence[Message], source: str
 ) -> tuple[list[Message], list[str]]:
     """A request without the context that stands in front of it, and what was found.
@@ -133,7 +139,7 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
         )
 
 
-def check_answers(examples: Sequence[Example]) -> None:
+def check_same_answers(examples: Sequence[Example]) -> None:
     """Raise InputError if equal prompts of one part have different accepted answers."""
     first: dict[tuple[str, str], Example] = {}
     found = []

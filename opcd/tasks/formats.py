@@ -23,7 +23,7 @@ REQUESTS = (
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("answer", "answers", "label")
 COMPLETIONS = ("completion", "response", "output")
-# Columns that look like one of these by another name, and what that is.
+# Columns that mean nothing here, and what they most often are; rows with one are refused.
 OTHER_NAMES = {
     "input": "prompt",
     "query": "prompt",
@@ -39,7 +39,12 @@ OTHER_NAMES = {
     "reference_answer": "answer",
     "solution": "answer",
     "chosen": "completion",
-    "rejected": "completion",
+}
+NO_MEANING = {"rejected"}
+# Columns of many meanings: left out, and named as a guess where nothing else could be it.
+PERHAPS = {
+    "prompt": ("text", "content", "message", "user_message", "user", "sentence", "utterance"),
+    "answer": ("intent", "category", "class", "output_text", "result"),
 }
 TOOLS = {"tools", "functions", "function_call", "tool_choice", "tool_calls"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos"}
@@ -67,10 +72,15 @@ def read_row(record: Record, source: str) -> Row:
     given = {key: value for key, value in record.items() if value is not None}
     _check_columns(given, source)
     found = [name for name in REQUESTS if name in given]
-    if len(found) != 1:
+    if not found:
         raise InputError(
-            f'{source}: must have either "prompt" or "messages", got keys {sorted(record)}; '
-            f"name the user's message one way"
+            f'{source}: must have "prompt" (the user\'s message) or "messages", got keys '
+            f"{sorted(record)}; {guess('prompt', record)}"
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"{source}: the request must stand in one column, got {' and '.join(found)}; remove "
+            f"those that are not the user's message"
         )
     name = found[0]
     answered = [key for key in COMPLETIONS if str(given.get(key, "")).strip()]
@@ -108,6 +118,14 @@ def read_row(record: Record, source: str) -> Row:
     return Row(form, messages, answers, completion, origin, context, notes, spelled, unused)
 
 
+def guess(wanted: str, record: Record) -> str:
+    """What to do about a column that is missing."""
+    for name in PERHAPS[wanted]:
+        if record.get(name):
+            return f'rename "{name}" to "{wanted}" if it is that'
+    return f'add "{wanted}"'
+
+
 def _check_columns(given: Record, source: str) -> None:
     """Raise InputError for columns whose meaning is not supported, or clear only with a name."""
     for key, value in given.items():
@@ -117,6 +135,10 @@ def _check_columns(given: Record, source: str) -> None:
             raise InputError(
                 f'{source}: a row must be text, got "{key}", and images and sounds are not '
                 f"supported; leave that row out"
+            )
+        if key in NO_MEANING and value:
+            raise InputError(
+                f'{source}: got a column "{key}", which has no meaning here; remove it'
             )
         if key in OTHER_NAMES and value and not (key == "input" and "instruction" in given):
             raise InputError(
@@ -200,10 +222,10 @@ def _answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:
     plain = str if name == "label" else (str, int, float)  # a label's number is a class or a vote
     if not all(isinstance(value, plain) for value in values):
         kinds = "text" if name == "label" else "a string, a number, true, false or a list of them"
-        raise InputError(
-            f'{source}: "{name}" must be {kinds}, got {str(given[name])[:60]}; write what the '
-            f"model should answer"
-        )
+        fix = "write what the model should answer"
+        if name == "label":
+            fix += ', the class by its name, or rename it to "answer" if it is that number'
+        raise InputError(f'{source}: "{name}" must be {kinds}, got {str(given[name])[:60]}; {fix}')
     answers = tuple(map(_spelled, values))
     for answer in answers:
         if not answer.strip():

@@ -1,6 +1,6 @@
 """Chat messages as people write them, to roles and texts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
@@ -28,6 +28,23 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     notes: list[str]
+
+
+def user(content: str) -> Message:
+    """A message of the user's."""
+    return {"role": "user", "content": content}
+
+
+def system(content: str) -> Message:
+    """A system message."""
+    return {"role": "system", "content": content}
+
+
+def parted(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
+    """The system message in front, if there is one, and the rest."""
+    if messages and messages[0]["role"] == "system":
+        return messages[0], list(messages[1:])
+    return None, list(messages)
 
 
 def read_messages(value: Any, source: str) -> Conversation:
@@ -71,7 +88,7 @@ def read_messages(value: Any, source: str) -> Conversation:
         if not isinstance(content, str) or not content.strip():
             raise InputError(
                 f"{source}: the content of message {i} must be a non-empty string, got "
-                f"{content!r:.80}"
+                f"{content!r:.80}; leave that message out, or write what it says"
             )
         check_unicode(content, source)
         if roles[role] == "system" and i > 0:
@@ -115,7 +132,7 @@ def _check_extras(given: dict[str, Any], names: Collection[str], i: int, source:
 def _joined(parts: list[Any], i: int, source: str) -> str:
     texts = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = str(part.get("type")) if isinstance(part, dict) else type(part).__name__
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise InputError(

@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.by_name import (
+    check_same_tokenizer,
     check_trainable,
     load_config,
+    load_eos_token_ids,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -24,9 +26,9 @@ from opcd.models.by_name import (
 )
 from opcd.models.head import head_of
 from opcd.models.lm import check_rope, max_positions, stop_at
-from opcd.tasks.chat import Chat, check_same_tokenizer
-from opcd.tasks.control import control_remarks
-from opcd.tasks.stored import read_stored
+from opcd.tasks.chat import Chat
+from opcd.tasks.completions import read_completions
+from opcd.tasks.special_tokens import special_token_remarks
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
 
@@ -36,19 +38,39 @@ class Setup(NamedTuple):
 
     config: TrainConfig  # device and dtype resolved
     task: Task
-    chat: Chat
+    chats: dict[str, Chat]  # by the name of the context
+    stop_ids: list[int]  # the tokens that end a completion
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    stored: dict[int, list[list[int]]] | None  # guided completions from a file, by prompt
+    # Guided completions from a file: token ids by the prompt's key.
+    completions: dict[int, list[list[int]]] | None
     remarks: list[str]  # what people should know of files and template, a line each
+
+    @property
+    def chat(self) -> Chat:
+        """Any of them: completions are read alike."""
+        return next(iter(self.chats.values()))
+
+    @property
+    def prompt_lines(self) -> list[str]:
+        """What a student's prompts begin with and what ends its answers, for people."""
+        ends = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        return [
+            *(
+                f"without   {text!r} stands in front of a request"
+                for text in dict.fromkeys(chat.stand_in for chat in self.chats.values())
+            ),
+            f"answers   end with {', '.join(map(str, ends))}, or at "
+            f"{self.config.max_completion_tokens} tokens",
+        ]
 
     @property
     def fingerprint(self) -> str:
         """Digest of what is trained on: a resumed run must see the very same token ids."""
-        if not self.stored:
-            return self.task.fingerprint
-        text = self.task.fingerprint + json.dumps(sorted(self.stored.items()))
+        if not self.completions:
+            return self.task.training_digest
+        text = self.task.training_digest + json.dumps(sorted(self.completions.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -84,12 +106,18 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     template = Template(tokenizer, config.chat_template_args, _day(config))
+    own_system = {e.context for part in files.parts.values() for e in part if e.own_system}
     chats = {
-        name: Chat(template, context, config.context_placement, config.without_context)
+        name: Chat(
+            template,
+            context,
+            config.context_placement,
+            config.without_context,
+            name in own_system,
+        )
         for name, context in files.contexts.items()
     }
-    limits = [x for x in map(max_positions, configs) if x is not None]
-    limit = min(limits, default=None)
+    limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
     rows = min(c.get_text_config().vocab_size for c in configs)
     task = render_task(files, chats, limit, config.max_completion_tokens, rows)
     for model_config in configs:
@@ -103,17 +131,18 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
     resolved.today = template.day.isoformat() if dated else None
-    stored = None
+    completions = None
+    said: list[str] = []
     if for_training and config.guided_completions is not None:
-        examples, limit = files.parts["train"], config.max_completion_tokens
-        stored = read_stored(config.guided_completions, task, examples, chats, limit)
-    chat = next(iter(chats.values()))
+        completions, said = read_completions(config, task, files.parts["train"], chats)
+    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
     remarks = [
         *files.remarks,
-        *control_remarks(files.parts, files.contexts, tokenizer),
+        *said,
+        *special_token_remarks(files.parts, files.contexts, tokenizer),
         *_remarks(resolved, chats.values()),
     ]
-    return Setup(resolved, task, chat, tokenizer, device, dtype, stored, remarks)
+    return Setup(resolved, task, chats, stop_ids, tokenizer, device, dtype, completions, remarks)
 
 
 def _day(config: TrainConfig) -> date:
@@ -135,7 +164,7 @@ def _remarks(config: TrainConfig, chats: Iterable[Chat]) -> list[str]:
         remarks.append(f"the chat template writes today's date: this run keeps {config.today}")
     if config.context_placement == "auto" and any(chat.placement == "user" for chat in chats):
         remarks.append(
-            "the chat template does not take the context as a system message: it stands in front "
-            "of the first user message"
+            "the chat template does not take the context as a system message, or a request's own "
+            "behind it: it stands in front of the first user message"
         )
     return remarks

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
+from opcd.runtime.strict_json import no_constant, unique_keys
 
 Record = dict[str, Any]
 
@@ -235,19 +236,7 @@ def _no_json(must: str, error: Exception) -> InputError:
     return InputError(f"{must}, got {reason}; {fix}")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
-    """Of two equal keys JSON would silently keep the last."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError(f"a key that stands twice among {sorted(key for key, _ in pairs)}")
-    return record
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name}, which JSON does not have")
-
-
 _NOT_JSON = (ValueError, RecursionError)
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ONE_LIST = re.compile(r'\{\s*"(?P<key>[^"\\]*)"\s*:\s*(?P<array>\[)\s*[{\]]')

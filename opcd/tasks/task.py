@@ -12,17 +12,18 @@ from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.scoring.scorers import Scorer, load_scorer
-from opcd.tasks.chat import Chat, check_lengths
+from opcd.tasks.chat import Chat
 from opcd.tasks.contexts import read_contexts
 from opcd.tasks.data import (
     Example,
-    check_answers,
     check_contexts,
     check_disjoint,
+    check_same_answers,
     read_examples,
 )
 from opcd.tasks.gold import check_gold
-from opcd.tasks.messages import Message
+from opcd.tasks.limits import check_lengths, check_tokens
+from opcd.tasks.messages import Message, user
 
 
 class Case(NamedTuple):
@@ -71,8 +72,8 @@ class Task:
         }
 
     @property
-    def fingerprint(self) -> str:
-        """Digest of what is trained on: a resumed run must see the very same token ids."""
+    def training_digest(self) -> str:
+        """What is trained on: a resumed run must see the very same token ids."""
         prefixes = [ids for _, ids in sorted(self.prefixes.items())]
         prompts = [[*p.student_ids, -1, *p.teacher_ids] for p in self.train]
         named = [p.context for p in self.train if p.context]
@@ -120,8 +121,8 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
             remarks += said
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
-    check_answers(parts["validation"])
-    check_answers(parts["test"])
+    check_same_answers(parts["validation"])
+    check_same_answers(parts["test"])
     scorer = load_scorer(config.scorer)
     remarks += check_gold(parts["validation"] + parts["test"], scorer)
     return TaskFiles(contexts, parts, scorer, remarks)
@@ -147,7 +148,7 @@ def render_task(
             continue
         with_context = [_render(chat.teacher_ids, example) for example in examples]
         # A first user message of another kind: the common start must be the context's alone.
-        probes = [chat.teacher_ids([{"role": "user", "content": t}]) for t in ("Hm?", "3 + 4")]
+        probes = [chat.teacher_ids([user(t)]) for t in ("Hm?", "3 + 4")]
         length = shared_prefix_length([*with_context, *probes])
         if length == 0:
             raise InputError(
@@ -159,7 +160,7 @@ def render_task(
         prefixes[name] = with_context[0][:length]
         for example, ids in zip(examples, with_context, strict=True):
             student_ids = _render(chat.student_ids, example)
-            _check_tokens([*ids, *student_ids], vocab_size, chat, example)
+            check_tokens([*ids, *student_ids], vocab_size, chat.template.tokenizer, example)
             prompt = Prompt(student_ids, ids[length:], name)
             rendered[id(example)] = Case(example, prompt)
 
@@ -168,16 +169,6 @@ def render_task(
 
     train = [case.prompt for case in cases("train")]
     return Task(prefixes, train, cases("validation"), cases("test"), files.scorer)
-
-
-def _check_tokens(ids: Sequence[int], vocab_size: int, chat: Chat, example: Example) -> None:
-    if (largest := max(ids)) >= vocab_size:
-        token = chat.template.tokenizer.convert_ids_to_tokens(largest)
-        raise InputError(
-            f"{example.source}: the model must have an embedding for every token of the prompt and "
-            f"its context, got token {largest} ({token!r}) and {vocab_size} embeddings; resize the "
-            f"embeddings and train the new ones, or use the model's own tokenizer"
-        )
 
 
 def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:

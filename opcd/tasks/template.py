@@ -1,5 +1,6 @@
 """A tokenizer's chat template, judged by what it writes and not by what stands in it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.messages import Message
+from opcd.tasks.messages import Message, system, user
 
 RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "chat_template"}
 REQUEST, ANSWER = "What is zebra 7?", "It is zebra 8."  # words that no template has
+GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # a tag of transformers' own
 OTHER_DAY = date(2031, 3, 9)
 # In front of a template: its clock stands still. Templates are given plain values only, so the day
 # comes as a table, what each code of a date format stands for.
@@ -22,7 +25,10 @@ CLOCK = (
     "{% for code, value in the_day %}{% set now.text = now.text.replace(code, value) %}"
     "{% endfor %}{{ now.text }}{% endmacro +%}"
 )
-CODES = "aAbBcdDeFhHIjmMpRSTuUwWxXyY"
+CODES = "aAbBcdDeFgGhHIjmMprRSTuUVwWxXyY"
+# Codes that not every system has; a day has no time, and begins at midnight.
+OTHER_CODES = {"%C": "20", "%f": "000000", "%k": " 0", "%l": "12", "%n": "\n", "%P": "am"}
+OTHER_CODES |= {"%t": "\t", "%z": "", "%Z": ""}
 
 
 class Template:
@@ -52,9 +58,15 @@ class Template:
                 f"the tokenizer of {self.name!r} must have a chat template, got none; use an "
                 f"instruct model, or pass --chat_template FILE with one"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer of {self.name!r} must have a chat template named default, got "
+                f"{', '.join(sorted(tokenizer.chat_template))}; write the one that is meant into a "
+                f"file and pass --chat_template FILE"
+            )
         template = tokenizer.get_chat_template()
         self._template = CLOCK + template if "strftime_now" in template else template
-        self.text([_message("user", REQUEST)])
+        self.text([user(REQUEST)])
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the messages, up to where the answer starts."""
@@ -80,7 +92,8 @@ class Template:
             roles = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
             raise InputError(
                 f"the chat template of {self.name!r} must accept these messages ({roles}), but "
-                f"says: {' '.join(str(error).split())[:200]}"
+                f"says: {' '.join(str(error).split())[:200]}; pass another template with "
+                f"--chat_template FILE"
             ) from error
         assert isinstance(text, str)
         return text
@@ -93,7 +106,7 @@ class Template:
     def takes_system(self) -> bool:
         """Whether a system message reaches the text."""
         try:
-            return ANSWER in self.text([_message("system", ANSWER), _message("user", REQUEST)])
+            return ANSWER in self.text([system(ANSWER), user(REQUEST)])
         except InputError:
             return False
 
@@ -101,7 +114,7 @@ class Template:
     def turn_end(self) -> int | None:
         """The special token that ends the assistant's turn; None where text alone does."""
         try:
-            text = self.text([_message("user", REQUEST), _message("assistant", ANSWER)], True)
+            text = self.text([user(REQUEST), {"role": "assistant", "content": ANSWER}], True)
         except InputError:  # some templates take no answer at the end
             return None
         behind = text.rpartition(ANSWER)[2].lstrip()
@@ -124,7 +137,7 @@ def read_template(path: str) -> str:
         raise InputError(f"chat_template must be a file, got {path!r}, which is not there")
     try:
         text = file.read_text(encoding="utf-8")
-        jinja2.Environment().parse(text) if "generation" not in text else None
+        jinja2.Environment(extensions=[loopcontrols]).parse(GENERATION.sub("", text))
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
         raise InputError(f"chat_template must be a Jinja file, got {path!r}: {error}") from error
     if "messages" not in text:
@@ -135,12 +148,11 @@ def read_template(path: str) -> str:
     return text
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
 def _table(day: date) -> list[tuple[str, str]]:
     """What each code of a date format stands for on that day; `%-d` is `%d` without zeros."""
-    found = {f"%{code}": day.strftime(f"%{code}") for code in CODES}
-    bare = {f"%-{code[1:]}": str(int(x)) for code, x in found.items() if x.isdigit()}
-    return [*bare.items(), *found.items()]
+    found = {f"%{code}": day.strftime(f"%{code}") for code in CODES} | OTHER_CODES
+    bare = {f"%-{code[1:]}": str(int(x)) for code, x in found.items() if x.strip().isdigit()}
+    seconds = (day - date(1970, 1, 1)).days * 86400
+    percent = "\0"  # stands for %% while the codes are replaced
+    whole = {**bare, **found, "%s": str(seconds)}
+    return [("%%", percent), *whole.items(), (percent, "%")]

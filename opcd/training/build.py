@@ -64,8 +64,8 @@ def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
     config, prompts = setup.config, setup.task.train
     if not config.guided_share:
         return OnPolicy(prompts, config)
-    if setup.stored is not None:
-        return Guided(prompts, config, StoredCompletions(setup.stored))
+    if setup.completions is not None:
+        return Guided(prompts, config, StoredCompletions(setup.completions))
     with teacher.frozen():
         engine = build_engine(
             config.rollout_engine, teacher.model, config.rollout_batch_size, teacher.plan

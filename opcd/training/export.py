@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from opcd.errors import InputError
 from opcd.models.by_name import ADAPTER_CONFIG, load_model
-from opcd.models.stored import StoredModel
+from opcd.models.files import ModelFiles
 from opcd.runtime.files import write_folder, write_json
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import ADAPTER_WEIGHTS, checkpoint_of
@@ -62,7 +62,7 @@ def export_model(writer: ModelWriter, checkpoint: Path, target: Path) -> None:
         writer.write(target, base.names_for(adapted.merge_and_unload()).get)
         _copy_adapter(checkpoint, target / "adapter", base.name)
         return
-    trained = StoredModel(str(checkpoint))
+    trained = ModelFiles(str(checkpoint))
     lacking = sorted(base.slots.keys() - trained.slots.keys())
     if lacking:
         raise InputError(

@@ -18,9 +18,10 @@ from opcd.config import TrainConfig
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.cast_weights import CastWeights
-from opcd.models.lm import autocast, batches_by_tokens
+from opcd.models.lm import autocast
 from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
+from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.stopwatch import Stopwatch
 from opcd.runtime.upload import uploaded
 from opcd.student_loss import StudentLoss

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opcd.errors import InputError
+from opcd.models.files import GENERATION_CONFIG, ModelFiles
 from opcd.models.lm import eos_token_ids
-from opcd.models.stored import GENERATION_CONFIG, StoredModel
 from opcd.runtime.files import write_json, write_text
 
 
@@ -27,7 +27,7 @@ class ModelWriter:
     """
 
     def __init__(
-        self, base: StoredModel, student: torch.nn.Module, chat_template: str | None = None
+        self, base: ModelFiles, student: torch.nn.Module, chat_template: str | None = None
     ) -> None:
         base.names_for(student, on_meta=True)
         self._chat_template = chat_template

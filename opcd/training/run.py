@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -17,8 +18,7 @@ from opcd.evaluation.report import read_metrics
 from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.adapter import lora_coverage
-from opcd.models.lm import eos_token_ids
-from opcd.models.stored import StoredModel
+from opcd.models.files import ModelFiles
 from opcd.runtime.files import free_name, make_folder, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 # Fields that may change when a run is continued; the second kind alters the steps to come, and is
 # there for a run whose loss was not finite.
 HOUSEKEEPING = {"save_every", "keep_checkpoints"}
+# Fields that decide what a request looks like to the student.
+PROMPT_FORM = {"without_context", "chat_template", "chat_template_args"}
 REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 
 
@@ -99,23 +101,37 @@ def evaluate_run(
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
-    for line in _notes(setup):
-        progress.say(line)
     data, config = Path(config.eval_data).stem, setup.config
     selection: dict[str, Any] | None = None
+    changed: list[str] = []
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
     if distilled is None:
         selection = read_selection(run)
-        same = not TrainConfig.load(run / "config.yaml").differing_fields(config)
-        target = run if same else run / f"eval-{data}"
+        changed = TrainConfig.load(run / "config.yaml").differing_fields(config)
+        _check_same_prompts(changed, run)
+        target = run / f"eval-{data}" if changed else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
     target = make_folder(
         Path(save_to) if save_to else target if target == run else free_name(target)
     )
+    for line in [*setup.prompt_lines, *_notes(setup)]:
+        progress.say(line)
+    if changed:
+        progress.say(f"note      not as in training: {', '.join(changed)}")
     scored = score(setup, None if path == "none" else path, progress, selection)
     write_scored(target, scored, setup)
     return target, scored
+
+
+def _check_same_prompts(changed: Sequence[str], run: Path) -> None:
+    """Raise InputError if a run's model would be given other prompts than it was trained on."""
+    if others := sorted(PROMPT_FORM & set(changed)):
+        raise InputError(
+            f"a run's model must be given the prompts it was trained on, got other values for "
+            f"{', '.join(others)} than in {run / 'config.yaml'}; pass --config "
+            f"{run / 'config.yaml'}, or name the model with --distilled to try other prompts"
+        )
 
 
 def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
@@ -158,7 +174,7 @@ def _fit(
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
     distiller = build_distiller(setup)
     template = setup.tokenizer.get_chat_template() if config.chat_template else None
-    writer = ModelWriter(StoredModel(config.model), distiller.student, template)
+    writer = ModelWriter(ModelFiles(config.model), distiller.student, template)
     best: dict[str, Any] = {"step": None}
     saved: set[int] = set()
     if resume and (done := list_checkpoints(checkpoints)):
@@ -272,23 +288,18 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
     plan = distiller.teacher.plan
     often = "once" if plan.shares_prefix else "with every sequence"
     several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
-    return (
+    lines = [
         f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
-        f"{plan.backend} ({plan.reason})\n"
-        f"without   {setup.chat.stand_in[-100:]!r} stands in front of a request\n"
-        f"answers   end with {_ends(setup, distiller)}, or at {config.max_completion_tokens} "
-        f"tokens\n"
+        f"{plan.backend} ({plan.reason})",
+        *setup.prompt_lines,
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
-        f"({trained / 1e6:.1f} M)\n"
-        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once\n"
+        f"({trained / 1e6:.1f} M)",
+        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
-        f"{len(task.test)} test prompts" + "".join(f"\n{line}" for line in _notes(setup))
-    )
-
-
-def _ends(setup: Setup, distiller: Distiller) -> str:
-    ids = eos_token_ids(distiller.student)
-    return ", ".join(map(str, setup.tokenizer.convert_ids_to_tokens(ids)))
+        f"{len(task.test)} test prompts",
+        *_notes(setup),
+    ]
+    return "\n".join(lines)
 
 
 def _notes(setup: Setup) -> list[str]:

@@ -223,13 +223,13 @@ def test_answers_that_can_never_be_right(spec: str, answer: str, fault: str | No
 
 
 @pytest.fixture
-def write_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+def write_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Writes a module and returns its name; another one in each test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(code: str) -> str:
-        name = f"scorer_of_{tmp_path.name}"
+    def write(code: str, called: str = "scorer") -> str:
+        name = f"{called}_of_{tmp_path.name}"
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
         return name
 
@@ -303,6 +303,14 @@ def test_what_a_function_must_not_return(write_scorer: Callable, returned: str) 
         load_scorer(f"python:{name}:f")("x", ["y"])
 
 
+def test_a_scorer_that_exits_is_an_error(write_scorer: Callable) -> None:
+    name = write_scorer("import sys\ndef f(c, a): sys.exit(1)\n")
+    with pytest.raises(InputError, match="raised SystemExit: 1"):
+        load_scorer(f"python:{name}:f")("x", ["y"])
+    with pytest.raises(InputError, match="importable module, got SystemExit: 3"):
+        load_scorer(f"python:{write_scorer('import sys; sys.exit(3)', 'ends')}:f")
+
+
 @pytest.mark.filterwarnings("error")
 def test_an_async_function_is_refused(write_scorer: Callable) -> None:
     name = write_scorer("async def f(c, a): return True\n")
@@ -327,6 +335,9 @@ def test_a_function_that_asks_for_the_raw_completion(write_scorer: Callable) -> 
         ("regex:(", "valid regular expression"),
         ("regex:(a)(b)", r"at most one group.*got 2"),
         ("python:no_such_module_here:f", "importable module"),
+        ("python:one.py:f", "write python:one:f"),
+        ("python:folder/one.py:", "write python:folder.one:function"),
+        ("python:time:f", r"function of time \(built in\), which has no 'f'"),
     ],
 )
 def test_scorers_that_do_not_exist(spec: str, message: str) -> None:

@@ -3,9 +3,11 @@
 import pytest
 
 from opcd.errors import InputError
+from opcd.models.by_name import check_same_tokenizer
 from opcd.passes.prefix import shared_prefix_length
-from opcd.tasks.chat import Chat, check_lengths, check_same_tokenizer
+from opcd.tasks.chat import Chat
 from opcd.tasks.data import Example
+from opcd.tasks.limits import check_lengths
 from opcd.tasks.template import Template
 from tests.conftest import CHATML, tiny_tokenizer
 
@@ -64,6 +66,64 @@ def test_auto_takes_what_the_template_keeps() -> None:
     assert chat.placement == "user"
     with pytest.raises(InputError, match=r"system message 'Be brief.'; write it in another"):
         Chat(Template(tiny_tokenizer(last_message_only)), [*CONTEXT, *PROMPT, *ANSWER])
+
+
+DEMONSTRATIONS = [
+    {"role": "user", "content": "Why"},
+    {"role": "assistant", "content": "brief"},
+]
+
+
+def test_a_dropped_message_is_found_out_though_its_words_stand_elsewhere() -> None:
+    """The demonstrations' words are in the system message and in the request."""
+    first_and_last = (
+        "{% for m in [messages[0], messages[-1]] %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for placement in ("system", "auto"):
+        with pytest.raises(InputError, match="drops or alters the user message 'Why'"):
+            Chat(Template(tiny_tokenizer(first_and_last)), [*CONTEXT, *DEMONSTRATIONS], placement)
+
+
+HOISTING = (  # all system messages come first
+    "{% for m in messages if m.role == 'system' %}[{{ m.content }}]{% endfor %}"
+    "{% for m in messages if m.role != 'system' %}({{ m.content }}){% endfor %}"
+)
+
+
+@pytest.mark.parametrize("own", ["Be brief.", "brief", "Why?"])
+def test_a_requests_own_words_may_stand_in_the_context_and_in_the_request(own: str) -> None:
+    chat = Chat(Template(tiny_tokenizer()), CONTEXT, own_system=True)
+    message = {"role": "system", "content": own}
+    text = chat.template.tokenizer.decode(chat.teacher_ids([message, *PROMPT]))
+    assert text.startswith(f"<|im_start|>system\nBe brief.\n\n{own}<|im_end|>\n")
+    dropping = "{% set first = messages[0] %}" + CHATML.replace(
+        "messages %}", "messages if message == first or message.role != 'system' %}"
+    )
+    for template, wrong in ((dropping, "must keep every message"), (HOISTING, "stand behind")):
+        chat = Chat(Template(tiny_tokenizer(template)), DEMONSTRATIONS, "system")
+        with pytest.raises(InputError, match=wrong):
+            chat.teacher_ids([message, *PROMPT])
+
+
+def test_auto_puts_the_context_where_requests_keep_their_own_system_message_behind_it() -> None:
+    one_in_front = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+        "{{ raise_exception('only first') }}{% endif %}{% endfor %}"
+    )
+    context = [*CONTEXT, *DEMONSTRATIONS]
+    own = {"role": "system", "content": "Ms Ng asks."}
+    for template in (one_in_front + CHATML, HOISTING):
+        tokenizer = tiny_tokenizer(template)
+        assert Chat(Template(tokenizer), context).placement == "system"
+        chat = Chat(Template(tokenizer), context, own_system=True)
+        assert chat.placement == "user"
+        text = tokenizer.decode(chat.teacher_ids([own, *PROMPT]))
+        places = [text.index(w) for w in ("Be brief.\n\nWhy", "Ms Ng asks.\n\nWhy?")]
+        assert places == sorted(places)
+        with pytest.raises(InputError, match="or pass --context_placement user"):
+            Chat(Template(tokenizer), context, "system", own_system=True)
 
 
 def test_template_arguments_reach_the_template() -> None:

@@ -49,6 +49,11 @@ def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
             '{"messages": [{"role": "system", "content": "x"}], "tools": [{"type": "function"}]}',
             'a request with "tools": conversations with tools are not supported yet',
         ),
+        (
+            "c.json",
+            '{"system": "One word.", "user": "Sky?"}',
+            "system, user, which are parts of one",
+        ),
         ("c.json", '{"a": "x", "b": " "}', r"c\.json: b: must be a non-empty list"),
         ("c.json", "[]", "non-empty list"),
         ("c.json", '[{"role": "robot", "content": "x"}]', "'robot'"),

@@ -10,9 +10,9 @@ from opcd.errors import InputError
 from opcd.tasks.contexts import read_contexts
 from opcd.tasks.data import (
     Example,
-    check_answers,
     check_contexts,
     check_disjoint,
+    check_same_answers,
     read_examples,
 )
 from opcd.tasks.messages import Message
@@ -43,8 +43,8 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
     [
         ("{", ":2: each line must be one JSON object"),
         ("[1]", ":2: must be an object"),
-        ('{"text": "a"}', 'either "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
+        ('{"text": "a"}', 'rename "text" to "prompt" if it is that'),
+        ('{"prompt": "a", "messages": []}', "one column, got prompt and messages"),
         ('{"prompt": ""}', "non-empty string"),
         ('{"prompt": 3}', "non-empty string"),
         (r'{"prompt": "a \ud800 b"}', "lone surrogate"),
@@ -115,11 +115,13 @@ def test_what_stands_before_a_prompt_makes_it_another_one() -> None:
 
 
 def test_equal_prompts_have_equal_answers() -> None:
-    check_answers([example("a", "e:1", "x", "y"), example("a ", "e:2", "y", "x")])
-    check_answers([example("Polish", "e:1", "nation"), example("polish", "e:2", "shine")])
-    check_answers([example("a", "e:1", "x", context="de"), example("a", "e:2", "y", context="en")])
+    check_same_answers([example("a", "e:1", "x", "y"), example("a ", "e:2", "y", "x")])
+    check_same_answers([example("Polish", "e:1", "nation"), example("polish", "e:2", "shine")])
+    check_same_answers(
+        [example("a", "e:1", "x", context="de"), example("a", "e:2", "y", context="en")]
+    )
     with pytest.raises(InputError) as refused:
-        check_answers([example("a", "e:1", "x"), example("a", "e:2", "y")])
+        check_same_answers([example("a", "e:1", "x"), example("a", "e:2", "y")])
     assert str(refused.value) == (
         "equal prompts must have equal answers, got 1 contradiction: e:2 ['y'] and e:1 ['x'] "
         "('a'); correct one of each, or accept both in a list"

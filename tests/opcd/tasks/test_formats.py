@@ -302,8 +302,8 @@ BAD = {
     "more than a list": (
         "d.json",
         '{"data": [{"prompt": "a"}], "version": 1}',
-        "d.json:1: must have either \"prompt\" or \"messages\", got keys ['data', 'version']; name "
-        "the user's message one way",
+        'd.json:1: must have "prompt" (the user\'s message) or "messages", got keys [\'data\', '
+        "'version']; add \"prompt\"",
     ),
     "tools": (
         "d.jsonl",
@@ -356,7 +356,8 @@ BAD = {
     "a class number": (
         "d.jsonl",
         lines({"prompt": "Sky?", "label": 2}),
-        'd.jsonl:1: "label" must be text, got 2; write what the model should answer',
+        'd.jsonl:1: "label" must be text, got 2; write what the model should answer, the class by '
+        'its name, or rename it to "answer" if it is that number',
     ),
     "a table by columns": (
         "d.json",
@@ -409,7 +410,43 @@ BAD = {
         "d.jsonl",
         lines({"prompt": "Sky?", "completion": ""}),
         'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
-        "['completion', 'prompt']; add it, or use the line as a training prompt",
+        "['completion', 'prompt']; add \"answer\", or use the line as a training prompt",
+    ),
+    "a class by another name": (
+        "d.jsonl",
+        lines({"prompt": "Sky?", "intent": "weather"}),
+        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
+        "['intent', 'prompt']; rename \"intent\" to \"answer\" if it is that, or use the line as a "
+        "training prompt",
+    ),
+    "a request by another name": (
+        "d.jsonl",
+        lines({"text": "Sky?", "category": "weather"}),
+        'd.jsonl:1: must have "prompt" (the user\'s message) or "messages", got keys '
+        "['category', 'text']; rename \"text\" to \"prompt\" if it is that",
+    ),
+    "two requests": (
+        "d.jsonl",
+        lines({"prompt": "Sky?", "question": "Sea?", "answer": "Blue"}),
+        "d.jsonl:1: the request must stand in one column, got prompt and question; remove those "
+        "that are not the user's message",
+    ),
+    "a preference": (
+        "d.jsonl",
+        lines({"prompt": "Sky?", "rejected": "Green", "answer": "Blue"}),
+        'd.jsonl:1: got a column "rejected", which has no meaning here; remove it',
+    ),
+    "a part of an odd type": (
+        "d.jsonl",
+        lines({"messages": [user("") | {"content": [{"type": ["text"], "text": "Sky?"}]}]}),
+        "d.jsonl:1: the content of message 0 must be text, got a part of type \"['text']\"; "
+        "images, sounds and files are not supported; leave that row out",
+    ),
+    "an empty system message": (
+        "d.jsonl",
+        lines({"messages": [system(""), *SKY], "answer": "Blue"}),
+        "d.jsonl:1: the content of message 0 must be a non-empty string, got ''; leave that "
+        "message out, or write what it says",
     ),
 }
 

@@ -10,7 +10,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
 from opcd.tasks.prepare import prepare
-from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
+from tests.conftest import CHATML, tiny_llama, tiny_tokenizer, write_jsonl
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 
@@ -41,6 +41,27 @@ def test_a_run_keeps_the_day_on_which_it_began(settings: dict, tmp_path: Path) -
         prepare(TrainConfig(**settings, today="1 May"))
 
 
+def test_stand_ins_of_several_contexts(settings: dict, tmp_path: Path) -> None:
+    """What a student's prompts begin with is said once where it is the same for all."""
+    (tmp_path / "contexts.json").write_text('{"a": "One letter.", "b": "Two."}', encoding="utf-8")
+    settings |= {"context": str(tmp_path / "contexts.json")}
+    for name in ("prompts", "validation_data", "eval_data"):
+        rows = [json.loads(x) for x in Path(settings[name]).read_text("utf-8").splitlines()]
+        write_jsonl(
+            Path(settings[name]), [r | {"context": "ab"[i % 2]} for i, r in enumerate(rows)]
+        )
+    assert prepare(TrainConfig(**settings)).prompt_lines == [
+        "without   '<|im_start|>user\\n' stands in front of a request",
+        "answers   end with <|im_end|>, or at 8 tokens",
+    ]
+
+
+@pytest.mark.parametrize("given", ["None", "NONE", " default", "Default"])
+def test_a_keyword_in_another_spelling_is_no_text_for_the_model(settings: dict, given: str) -> None:
+    with pytest.raises(InputError, match=f"write {given.strip().lower()}"):
+        TrainConfig(**settings, without_context=given).check()
+
+
 def test_a_template_without_a_date_has_none(settings: dict) -> None:
     setup = prepare(TrainConfig(**settings, today="2026-05-01"))
     assert setup.remarks == []
@@ -58,8 +79,8 @@ def test_a_template_that_takes_no_system_message(settings: dict, tmp_path: Path)
     )
     assert decode(setup.task.prefixes[""]) == "<|im_start|>user\nAnswer with one letter.\n\n"
     assert setup.remarks == [
-        "the chat template does not take the context as a system message: it stands in front of "
-        "the first user message",
+        "the chat template does not take the context as a system message, or a request's own "
+        "behind it: it stands in front of the first user message",
     ]
 
 

@@ -1,6 +1,6 @@
 """What chat templates of many families make of a request, with and without the context."""
 
-from datetime import date
+from datetime import date, datetime, timezone
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -168,6 +168,13 @@ def test_a_template_from_a_file(tmp_path) -> None:
         read_template(str(file))
     with pytest.raises(InputError, match="not there"):
         read_template(str(tmp_path / "none.jinja"))
+    for broken in ("{% for m in messages %}{% generation %}", "{{ messages | no_such_filter }"):
+        file.write_text(broken, encoding="utf-8")
+        with pytest.raises(InputError, match="must be a Jinja file"):
+            read_template(str(file))
+    for tag in ("{% generation %}{{ m }}{%- endgeneration -%}", "{% continue %}"):
+        file.write_text("{% for m in messages %}" + tag + "{% endfor %}", encoding="utf-8")
+        assert "messages" in read_template(str(file))
     file.write_text("hello", encoding="utf-8")
     with pytest.raises(InputError, match="without that word"):
         read_template(str(file))
@@ -181,6 +188,42 @@ def test_a_completion_as_text_is_tokenized_behind_its_request() -> None:
     ids = chat.completion_ids(REQUEST, "So.")
     assert tokenizer.decode(ids) == "So.<|im_end|>"
     assert tokenizer.decode(chat.student_ids(REQUEST) + ids).endswith("assistant\nSo.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "text", ["So.", "So.<|im_end|>", "So.<|im_end|>\n", "<think>\nSo.", "<think>So.<|im_end|>"]
+)
+def test_what_the_template_writes_already_stands_once(text: str) -> None:
+    family = FAMILIES["ChatML base model"]
+    opens = family.template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert opens != family.template
+    tokenizer = byte_tokenizer(opens, family.special, family.eos)
+    chat = Chat(Template(tokenizer, {}, DAY), CONTEXT)
+    assert tokenizer.decode(chat.completion_ids(REQUEST, text)) == "So.<|im_end|>"
+
+
+def test_several_templates_without_a_default() -> None:
+    tokenizer = tokenizer_of(FAMILIES["Phi-3"])
+    tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": "{{ messages }}"}
+    with pytest.raises(
+        InputError, match=r"named default, got rag, tool_use; .*--chat_template FILE"
+    ):
+        Template(tokenizer)
+
+
+@pytest.mark.parametrize("code", "aAbBcCdDeFgGhHIjmMnpPrRSTuUVwWxXyYzZfs%")
+def test_codes_of_dates(code: str) -> None:
+    """As strftime writes them at midnight UTC, where it has them."""
+    family = FAMILIES["Phi-3"]
+    shown = f"{{{{ strftime_now('<%{code}|%%{code}>') }}}} " + family.template
+    template = Template(tokenizer_of(family._replace(template=shown)), {}, DAY)
+    written = template.text(REQUEST).partition("<")[2].partition(">")[0]
+    midnight = datetime(DAY.year, DAY.month, DAY.day, tzinfo=timezone.utc)
+    expected = datetime(DAY.year, DAY.month, DAY.day).strftime(f"%{code}")
+    if code == "s":
+        expected = str(int(midnight.timestamp()))
+    if code != "n":  # white space at the start may be trimmed
+        assert written == f"{expected}|%{code}"
 
 
 @families

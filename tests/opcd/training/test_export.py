@@ -20,8 +20,8 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models import builtin
 from opcd.models.by_name import load_config, load_model
+from opcd.models.files import ModelFiles
 from opcd.models.lm import stop_at
-from opcd.models.stored import StoredModel
 from opcd.runtime.files import write_folder
 from opcd.tasks.prepare import prepare
 from opcd.training.build import build_distiller
@@ -39,7 +39,7 @@ def untrained_export(settings: dict, base: Path, lora_rank: int = 0) -> Path:
     run = Path(settings["output_dir"])
     setup = prepare(TrainConfig(**settings | {"model": str(base), "lora_rank": lora_rank}), True)
     distiller = build_distiller(setup)
-    writer = ModelWriter(StoredModel(str(base)), distiller.student)
+    writer = ModelWriter(ModelFiles(str(base)), distiller.student)
     checkpoint = save_checkpoint(run / "checkpoints", distiller, writer, {})
     write_folder(run / "final", lambda aside: export_model(writer, checkpoint, aside))
     return run / "final"
@@ -235,7 +235,7 @@ def test_a_weight_without_a_place_is_said(tmp_path: Path) -> None:
     model = load_model(str(base), torch.float32)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"1 have none, such as model\.norm\.weight"):
-        ModelWriter(StoredModel(str(base)), model)
+        ModelWriter(ModelFiles(str(base)), model)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o027, 0o640), (0o002, 0o664)])
@@ -264,8 +264,8 @@ def test_a_hub_models_files_come_from_its_snapshot(tmp_path: Path) -> None:
     for blob in (repo / "blobs").iterdir():
         (repo / "snapshots" / commit / blob.name).symlink_to(blob)
     code = (
-        "from opcd.models.stored import StoredModel\n"
-        "base = StoredModel('someone/tiny')\n"
+        "from opcd.models.files import ModelFiles\n"
+        "base = ModelFiles('someone/tiny')\n"
         "print(base.folder.name, *(f.name for f in base.small_files))\n"
     )
     cache = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -261,11 +261,24 @@ def test_rows_of_a_fine_tuning_file_are_stored_completions(settings: dict) -> No
             row["messages"] = [{"role": role, "content": text} for role, text in turns]
 
     config = TrainConfig(**settings, guided_share=1.0, guided_completions=stored(settings))
-    plain = prepare(config, True).stored
+    plain = prepare(config, True).completions
     stored(settings, openai)
-    assert prepare(config, True).stored == plain
+    assert prepare(config, True).completions == plain
     assert plain is not None
     assert len(plain) == 12
+
+
+def test_completions_of_other_prompts_are_left_out_and_said(settings: dict) -> None:
+    def renamed(rows: list) -> None:
+        rows.insert(1, {"prompt": "no such prompt", "completion": "x"})
+
+    path = stored(settings, renamed)
+    setup = prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path), True)
+    assert setup.completions is not None
+    assert len(setup.completions) == 12
+    assert setup.remarks == [
+        f"stored.jsonl: 1 row of completions left out, of no training prompt, first {path}:2"
+    ]
 
 
 def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path) -> None:
@@ -289,7 +302,7 @@ def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path
         (lambda rows: rows[2].update(completion_token_ids=[5, 300]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion_token_ids=[5, "a"]), "ids of this tokenizer"),
         (lambda rows: rows[2].update(completion="long " * 9), "at most max_completion_tokens 8"),
-        (lambda rows: rows[2].update(messages=5), "either .prompt. or .messages."),
+        (lambda rows: rows[2].update(messages=5), "one column, got prompt and messages"),
         (lambda rows: rows[2].update(context=["a"]), ".context. must be the name of one"),
         (lambda rows: rows[2].update(key=["a"]), '"key" must be a number'),
     ],

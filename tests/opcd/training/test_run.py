@@ -274,7 +274,7 @@ def test_room_is_checked_before_the_first_step(
     assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
 
 
-def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
+def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
     """The policy is there before torch is, and what the user set stays."""
     code = (
         "import sys, opcd.cli, os\n"
@@ -300,7 +300,7 @@ def test_waiting_threads_sleep_in_the_command_alone(settings: dict) -> None:
         ("train", [], {}, "5000"),
         ("train", [], {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train", [], {"OMP_WAIT_POLICY": "active"}, "None"),
-        ("eval", ["--distilled=none"], {}, "None"),
+        ("eval", ["--distilled=none"], {}, "5000"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--config", config, *arguments],

@@ -2,27 +2,28 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
-from opcd.tasks.data import Example, without_context
+from opcd.tasks.data import Example, strip_context
 from opcd.tasks.formats import read_row
 from opcd.tasks.messages import Message
 from opcd.tasks.records import read_records
 from opcd.tasks.task import Task
 
 
-def read_stored(
-    path: str,
+def read_completions(
+    config: TrainConfig,
     task: Task,
     examples: Sequence[Example],  # of the training prompts, in their order
     chats: Mapping[str, Chat],  # by the name of the context
-    max_completion_tokens: int,
-) -> dict[int, list[list[int]]]:
-    """The token ids of each training prompt's completions, by the prompt's key.
+) -> tuple[dict[int, list[list[int]]], list[str]]:
+    """The token ids of each training prompt's completions, by the prompt's key; and remarks.
 
     A line is a row in any form of `formats`, ``{"prompt": ..., "completion": text}`` or messages
     of which the assistant's is the last, with the name of its context where there are several, or
@@ -32,6 +33,7 @@ def read_stored(
     Raises InputError for lines of another form, token ids that are not the tokenizer's, a file made
     for another context, and training prompts that it has no completion for.
     """
+    path, limit = str(config.guided_completions), config.max_completion_tokens
     records = read_records(path, "guided_completions")
     tokenizer = next(iter(chats.values())).template.tokenizer
     by_words = {
@@ -40,6 +42,7 @@ def read_stored(
     }
     by_key = {prompt.key: e for e, prompt in zip(examples, task.train, strict=True)}
     found: dict[int, list[list[int]]] = {}
+    unused: list[str] = []
     for source, record in records:
         if "rule" in record:
             _check_contexts(record, task, source)
@@ -48,7 +51,7 @@ def read_stored(
         if key is None:
             row = read_row(record, source)
             context = chats[row.context].context if row.context in chats else []
-            messages, _ = without_context(row.messages, context, source)
+            messages, _ = strip_context(row.messages, context, source)
             key, text = by_words.get((_words(messages), row.context)), row.completion
         elif not isinstance(key, int):
             raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
@@ -61,14 +64,15 @@ def read_stored(
                 f"got keys {sorted(record)}"
             )
         if key is None or key not in by_key:
+            unused.append(source)
             continue
         if ids is None:
             example = by_key[key]
             ids = chats[example.context].completion_ids(example.messages, str(text))
-        if len(ids) > max_completion_tokens:
+        if len(ids) > limit:
             raise InputError(
                 f"{source}: a completion must have at most max_completion_tokens "
-                f"{max_completion_tokens} tokens, got {len(ids)}; raise it, or shorten the text"
+                f"{limit} tokens, got {len(ids)}; raise it, or shorten the text"
             )
         found.setdefault(key, []).append(ids)
     for example, prompt in zip(examples, task.train, strict=True):
@@ -78,7 +82,14 @@ def read_stored(
                 f"{path!r} has none for {example.source} ({example.text!r}); add it, or leave the "
                 f"prompt out of the training prompts"
             )
-    return found
+    remarks = []
+    if unused:
+        rows = f"{len(unused)} row{'s' if len(unused) > 1 else ''}"
+        remarks.append(
+            f"{Path(path).name}: {rows} of completions left out, of no training prompt, first "
+            f"{unused[0]}"
+        )
+    return found, remarks
 
 
 def _words(messages: Sequence[Message]) -> str:

@@ -20,7 +20,7 @@ def special_tokens_in(
     return {token: places for token, places in found.items() if places}
 
 
-def control_remarks(
+def special_token_remarks(
     parts: Mapping[str, Sequence[Example]], contexts: Contexts, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """A line for each special token that the data spell: how often, and where first."""

@@ -49,7 +49,7 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-class StoredModel:
+class ModelFiles:
     """The files of a model by name: a Hugging Face name, a local folder or the built-in one.
 
     Of a model in PyTorch's .bin files, `slots` names the safetensors files of the same layout.

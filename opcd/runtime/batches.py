@@ -1,0 +1,23 @@
+"""Sequences to batches that hold little padding."""
+
+from collections.abc import Iterator, Sequence
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `size`, neighbours in length together, longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches whose rows, padded to the longest, hold at most `max_tokens`.
+
+    Neighbours in length together, longest first; a longer sequence makes a batch alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
