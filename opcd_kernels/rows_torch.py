@@ -88,82 +88,139 @@ def _block_(
     a, b, c, _ = buffers
     log_s = torch.log_softmax(found.dz, -1, out=a)
     p_s = torch.exp(log_s, out=found.dz)
+    # A log-softmax over a large vocabulary is off by a constant, up to 1e-3 in fp32 on a CPU: what
+    # its exponentials sum to is known better than that.
+    total = p_s.sum(-1)
     terms = []
     if rows.target_ids is not None:
-        found.logprobs.copy_(log_s.gather(1, rows.target_ids[:, None])[:, 0])
+        found.logprobs.copy_(log_s.gather(1, rows.target_ids[:, None])[:, 0]).sub_(total.log())
     if rows.target_factors is not None:
-        terms.append((p_s, rows.target_factors))
-    if rows.forward_shares is not None:
-        log_t = torch.log_softmax(t, -1, out=b)
-        return terms + _mixture_(t, p_s, log_s, log_t, rows.factors, rows.forward_shares, found, c)
-    # A forward KL needs the logarithm of 0 as it is.
-    finite = c if options.divergence == "forward_kl" else log_s
-    _entropy_(found, p_s, torch.clamp(log_s, min=_LOG_ZERO, out=finite), c)
+        terms.append((p_s, rows.target_factors / total))
     if options.divergence == "none":
+        _entropy_(found, p_s, log_s.clamp_(min=_LOG_ZERO), total, c)
         return terms
     log_t = torch.log_softmax(t, -1, out=b)
-    value, factors = found.per_token, rows.factors
-    if options.divergence == "reverse_kl":
-        ratio = log_s.sub_(log_t)
-        value.copy_(_kl(p_s, ratio, log_t, c))
-        terms.append((ratio.sub_(value[:, None]).mul_(p_s), factors))
-    elif options.divergence == "forward_kl":
-        p_t = torch.exp(log_t, out=t)
-        ratio = log_t.clamp_(min=_LOG_ZERO).sub_(log_s)
-        value.copy_(_kl(p_t, ratio, log_s, c))
-        terms.append((torch.sub(p_s, p_t, out=t), factors))
+    ratio = torch.sub(log_t, log_s, out=c)
+    rows = rows._replace(factors=rows.factors / total)
+    if ratio.device.type == "cpu" and _within(*ratio.aminmax(), _NEAR):
+        _entropy_(found, p_s, log_s, total, log_s)
+        terms += _near_(ratio, p_s, total, rows, found, options, a, b, t)
     else:
-        # With x = log(β p_t / (1−β) p_s): log m = log (1−β) p_s + softplus(x), or with t and −x.
-        beta, rest = options.beta, 1 - options.beta
-        p_t = torch.exp(log_t, out=t)
-        x = log_t.clamp_(min=_LOG_ZERO).sub(log_s).add_(math.log(beta / rest))
-        over_s, over_t = softplus(x, threshold=50), softplus(-x, threshold=50)
-        log_m = log_s.add_(over_s).add_(math.log(rest))
-        kl_s = _kl(p_s, -math.log(rest) - over_s, log_m, c)
-        kl_t = _kl(p_t, -math.log(beta) - over_t, log_m, c)
-        value.copy_(beta * kl_t + rest * kl_s)
-        center = torch.mul(p_s, over_s, out=c).sum(-1, keepdim=True)
-        terms.append((over_s.sub_(center).mul_(p_s).mul_(-rest), factors))
+        terms += _far_(p_s, log_s, log_t, total, rows, found, options, t, c)
+    for value in (found.per_token, found.reverse_kl, found.forward_kl):
+        value.div_(total)
     return terms
 
 
-def _entropy_(found: Found, p_s: Tensor, log_s: Tensor, work: Tensor) -> None:
-    """Of finite logarithms."""
-    found.entropy.copy_(torch.mul(log_s, p_s, out=work).sum(-1)).neg_()
+def _near_(
+    ratio: Tensor,  # (R, V) log p_t − log p_s
+    p_s: Tensor,  # (R, V)
+    total: Tensor,  # (R,) its sums
+    rows: Rows,
+    found: Found,
+    options: Options,
+    *work: Tensor,  # three times (R, V)
+) -> list[tuple[Tensor, Tensor]]:
+    """Values and gradients where no ratio is extreme: all from e = p_t / p_s − 1.
+
+    Gradients are centred on their means under p_s / Σ p_s: they sum to 0 also where a log-softmax
+    is off by a constant.
+    """
+    a, b, c = work
+    factors, shares = rows.factors, rows.forward_shares
+    e = torch.expm1(ratio, out=b)
+    terms = []
+    if options.divergence in ("reverse_kl", "mixture"):
+        value = torch.sub(e, ratio, out=a).mul_(p_s).sum(-1)
+        gradient = torch.mul(ratio, p_s, out=a)
+        _center_(gradient, p_s, total)
+        (found.per_token if shares is None else found.reverse_kl).copy_(value)
+        terms.append((gradient, -factors if shares is None else factors * (shares - 1)))
+    if options.divergence in ("forward_kl", "mixture"):
+        difference = e.mul_(p_s)
+        value = torch.add(difference, p_s, out=c).mul_(ratio).sub_(difference).sum(-1)
+        excess = _center_(difference, p_s, total)  # of Σ p_t, that of Σ p_s taken out
+        factors = factors / (1 + excess)
+        value = value / (1 + excess) + total * (excess / (1 + excess) - excess.log1p())
+        (found.per_token if shares is None else found.forward_kl).copy_(value)
+        terms.append((difference, -factors if shares is None else -factors * shares))
+    if options.divergence == "jsd":
+        # u = log m / p_s. The terms of KL(p_s ‖ m) are p_s (β e − u), of KL(p_t ‖ m)
+        # p_s ((1 + e) (ratio − u) − (1 − β) e), neither of them negative.
+        beta, rest = options.beta, 1 - options.beta
+        excess = (torch.mul(e, p_s, out=a).sum(-1) / total)[:, None]
+        e, ratio = e.sub_(excess).div_(1 + excess), ratio.sub_(excess.log1p())
+        u = torch.mul(e, beta, out=a).log1p_()
+        of_t = torch.sub(ratio, u, out=c)
+        of_t = of_t.addcmul_(of_t, e).sub_(e, alpha=rest)
+        of_s = e.mul_(beta).sub_(u)
+        found.per_token.copy_(of_s.mul_(rest).add_(of_t, alpha=beta).mul_(p_s).sum(-1))
+        _center_(u.mul_(p_s), p_s, total)
+        terms.append((u, factors * -rest))
+    return terms
 
 
-def _mixture_(
-    t: Tensor,
+def _center_(gradient: Tensor, p: Tensor, total: Tensor) -> Tensor:
+    """Take the mean under p / Σ p, times p, from each entry of a row; returns the mean."""
+    mean = gradient.sum(-1) / total
+    gradient.addcmul_(p, mean[:, None], value=-1)
+    return mean
+
+
+def _far_(
     p_s: Tensor,
     log_s: Tensor,
     log_t: Tensor,
-    factors: Tensor,
-    shares: Tensor,
+    total: Tensor,
+    rows: Rows,
     found: Found,
+    options: Options,
+    t: Tensor,  # (R, V) of memory; so is the next
     work: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fill entropy and both KL; the gradients of both, in the memory of t, log_s and log_t."""
-    of_reverse, of_forward = factors * (1 - shares), factors * shares
-    ratio = torch.sub(log_t, log_s, out=t)  # log p_t − log p_s
-    if ratio.device.type == "cpu" and _within(*ratio.aminmax(), _NEAR):
-        _entropy_(found, p_s, log_s, work)
-        # One exponential for both: with e = p_t / p_s − 1 the terms of the reverse KL are
-        # p_s (e − ratio), of the forward KL p_s e ratio − p_s (e − ratio).
-        e = torch.expm1(ratio, out=log_s)
-        terms = torch.sub(e, ratio, out=work).mul_(p_s)
-        found.reverse_kl.copy_(terms.sum(-1))
-        difference = torch.mul(e, p_s, out=log_t)  # p_t − p_s
-        found.forward_kl.copy_(terms.addcmul_(difference, ratio, value=-1).sum(-1)).neg_()
-        gradient = ratio.add_(found.reverse_kl[:, None]).mul_(p_s)
-        return [(gradient, -of_reverse), (difference, -of_forward)]
+    """The same for any logits, those of entries that cannot come too."""
+    factors, shares = rows.factors, rows.forward_shares
     p_t = torch.exp(log_t, out=t)
-    finite_s = log_s.clamp(min=_LOG_ZERO)
-    _entropy_(found, p_s, finite_s, work)
-    ratio = finite_s.sub_(log_t)
-    found.reverse_kl.copy_(_kl(p_s, ratio, log_t, work))
-    found.forward_kl.copy_(_kl(p_t, log_t.clamp_(min=_LOG_ZERO).sub_(log_s), log_s, work))
-    gradient = ratio.sub_(found.reverse_kl[:, None]).mul_(p_s)
-    return [(gradient, of_reverse), (torch.sub(p_s, p_t, out=t), of_forward)]
+    excess = p_t.sum(-1, keepdim=True) / total[:, None]
+    p_t.div_(excess)
+    log_t.sub_(excess.log())
+    finite_s, finite_t = log_s.clamp(min=_LOG_ZERO), log_t.clamp(min=_LOG_ZERO)
+    _entropy_(found, p_s, finite_s, total, work)
+    terms = []
+    if options.divergence in ("reverse_kl", "mixture"):
+        ratio = finite_s - log_t
+        value = _kl(p_s, ratio, log_t.clone(), work)
+        (found.per_token if shares is None else found.reverse_kl).copy_(value)
+        _center_(ratio.mul_(p_s), p_s, total)
+        terms.append((ratio, factors if shares is None else factors * (1 - shares)))
+    if options.divergence in ("forward_kl", "mixture"):
+        value = _kl(p_t, finite_t - log_s, log_s.clone(), work)
+        (found.per_token if shares is None else found.forward_kl).copy_(value)
+        near = (finite_s - finite_t).abs() < 1
+        difference = torch.where(near, (finite_s - finite_t).expm1().mul_(p_t), p_s - p_t)
+        _center_(difference, p_s, total)
+        terms.append((difference, factors if shares is None else factors * shares))
+    if options.divergence == "jsd":
+        # With x = log(β p_t / (1−β) p_s): log m = log (1−β) p_s + softplus(x), or with t and −x.
+        beta, rest = options.beta, 1 - options.beta
+        x = finite_t - finite_s + math.log(beta / rest)
+        over_s, over_t = softplus(x, threshold=50), softplus(-x, threshold=50)
+        log_m = finite_s + over_s + math.log(rest)
+        kl_s = _kl(p_s, -math.log(rest) - over_s, log_m.clone(), work)
+        kl_t = _kl(p_t, -math.log(beta) - over_t, log_m, work)
+        found.per_token.copy_(beta * kl_t + rest * kl_s)
+        near = (finite_t - finite_s).clamp_(max=_NEAR)
+        u = torch.where(near < _NEAR, torch.log1p(beta * near.expm1()), over_s + math.log(rest))
+        u = u.masked_fill_(p_s == 0, 0).mul_(p_s)
+        _center_(u, p_s, total)
+        terms.append((u, factors * -rest))
+    return terms
+
+
+def _entropy_(found: Found, p_s: Tensor, log_s: Tensor, total: Tensor, work: Tensor) -> None:
+    """Of finite logarithms."""
+    mean = torch.mul(log_s, p_s, out=work).sum(-1) / total
+    found.entropy.copy_(total.log() - mean)
 
 
 def _sum_(out: Tensor, terms: Sequence[tuple[Tensor, Tensor]], slope: Tensor | None) -> None:
