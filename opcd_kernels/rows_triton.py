@@ -1,10 +1,10 @@
 """Divergence of rows of logits in one Triton kernel, the gradient written over the logits.
 
 One program takes one token. Its first pass over both rows keeps running statistics in every lane
-(maximum and sum of exponentials of both models and, for the reverse KL, the centred moment below)
-and merges the lanes once at the end, so that no loop holds a reduction across threads. The second
-pass forms divergence, entropy and gradient. A JSD takes one pass more: what centres its gradient
-needs both normalisers.
+(maximum and, beside that one, sum of exponentials of both models: of a confident token the sum less
+1 has the digits that count; for the reverse KL the centred moment below) and merges the lanes once
+at the end, so that no loop holds a reduction across threads. The second pass forms divergence,
+entropy and gradient. A JSD takes one pass more: what centres its gradient needs both normalisers.
 
     A = Σ e^{z_s − m_s} [(z_s − m_s) − (z_t − m_t)]         centred on the maxima m
     moved to new maxima  A' = e^{m_s − m_s'} {A + l_s [(m_s − m_t) − (m_s' − m_t')]}
@@ -34,9 +34,10 @@ from opcd_kernels.terms_triton import (
     LOWEST,
     MIXTURE,
     REVERSE_KL,
+    expm1,
     kl_terms,
+    log1p,
     rounded,
-    softplus,
 )
 
 BLOCK_V = 1024  # vocabulary entries a program handles at once: one 16-byte load a thread and row
@@ -83,19 +84,35 @@ def _both(
 
 
 @triton.jit
-def _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT):
+def _online(z_s, z_t, m_s, x_s, m_t, x_t, moment, MOMENT):
     """Fold one block into every lane's running statistics."""
     n_s, n_t = tl.maximum(m_s, z_s), tl.maximum(m_t, z_t)
     move_s = tl.exp(m_s - n_s)
     e_s = tl.exp(z_s - n_s)
     if MOMENT:
-        moved = move_s * (moment + l_s * ((m_s - m_t) - (n_s - n_t)))
+        moved = move_s * (moment + (1 + x_s) * ((m_s - m_t) - (n_s - n_t)))
         gap = (z_s - n_s) - (z_t - n_t)
         # Guarded: 0 · inf is not a number, and a term of weight 0 counts for nothing.
         moment = tl.where(move_s > 0, moved, 0.0) + tl.where(e_s > 0, e_s * gap, 0.0)
-    l_s = l_s * move_s + e_s
-    l_t = l_t * tl.exp(m_t - n_t) + tl.exp(z_t - n_t)
-    return n_s, l_s, n_t, l_t, moment
+    x_s = tl.where(z_s > m_s, (1 + x_s) * move_s, x_s + e_s)
+    x_t = tl.where(z_t > m_t, (1 + x_t) * tl.exp(m_t - n_t), x_t + tl.exp(z_t - n_t))
+    return n_s, x_s, n_t, x_t, moment
+
+
+@triton.jit
+def _merged(m, x, lanes):
+    """Maximum over all lanes, its distance from each, and log Σ e^{z − max}."""
+    top, where = tl.max(m, axis=0), tl.argmax(m, axis=0)
+    move = tl.exp(m - top)
+    excess = tl.sum(tl.where(lanes == where, x, (1 + x) * move), axis=0)
+    return top, move, log1p(excess)
+
+
+@triton.jit
+def _log_mixture(r, beta, log_beta):
+    """u = log m − log p_s of m = (1 − β) p_s + β p_t, with r = log p_s − log p_t."""
+    near = log1p(beta * expm1(tl.minimum(-r, 60.0)))
+    return tl.where(-r > 60.0, log_beta - r, near)
 
 
 @triton.jit
@@ -105,6 +122,16 @@ def _probabilities(d_s, d_t, log_s, log_t, gap):
     p_s, p_t = tl.exp(log_p_s), tl.exp(d_t - log_t)
     r = (d_s - d_t) - gap
     return p_s, p_t, log_p_s, tl.where((p_s == 0) & (p_t == 0), 0.0, r)
+
+
+@triton.jit
+def _forward_terms(p_s, p_t, r):
+    """What an entry adds to the forward KL, and p_s − p_t, from the reverse KL's one series."""
+    near = tl.abs(r) < 0.5
+    reverse = kl_terms(p_s, p_t, r)  # p_t − p_s + p_s r
+    apart = tl.where(near, p_s * r - reverse, p_s - p_t)
+    far = p_s - p_t - tl.where(p_t > 0, p_t * r, 0.0)
+    return tl.where(near, r * apart - reverse, far), apart
 
 
 @triton.jit
@@ -160,8 +187,8 @@ def divergence_rows_kernel(
     MOMENT: tl.constexpr = GRADIENT and DIVERGENCE != FORWARD_KL and DIVERGENCE != JSD
     m_s = tl.full([BLOCK_V], LOWEST, tl.float32)
     m_t = tl.full([BLOCK_V], LOWEST, tl.float32)
-    l_s = tl.zeros([BLOCK_V], tl.float32)
-    l_t = tl.zeros([BLOCK_V], tl.float32)
+    x_s = tl.full([BLOCK_V], -1.0, tl.float32)  # Σ e^{z − max} − 1; of nothing it is −1
+    x_t = tl.full([BLOCK_V], -1.0, tl.float32)
     moment = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, end, BLOCK_V):
         v = start + lanes
@@ -169,20 +196,17 @@ def divergence_rows_kernel(
             zs_ptr, zt_ptr, bs_ptr, bt_ptr, v, width, V, softcap_s, softcap_t, inv_temperature,
             BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
         )  # fmt: skip
-        m_s, l_s, m_t, l_t, moment = _online(z_s, z_t, m_s, l_s, m_t, l_t, moment, MOMENT)
+        m_s, x_s, m_t, x_t, moment = _online(z_s, z_t, m_s, x_s, m_t, x_t, moment, MOMENT)
 
     # The lanes merge.
-    max_s, max_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
-    move_s, move_t = tl.exp(m_s - max_s), tl.exp(m_t - max_t)
-    sum_s = tl.sum(l_s * move_s, axis=0)
-    log_s, log_t = tl.log(sum_s), tl.log(tl.sum(l_t * move_t, axis=0))
+    max_s, move_s, log_s = _merged(m_s, x_s, lanes)
+    max_t, _, log_t = _merged(m_t, x_t, lanes)
     gap = log_s - log_t  # of the normalisers, each relative to its maximum
     center = 0.0  # of the gradient, its mean under the student
-    # JSD: log m = log (1−β) p_s + softplus(x), x = log(β p_t / (1−β) p_s); or with t and −x.
-    log_odds = tl.log(beta) - tl.log(rest)
+    log_beta = tl.log(beta)
     if MOMENT:
-        moment = move_s * (moment + l_s * ((m_s - m_t) - (max_s - max_t)))
-        center = tl.sum(tl.where(move_s > 0, moment, 0.0), axis=0) / sum_s - gap
+        moment = move_s * (moment + (1 + x_s) * ((m_s - m_t) - (max_s - max_t)))
+        center = tl.sum(tl.where(move_s > 0, moment, 0.0), axis=0) * tl.exp(-log_s) - gap
     if GRADIENT and DIVERGENCE == JSD:
         terms = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, end, BLOCK_V):
@@ -192,7 +216,7 @@ def divergence_rows_kernel(
                 BIAS_S, BIAS_T, SOFTCAP_S, SOFTCAP_T,
             )  # fmt: skip
             p_s, _, _, r = _probabilities(z_s - max_s, z_t - max_t, log_s, log_t, gap)
-            terms += tl.where(p_s > 0, p_s * softplus(log_odds - r), 0.0)
+            terms += tl.where(p_s > 0, p_s * _log_mixture(r, beta, log_beta), 0.0)
         center = tl.sum(terms, axis=0)
 
     if TARGETS:  # before the gradient lies over it
@@ -217,20 +241,23 @@ def divergence_rows_kernel(
             value += kl_terms(p_s, p_t, r)
             dz = tl.where(p_s > 0, p_s * (r - center), 0.0)
         elif DIVERGENCE == FORWARD_KL:
-            value += kl_terms(p_t, p_s, -r)
-            dz = p_s - p_t
+            terms, dz = _forward_terms(p_s, p_t, r)
+            value += terms
         elif DIVERGENCE == MIXTURE:
             value += kl_terms(p_s, p_t, r)
-            forward += kl_terms(p_t, p_s, -r)
+            terms, apart = _forward_terms(p_s, p_t, r)
+            forward += terms
             # Of the reverse KL no part, where it may be infinite.
             reverse = tl.where(p_s > 0, p_s * (r - center) * (1 - share), 0.0)
-            dz = tl.where(share < 1, reverse, 0.0) + (p_s - p_t) * share
+            dz = tl.where(share < 1, reverse, 0.0) + apart * share
         else:
-            over_s, over_t = softplus(log_odds - r), softplus(r - log_odds)
+            u = _log_mixture(r, beta, log_beta)
             p_m = rest * p_s + beta * p_t
-            value += rest * kl_terms(p_s, p_m, -tl.log(rest) - over_s)
-            value += beta * kl_terms(p_t, p_m, -tl.log(beta) - over_t)
-            dz = tl.where(p_s > 0, rest * p_s * (center - over_s), 0.0)
+            value += rest * kl_terms(p_s, p_m, -u)
+            # log p_t − log m, of an entry that only the teacher has −log β
+            of_t = tl.where(p_s > 0, -(r + u), -log_beta)
+            value += beta * kl_terms(p_t, p_m, of_t)
+            dz = tl.where(p_s > 0, rest * p_s * (center - u), 0.0)
         if GRADIENT:
             # A 16-bit gradient lies over logits that other warps may still have to read.
             tl.debug_barrier()

@@ -38,6 +38,22 @@ def kl_terms(p, q, r):
 
 
 @triton.jit
+def expm1(x):
+    """e^x − 1, to the last digit also where it is small."""
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y), to the last digit also where it is small."""
+    s = y / (2 + y)
+    s2 = s * s
+    series = 2 * s * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7))))
+    return tl.where(tl.abs(y) < 0.25, series, tl.log(1 + y))
+
+
+@triton.jit
 def softplus(x):
     """log(1 + e^x), to the last digit also where it is small."""
     e = tl.exp(-tl.abs(x))
