@@ -20,6 +20,8 @@ BACKSLASH = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0 done, 2 bad input, 130 interrupted."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Of experts, which peft adapts by their parameters, under both names.
+    warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys", module="peft")
     with any_console():
         return _reported(argv)
 

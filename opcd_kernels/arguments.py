@@ -1,6 +1,7 @@
 """What must fit together before anything is computed; every error says what to do."""
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -9,9 +10,30 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def check_untransformed(*tensors: Any) -> None:
+    """No function transform and no forward-mode derivative: the operator has rules for neither,
+    and torch would take its gradient for 0."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if not isinstance(x, torch.Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise RuntimeError(
+                "linear_divergence must be called outside torch.func's transforms (vmap, grad, "
+                "jvp, jacrev, ...), got a tensor inside one; call loss.backward() or "
+                "torch.autograd.grad, and pass a batch as one tensor (B, T, D) in place of vmap"
+            )
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "linear_divergence has no forward-mode derivative, got a dual tensor; call "
+                "loss.backward() or torch.autograd.grad, whose product with a tangent is the same"
+            )
+
+
 def check_number(name: str, value: float) -> None:
     """A positive finite number."""
-    if isinstance(value, torch.Tensor) or value is None or not 0 < value < math.inf:
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
@@ -22,7 +44,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -100,7 +122,7 @@ def checked_vocab_size(vocab_size: int | None, student_rows: int, teacher_rows: 
             f"vocab_size must be an integer between 1 and {smaller}, the smaller head, got "
             f"{vocab_size!r}; pass the size of the tokenizer"
         )
-    return vocab_size
+    return vocab_size if isinstance(vocab_size, torch.SymInt) else int(vocab_size)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -172,8 +194,9 @@ def _wide(x: Tensor) -> torch.dtype:
 def _check_of_tokens(name: str, x: Tensor, student_hidden: Tensor) -> None:
     shape, device = student_hidden.shape[:-1], student_hidden.device
     n = shape.numel()
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not isinstance(x, torch.Tensor) or x.is_complex():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of real numbers, got {kind}")
     if x.shape != shape and x.shape != (n,):
         raise ValueError(
             f"{name} must hold one number for each of the {n} tokens, of shape {tuple(shape)} or "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from opcd_kernels.backends import chosen_backend
 from opcd_kernels.chunks import Gradients, Inputs, Result, Work, empty_result, loss_and_gradients
@@ -83,6 +84,21 @@ def _solved(
 @operator.register_fake
 def _(*arguments: Any) -> Result:
     return empty_result(Inputs(*arguments[: len(Inputs._fields)]), Gradients(*arguments[-1]))
+
+
+@register_flop_formula(torch.ops.opcd_kernels.linear_divergence)
+def _flops(*shapes: Any, out_shape: Any = None) -> int:
+    """Of the products, whatever tokens are dropped; for `torch.utils.flop_counter`.
+
+    2 N V D a product: the student's logits and its two gradients as needed, the teacher's logits.
+    """
+    inputs = Inputs(*shapes[: len(Inputs._fields)])
+    options = Options(*shapes[len(inputs) : len(inputs) + len(Options._fields)])
+    need = Gradients(*shapes[-1])
+    n, d_s = inputs.student_hidden
+    products = d_s * (1 + need.hidden + need.weight)
+    products += inputs.teacher_hidden[1] if options.divergence != "none" else 0
+    return int(2 * n * options.vocab_size * products)
 
 
 def _save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -21,6 +21,7 @@ from opcd_kernels.arguments import (
     check_head,
     check_number,
     check_pair,
+    check_untransformed,
     checked_forward_shares,
     checked_of_tokens,
     checked_target_ids,
@@ -107,10 +108,19 @@ def linear_divergence(
     gradients of hidden states and bias go through autograd as always. Without gradients (no_grad)
     it has no effect.
 
-    Raises ValueError for shapes, dtypes, devices or options that do not fit together, and for
-    shares and targets out of range (on a GPU a device-side assertion: nothing waits).
+    ``temperature`` τ divides both models' logits (z/τ, after bias and softcap) and nothing else:
+    multiply token weights by τ² for gradients of the size of τ = 1. ``beta`` is the teacher's share
+    of the JSD's mixture m = β p_t + (1 − β) p_s, and of its sum. A softcap c makes c · tanh(z/c) of
+    that model's logits.
+
+    Raises RuntimeError under torch.func's transforms and in forward mode, which autograd does not
+    do through it, and ValueError for shapes, dtypes, devices or options that do not fit together,
+    and for shares and targets out of range (on a GPU a device-side assertion: nothing waits).
     Source of the objective: arXiv 2602.12275.
     """
+    check_untransformed(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, token_weights
+    )
     parameter = student_weight
     student_weight, student_bias = _gathered(student_weight), _gathered(student_bias)
     teacher_weight, teacher_bias = _gathered(teacher_weight), _gathered(teacher_bias)
@@ -124,6 +134,7 @@ def linear_divergence(
         raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}; use a KL instead")
     if chunk_tokens is not None:
         check_count("chunk_tokens", chunk_tokens)
+        chunk_tokens = int(chunk_tokens)
     check_head("student", student_hidden, student_weight, student_bias)
     check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     check_pair(student_hidden, teacher_hidden)

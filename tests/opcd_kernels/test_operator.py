@@ -3,11 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from opcd_kernels import linear_divergence
 from opcd_kernels.chunks import Gradients, Inputs, Work, loss_and_gradients
@@ -92,6 +95,52 @@ def test_upstream_gradient_scales_and_backward_twice_agrees(dtype: torch.dtype) 
     (again,) = torch.autograd.grad(loss, w)
     assert torch.equal(once, again)
     assert torch.equal(scaled, -4 * once)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, h: torch.vmap(f)(torch.stack([h, h])),
+    "grad": lambda f, h: torch.func.grad(f)(h),
+    "jvp": lambda f, h: torch.func.jvp(f, (h,), (h,)),
+    "jacfwd": lambda f, h: torch.func.jacfwd(f)(h),
+    "hessian": lambda f, h: torch.func.hessian(f)(h),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["student_hidden", "teacher_weight", "token_weights"])
+def test_transforms_of_functions_are_refused(transform: str, name: str) -> None:
+    t = problem() | {"token_weights": torch.ones(7, dtype=torch.float64)}
+    with pytest.raises(RuntimeError, match=r"outside torch.func's transforms.*autograd.grad"):
+        TRANSFORMS[transform](lambda x: linear_divergence(**t | {name: x}).loss, t[name])
+
+
+def test_forward_mode_is_refused() -> None:
+    t = problem()
+    with forward_ad.dual_level():
+        t["student_hidden"] = forward_ad.make_dual(t["student_hidden"], t["student_hidden"])
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            linear_divergence(**t)
+
+
+@pytest.mark.parametrize("trained", [(), ("student_hidden",), ("student_hidden", "student_weight")])
+def test_its_operations_are_counted(trained: tuple[str, ...]) -> None:
+    t = problem(n=7, v=51, d_s=8, d_t=12)
+    for name in trained:
+        t[name].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        linear_divergence(**t)
+    assert counter.get_total_flops() == 2 * 7 * 51 * (8 * (1 + len(trained)) + 12)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    t = problem()
+    options = {
+        "temperature": np.float32(2),
+        "vocab_size": np.int64(40),
+        "chunk_tokens": np.int32(3),
+    }
+    plain = linear_divergence(**t, temperature=2.0, vocab_size=40, chunk_tokens=3)
+    assert torch.equal(linear_divergence(**t, **options).loss, plain.loss)
 
 
 def test_second_derivatives_raise() -> None:
@@ -230,6 +279,8 @@ def test_torch_library_accepts_the_operator(more: bool) -> None:
         ({"divergence": "jsd", "beta": 1.0}, "strictly between"),
         ({"temperature": 0.0}, "temperature must be a positive finite number"),
         ({"temperature": None}, "temperature must be a positive finite number"),
+        ({"temperature": "1"}, "temperature must be a positive finite number, got '1'"),
+        ({"token_weights": torch.ones(7) * 1j}, "must be a tensor of real numbers, got torch.comp"),
         ({"temperature": torch.ones(())}, "temperature must be a positive finite number"),
         ({"student_softcap": -1.0}, "student_softcap must be a positive finite number"),
         ({"teacher_softcap": float("inf")}, "teacher_softcap must be a positive finite number"),
