@@ -22,7 +22,7 @@ from opcd.models.lm import (
 )
 from opcd.objective import Targets
 from opcd.passes.hidden import Row, scored_hidden
-from opcd.passes.plan import Plan, find_plan
+from opcd.passes.plan import WHOLE, find_plan
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache
 from opcd.passes.sequences import Mask, TokenIds, token_lists
@@ -67,7 +67,7 @@ class SharedPrefixTeacher:
         self._max_tokens_per_pass = max_tokens_per_pass
         self.frozen = frozen
         self._prefixes = PrefixCache(model, prefix_cache_bytes)
-        self.plan = Plan("recompute", "padded rows", "asked for")
+        self.plan = WHOLE
         kind = causal_lm(model).device.type
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.no_grad(), self._as_made():

@@ -1,12 +1,15 @@
 """The Python in README.md and docs/ runs, and the files they name exist."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = ROOT / "docs" / "integrate.md"
 README = PAGES[0].read_text(encoding="utf-8")
 
 
@@ -39,9 +42,7 @@ def test_the_readme_shows_the_loss_and_the_teacher(settings: dict) -> None:
 def test_the_guide_for_trainers_from_top_to_bottom(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    model, needs, loop, accumulation, trainer, lora, autocast = snippets(
-        ROOT / "docs" / "integrate.md"
-    )
+    model, needs, loop, accumulation, module, trainer, lora, autocast = snippets(GUIDE)
     names: dict = {}
     for code in (model, needs, loop):
         run(code, settings, names)
@@ -63,6 +64,10 @@ def test_the_guide_for_trainers_from_top_to_bottom(
     assert difference.norm() < 1e-5 * names["accumulated"].norm()
     names["student"].zero_grad()
 
+    run(module, settings, names)
+    assert names["out"].loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    names["student"].zero_grad()
+
     run(trainer, settings, names)
     history = names["trainer"].state.log_history
     assert names["trained"].training_loss == pytest.approx(whole.loss.item(), rel=0.2), history
@@ -72,6 +77,42 @@ def test_the_guide_for_trainers_from_top_to_bottom(
     assert names["base"].lm_head.weight.grad is None
     run(autocast, settings, names)
     assert names["out"].loss > 0
+
+
+def trained_weights(folder: str, rank: int, ranks: int, port: int = 0) -> None:
+    """The guide's Trainer in one of several processes, on the same examples in all; its weights."""
+    os.chdir(folder)
+    if ranks > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "localhost", **{k: str(v) for k, v in place.items()}}
+    model, needs, _, _, module, trainer, *_ = snippets(GUIDE)
+    names: dict = {}
+    each = trainer.replace("train_batch_size=2", f"train_batch_size={2 // ranks}")
+    # Adam makes a step of what rounding left of a gradient.
+    each = each.replace("report_to=[]", 'report_to=[], optim="sgd", learning_rate=0.1')
+    assert "sgd" in each
+    assert f"train_batch_size={2 // ranks}," in each
+    for code in (model, needs, module, each):
+        exec(compile(code, "snippet", "exec"), names)
+    torch.save(names["student"].state_dict(), f"{ranks}-{rank}.pt")
+    if ranks > 1:
+        torch.distributed.barrier()
+        os._exit(0)  # gloo's threads now and then abort a process that takes leave of them
+
+
+def in_two_processes(rank: int, folder: str, port: int) -> None:
+    trained_weights(folder, rank, 2, port)
+
+
+def test_the_trainer_of_the_guide_in_two_processes(tmp_path: Path) -> None:
+    """A recipe that calls the model's body beside its wrapper would train two models."""
+    port = 29_000 + os.getpid() % 2000  # which another run of these tests does not take
+    trained_weights(str(tmp_path), 0, 1)
+    torch.multiprocessing.spawn(in_two_processes, (str(tmp_path), port), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for name, weight in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

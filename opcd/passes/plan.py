@@ -35,6 +35,9 @@ class Plan(NamedTuple):
         return self.mode != "recompute"
 
 
+WHOLE = Plan("recompute", "padded rows", "asked for")
+
+
 @torch.no_grad()
 def find_plan(
     model: torch.nn.Module,

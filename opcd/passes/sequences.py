@@ -10,6 +10,7 @@ from opcd.errors import InputError
 
 TokenIds: TypeAlias = Any  # lists of ids, of tensors or of arrays; a (B, T) tensor or array
 Mask: TypeAlias = Tensor | Sequence[Any] | None  # (B, T), 1 on real tokens
+Run: TypeAlias = tuple[int, int]  # start and length
 
 
 def token_lists(token_ids: TokenIds, mask: Mask, what: str) -> list[list[int]]:
@@ -18,16 +19,44 @@ def token_lists(token_ids: TokenIds, mask: Mask, what: str) -> list[list[int]]:
     Raises InputError for something else than whole numbers, a mask of another shape, and a mask
     with a gap inside a sequence.
     """
-    rows = [_whole_numbers(row, what) for row in token_ids]
+    rows = whole_numbers(token_ids, what)
     if mask is None:
         return rows
+    found = []
+    for row, runs in zip(rows, marked_runs(mask, rows, what, f"{what}_mask"), strict=True):
+        if len(runs) > 1:
+            raise InputError(
+                f"{what}_mask must mark tokens that stand next to each other, got a gap at "
+                f"position {sum(runs[0])}; score turns with others between them as episodes "
+                f"(opcd.episodes.Episode)"
+            )
+        found.append([token for start, length in runs for token in row[start : start + length]])
+    return found
+
+
+def marked_runs(mask: Mask, rows: Sequence[Sequence[int]], what: str, name: str) -> list[list[Run]]:
+    """The runs of tokens that the mask called `name` marks in each row.
+
+    Raises InputError for a mask of another shape.
+    """
+    assert mask is not None
     marks = [[bool(mark) for mark in torch.as_tensor(row).tolist()] for row in mask]
     if [*map(len, rows)] != [*map(len, marks)]:
         raise InputError(
-            f"{what}_mask must have the shape of {what}_ids, got {len(marks)} rows of "
+            f"{name} must have the shape of {what}_ids, got {len(marks)} rows of "
             f"{sorted({*map(len, marks)})} and {len(rows)} of {sorted({*map(len, rows)})}"
         )
-    return [_marked(row, own, what) for row, own in zip(rows, marks, strict=True)]
+    found = []
+    for row in marks:
+        framed = [False, *row, False]
+        edges = [t for t in range(len(row) + 1) if framed[t] != framed[t + 1]]
+        found.append([(a, b - a) for a, b in zip(edges[::2], edges[1::2], strict=True)])
+    return found
+
+
+def whole_numbers(token_ids: TokenIds, what: str) -> list[list[int]]:
+    """All tokens of each sequence, pads too. Raises InputError for something else than ids."""
+    return [_whole_numbers(row, what) for row in token_ids]
 
 
 def _whole_numbers(row: Any, what: str) -> list[int]:
@@ -38,17 +67,3 @@ def _whole_numbers(row: Any, what: str) -> list[int]:
             f"{tuple(found.shape)}; give lists of ids, or a (B, T) tensor and its mask"
         )
     return [int(token) for token in found.tolist()]
-
-
-def _marked(row: list[int], marks: list[bool], what: str) -> list[int]:
-    """The marked tokens, which stand next to each other."""
-    if True not in marks:
-        return []
-    first, end = marks.index(True), len(marks) - marks[::-1].index(True)
-    if not all(marks[first:end]):
-        raise InputError(
-            f"{what}_mask must mark tokens that stand next to each other, got a gap at position "
-            f"{first + marks[first:end].index(False)}; score turns with others between them as "
-            f"episodes (opcd.episodes.Episode)"
-        )
-    return row[first:end]
