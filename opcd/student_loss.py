@@ -9,6 +9,7 @@ from torch import Tensor
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.head import head_of
+from opcd.models.lm import check_causal_lm
 from opcd.objective import Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import WHOLE, Plan, planned_hidden
@@ -34,6 +35,7 @@ class StudentLoss(torch.nn.Module):
         add_weight_grad: bool = False,  # see `linear_divergence`
     ) -> None:
         super().__init__()
+        check_causal_lm(student)
         self.student = student
         self.plan = plan
         self._options: dict[str, Any] = {

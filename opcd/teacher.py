@@ -15,6 +15,7 @@ from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.models.lm import (
     causal_lm,
+    check_causal_lm,
     evaluating,
     max_positions,
     rope_differs,
@@ -25,7 +26,7 @@ from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import WHOLE, find_plan
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache
-from opcd.passes.sequences import Mask, TokenIds, token_lists
+from opcd.passes.sequences import Mask, TokenIds, token_lists, whole_numbers
 from opcd.passes.staleness import StalePrefixError, WeightsWatch
 from opcd.runtime.batches import batches_by_tokens
 
@@ -60,10 +61,23 @@ class SharedPrefixTeacher:
         shared: bool = True,
         prefix_cache_bytes: int = 2**31,
     ) -> None:
+        check_causal_lm(model)
+        if any(hasattr(p, "full_tensor") for p in model.parameters()):
+            raise InputError(
+                "the teacher's weights must be whole in each process, got sharded ones (DTensor); "
+                "make the teacher of a model that is not sharded: it needs no gradients and no "
+                "optimizer"
+            )
+        if isinstance(frozen, AbstractContextManager):
+            raise InputError(
+                f"frozen must be a function that makes a context manager, got a "
+                f"{type(frozen).__name__} itself; pass the function, without calling it"
+            )
         self.model = model
         several = prefix_ids if isinstance(prefix_ids, Mapping) else {ONLY: prefix_ids}
-        _check_prefixes(model, several)
-        self._prefix_ids = {name: list(ids) for name, ids in several.items()}
+        ids = whole_numbers([*several.values()], "prefix")
+        self._prefix_ids = dict(zip(several, ids, strict=True))
+        _check_prefixes(model, self._prefix_ids)
         self._max_tokens_per_pass = max_tokens_per_pass
         self.frozen = frozen
         self._prefixes = PrefixCache(model, prefix_cache_bytes)
@@ -73,8 +87,8 @@ class SharedPrefixTeacher:
         with torch.no_grad(), self._as_made():
             self.head = head_of(model)
             if shared:
-                name, ids = next(iter(self._prefix_ids.items()))
-                self.plan = find_plan(model, ids, lambda: self._prefixes.get(name, ids))
+                name, first = next(iter(self._prefix_ids.items()))
+                self.plan = find_plan(model, first, lambda: self._prefixes.get(name, first))
             self._watch = WeightsWatch(model)
         if shared and not self.plan.shares_prefix:
             _warn_once(f"the context is computed with every sequence: {self.plan.reason}")
@@ -99,8 +113,9 @@ class SharedPrefixTeacher:
                 f"a context's name must keep its meaning, but {name!r} stands for {len(known)} "
                 f"other tokens already; give the new context another name"
             )
-        _check_prefixes(self.model, {name: token_ids})
-        self._prefix_ids[name] = list(token_ids)
+        (ids,) = whole_numbers([token_ids], "prefix")
+        _check_prefixes(self.model, {name: ids})
+        self._prefix_ids[name] = ids
 
     @overload
     def score(self, episodes: Sequence[Episode], /) -> Targets: ...

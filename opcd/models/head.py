@@ -70,6 +70,11 @@ def _output(lm: Any) -> Any:
     name, output = type(lm).__name__, lm.get_output_embeddings()
     if output is None:
         raise InputError(f"{name} must have an output head (get_output_embeddings), got none")
+    if not isinstance(getattr(output, "weight", None), Tensor):
+        raise InputError(
+            f"the head of {name} must hold its weight as a tensor, got {type(output).__name__}; "
+            f"leave the head out of what is quantised"
+        )
     if isinstance(output, BaseTunerLayer) and not output.disable_adapters:
         raise InputError(
             f"the head of {name} must be trained whole or not at all, got an adapter on it, which "

@@ -15,6 +15,22 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def check_causal_lm(model: Any) -> None:
+    """Raise InputError for what is no causal LM of transformers, in a peft wrapper or not."""
+    if isinstance(getattr(model, "module", None), torch.nn.Module):
+        raise InputError(
+            f"the model must be given without a wrapper, got {type(model).__name__}; hand over "
+            f"its .module, and wrap a StudentLoss of it (docs/integrate.md)"
+        )
+    plain = getattr(model, "_orig_mod", model)  # what torch.compile made of it
+    lm = causal_lm(plain) if isinstance(plain, torch.nn.Module) else plain
+    if not isinstance(lm, PreTrainedModel):
+        raise InputError(
+            f"the model must be a causal LM of transformers, or a peft wrapper of one, got "
+            f"{type(lm).__name__}; load it with AutoModelForCausalLM"
+        )
+
+
 def transformer(model: torch.nn.Module) -> Any:
     """The model below its head, whose output is the hidden states."""
     lm = causal_lm(model)

@@ -60,7 +60,13 @@ def whole_numbers(token_ids: TokenIds, what: str) -> list[list[int]]:
 
 
 def _whole_numbers(row: Any, what: str) -> list[int]:
-    found = torch.as_tensor(row)
+    try:
+        found = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"every {what} must be a row of token ids, got {type(row).__name__}; encode text with "
+            f"the model's tokenizer"
+        ) from error
     if found.dim() != 1 or (found.numel() and (found.is_floating_point() or found.is_complex())):
         raise InputError(
             f"every {what} must be a row of token ids, got {found.dtype} of shape "

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +34,7 @@ from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
 from opcd.passes.prefix_cache import PrefixCache
 from opcd.passes.staleness import StalePrefixError, WeightsWatch
+from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
@@ -733,3 +735,43 @@ def test_token_ids_that_cannot_be(
 ) -> None:
     with pytest.raises(InputError, match=message):
         SharedPrefixTeacher(tiny_llama(), PREFIX).score(prompts, completions, **masks)
+
+
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: SharedPrefixTeacher(Wrapped(m), PREFIX), "hand over its .module"),
+        (lambda m: SharedPrefixTeacher(torch.nn.Linear(2, 2), PREFIX), "causal LM of transformers"),
+        (lambda m: SharedPrefixTeacher("gpt2", PREFIX), "got str; load it with"),
+        (lambda m: SharedPrefixTeacher(m.model, PREFIX), "must have an output head"),
+        (lambda m: SharedPrefixTeacher(m, "You are"), "encode text with the model's tokenizer"),
+        (lambda m: SharedPrefixTeacher(m, [PREFIX]), "every prefix must be a row of token ids"),
+        (
+            lambda m: SharedPrefixTeacher(m, PREFIX, frozen=torch.no_grad()),
+            "pass the function, without calling it",
+        ),
+        (lambda m: StudentLoss(Wrapped(m)), "wrap a StudentLoss of it"),
+    ],
+)
+def test_what_is_no_model_of_a_teacher_or_student(make: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(tiny_llama())
+
+
+def test_a_quantised_head_is_refused() -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear}, torch.qint8)
+    with pytest.raises(InputError, match="leave the head out of what is quantised"):
+        SharedPrefixTeacher(model, PREFIX)
+
+
+def test_a_prefix_may_be_a_tensor() -> None:
+    teacher = SharedPrefixTeacher(tiny_llama(), torch.tensor(PREFIX))
+    assert teacher._prefix_ids == {"": PREFIX}
