@@ -15,7 +15,7 @@ ELSEWHERE := .venv-export
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
-.PHONY: demo test check fix bench bench-compare kernels test-export test-gpu clean
+.PHONY: demo test check fix bench bench-compare kernels test-export test-models test-gpu clean
 
 demo: $(call READY,train)
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
@@ -41,6 +41,9 @@ bench-compare: $(call READY,bench)
 
 kernels: $(call READY,dev)
 	$(BIN)/python -m benchmarks.compiled_kernels
+
+test-models: $(call READY,dev)
+	$(BIN)/python -m tests.models_sweep
 
 test-export: $(call READY,test) $(ELSEWHERE)/export.ok
 	rm -rf build/exported

@@ -15,7 +15,7 @@ class TrainConfig:
     """On-policy context distillation of a context, or several, into one model."""
 
     output_dir: str
-    """Folder of the run; must not hold one yet."""
+    """Folder of the run; for a new run it must not hold one yet."""
     context: str
     """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, or the
     body of an OpenAI request)."""
@@ -41,10 +41,10 @@ class TrainConfig:
     """Passed to the chat template, e.g. {"enable_thinking": false}."""
     context_placement: Literal["auto", "system", "user"] = "auto"
     """Where the context's system message goes: in a system message, or in front of the first user
-    message; auto is system unless the chat template refuses it."""
+    message; auto is system unless the chat template refuses, drops or alters it."""
     without_context: str = "default"
-    """What the student sees in its place: default (what the chat template writes by itself), none
-    (an empty system message), or a short text that stays at inference."""
+    """What the student sees where the context was: default (what the chat template writes by
+    itself), none (an empty system message), or a short text that stays at inference."""
     today: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write one; default: the day on which the run
     began, which is kept with it."""
@@ -65,15 +65,16 @@ class TrainConfig:
     temperature: float = 1.0
     """Sampling temperature; both models' logits are divided by it in the loss as well."""
     forward_share: float = 0.0
-    """What is minimised at every token of the student's own completions: 0 is the reverse KL, 1 the
-    forward KL, between them a mixture."""
+    """What is minimised at every token of the student's own completions: 0 is the reverse KL
+    (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
+    mixture."""
     guided_share: float = 0.0
     """Share of a step's prompts that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
     plain form, 1 its off-policy baseline."""
     guided_completions: str | None = None
-    """Rows with "completion"s for them (or a guided.jsonl of another run), in place of the
-    teacher's own."""
+    """File with a completion for every training prompt (or another run's guided.jsonl), used for
+    the guided share in place of the teacher's own."""
     guided_objective: Literal["forward_kl", "cross_entropy"] = "forward_kl"
     """What is minimised on guided completions; cross_entropy is sequence-level distillation."""
     average_over: Literal["tokens", "sequences"] = "tokens"
@@ -90,7 +91,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     lora_rank: int = 0
-    """Rank of LoRA on all linear layers; 0 trains every weight."""
+    """Rank of LoRA on all linear layers but the head, which wants about ten times the learning
+    rate; 0 trains every weight."""
     lora_alpha: float = 32.0
     """LoRA's scale is lora_alpha / lora_rank."""
     gradient_checkpointing: bool = False
@@ -108,13 +110,14 @@ class TrainConfig:
     """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
 
     validate_every: int = 10
-    """Steps between validations; each is saved as a checkpoint."""
+    """Steps between validations, where there is validation_data; each is saved as a checkpoint."""
     save_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best one."""
     divergence_prompts: int = 64
-    """Held-out prompts on which the divergence to the teacher is measured."""
+    """Prompts on which the divergence to the teacher is measured: of validation_data in training,
+    of eval_data in the scorecard."""
     seed: int = 0
     """Seed of sampling, data order and LoRA's initial weights."""
 

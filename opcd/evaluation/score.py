@@ -43,7 +43,7 @@ def score(
     config, task = setup.config, setup.task
     entrants = [Entrant("before", config.model, "base", "prompted")]
     if distilled is not None:
-        _check_vocabulary(config.model, distilled)
+        _check_same_kind(config.model, distilled)
         entrants.append(Entrant("after", distilled, "distilled", "distilled_prompted"))
     held_out = [case.prompt for case in spread(task.test, config.divergence_prompts)]
     subjects = Subjects(setup)
@@ -120,16 +120,18 @@ def _contenders(entrant: Entrant, subjects: Subjects) -> list[Contender]:
     ]
 
 
-def _check_vocabulary(base: str, distilled: str) -> None:
+def _check_same_kind(base: str, distilled: str) -> None:
     folder = Path(distilled)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"the distilled model must be whole, got an adapter alone in {distilled!r}; name a "
             f"run's final/, where it is merged"
         )
-    sizes = [load_config(name).get_text_config().vocab_size for name in (base, distilled)]
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"the distilled model must have the vocabulary of {base!r}, got {sizes[1]} rows in "
-            f"{distilled!r} against {sizes[0]}; name a model distilled from it"
-        )
+    ours, theirs = (load_config(name).get_text_config() for name in (base, distilled))
+    for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        before, after = getattr(ours, field, None), getattr(theirs, field, None)
+        if before != after:
+            raise InputError(
+                f"the distilled model must be one of {base!r} with other weights, got {field} "
+                f"{after} in {distilled!r} against {before}; name a model distilled from it"
+            )

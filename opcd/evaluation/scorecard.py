@@ -9,6 +9,7 @@ from typing import Any
 from opcd.evaluation.contenders import Answer, Contender
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
+from opcd.scoring.texts import bare, folded
 from opcd.tasks.task import Case
 
 FEW_CLASSES, CASES_A_CLASS = 10, 5
@@ -46,13 +47,13 @@ def scorecard(
 
 
 def classes_of(cases: Sequence[Case]) -> list[str] | None:
-    """The class of each case, its accepted answer; None where answers are no classes.
+    """The class of each case, its accepted answer as it is compared; None where there are none.
 
     Classes are few, and each has several cases.
     """
     if any(len(case.example.answers) != 1 for case in cases):
         return None
-    classes = [case.example.answers[0] for case in cases]
+    classes = [folded(bare(case.example.answers[0])) for case in cases]
     counts = Counter(classes)
     few = 1 < len(counts) <= FEW_CLASSES and min(counts.values()) >= CASES_A_CLASS
     return classes if few else None

@@ -1,6 +1,5 @@
 """Models and tokenizers from a name: a Hugging Face name, a local folder or the built-in one."""
 
-import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import (
 
 from opcd.errors import InputError
 from opcd.models import builtin
-from opcd.models.lm import eos_token_ids_of
+from opcd.models.lm import eos_token_ids_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 _UNLOADABLE = (
@@ -102,14 +101,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_eos_token_ids(name: str) -> list[int]:
-    """The tokens that end a completion by the model's files, without its weights.
-
-    Raises InputError if neither the generation config nor the model's own names one.
-    """
+    """The tokens that end a completion by the model's files, without its weights; [] where they
+    name none. Raises InputError for a generation config that cannot be read."""
     configs: list[Any] = [load_config(name).get_text_config()]
-    with contextlib.suppress(OSError):  # there is none
-        configs.insert(0, GenerationConfig.from_pretrained(resolve_model(name)))
-    return eos_token_ids_of(configs, name)
+    resolved = resolve_model(name)
+    try:
+        configs.insert(0, GenerationConfig.from_pretrained(resolved))
+    except (OSError, ValueError) as error:
+        file = Path(resolved) / "generation_config.json"
+        if file.is_file():  # else there is none
+            raise InputError(
+                f"{file} must be a JSON file, got {' '.join(str(error).split())[:200]}; restore or "
+                f"remove it"
+            ) from error
+    return eos_token_ids_in(configs)
 
 
 def check_same_tokenizer(

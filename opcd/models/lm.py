@@ -69,18 +69,26 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def max_positions(config: PretrainedConfig) -> int | None:
     """Number of positions the model was made for, or None where its configuration names none.
 
-    YaRN and dynamic scaling stretch what the model was trained on by their factor, and many
-    configurations give the length before that. Linear scaling, Llama 3's and longrope count: their
-    configurations give the stretched length.
+    YaRN stretches what the model was trained on by its factor, and many configurations give the
+    length before that. Linear scaling, Llama 3's and longrope count: their configurations give the
+    stretched length. Dynamic scaling ends where it begins to stretch: beyond that transformers
+    takes the frequencies from the longest sequence that a pass, or one before it, has seen.
     """
     text = config.get_text_config()
     named: int | None = getattr(text, "max_position_embeddings", None)
     stretched = [
         int((rope.get("original_max_position_embeddings") or named or 0) * rope.get("factor", 1))
         for rope in _ropes(config)
-        if rope.get("rope_type") in ("yarn", "dynamic")
+        if rope.get("rope_type") == "yarn"
     ]
-    return max(named, *stretched) if named is not None and stretched else named
+    fixed = [
+        int(rope.get("original_max_position_embeddings") or named or 0)
+        for rope in _ropes(config)
+        if rope.get("rope_type") == "dynamic"
+    ]
+    if named is None:
+        return None
+    return min([max([named, *stretched]), *fixed])
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -130,16 +138,28 @@ def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
 def eos_token_ids(model: torch.nn.Module) -> list[int]:
     """The tokens that end a completion, from the generation config, then the model's own."""
     lm = causal_lm(model)
-    configs = (lm.generation_config, lm.config.get_text_config())
-    return eos_token_ids_of(configs, lm.name_or_path)
+    found = _eos_token_ids(lm)
+    check_ends(found, lm.name_or_path)
+    return found
 
 
-def eos_token_ids_of(configs: Sequence[Any], name: str) -> list[int]:
-    """The same from the configurations of the model called `name`."""
+def _eos_token_ids(lm: PreTrainedModel) -> list[int]:
+    return eos_token_ids_in((lm.generation_config, lm.config.get_text_config()))
+
+
+def eos_token_ids_in(configs: Sequence[Any]) -> list[int]:
+    """Those of the first configuration that names some; [] where none does."""
     for config in configs:
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return []
+
+
+def check_ends(eos_ids: Sequence[int], name: str) -> None:
+    """Raise InputError if nothing ends a completion of the model called `name`."""
+    if eos_ids:
+        return
     raise InputError(
         f"the model {name!r} must name its end-of-sequence token, got none in its "
         f"generation_config.json and config.json; add eos_token_id"
@@ -151,7 +171,7 @@ def stop_at(model: torch.nn.Module, token_ids: Sequence[int]) -> None:
 
     Kept in the generation config, so that a saved model stops there as well.
     """
-    known = eos_token_ids(model)
+    known = _eos_token_ids(causal_lm(model))
     if added := [token for token in token_ids if token not in known]:
         causal_lm(model).generation_config.eos_token_id = [*known, *added]
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.models.lm import causal_lm, max_positions, vocabulary_rows
 from opcd.objective import head_divergence
@@ -65,11 +66,15 @@ def find_plan(
     rows = "padded rows"
     try:
         prefix = record() if record is not None else SharedPrefix(model, ids)
+        behind = completion_rows(prompts, completions, prefix)
+        scored_hidden(model, behind)  # what it changes in the prefix would show in the second pass
+        padded = scored_hidden(model, behind)
     except UnsupportedModelError as error:
         return Plan("recompute", rows, str(error))
-    behind = completion_rows(prompts, completions, prefix)
-    scored_hidden(model, behind)  # what it changes in the prefix would show in the second pass
-    padded = scored_hidden(model, behind)
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # what a model's code says to a cache that begins with a prefix
+        return Plan("recompute", rows, " ".join(str(error).split())[:200])
     if wrong := _disagreement(model, padded, full):
         return Plan("recompute", rows, f"behind the recorded prefix {wrong}")
     states = "" if prefix.only_attention else ", recurrent states copied"
@@ -77,8 +82,12 @@ def find_plan(
     try:
         backends = packing_backends(model, prefix)
         packed = scored_hidden(model, behind, packed=True)
-    except (UnsupportedModelError, RuntimeError) as error:  # or what a kernel refuses
-        return slower._replace(reason=str(error).splitlines()[0])
+    except UnsupportedModelError as error:
+        return slower._replace(reason=str(error))
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # or what a kernel or the model's own attention refuses
+        return slower._replace(reason=" ".join(str(error).split())[:200])
     if wrong := _disagreement(model, packed, full):
         log.warning("sequences are padded, not packed: in a packed row %s", wrong)
         return slower._replace(reason=f"in a packed row {wrong}")

@@ -121,7 +121,8 @@ def _same_choice(answer: str, accepted: str) -> bool:
 def _same_json(answer: str, accepted: str) -> bool:
     try:
         return _read_json(answer) == _read_json(accepted)
-    except (ValueError, RecursionError):  # no JSON; a number too long; nested too deeply
+    except (ValueError, ArithmeticError, RecursionError):
+        # No JSON; a number too long, or beyond a decimal's exponents; nested too deeply.
         return False
 
 

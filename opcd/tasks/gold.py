@@ -33,7 +33,7 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
                     f"{example.source}: scorer {scorer.spec} must be able to find the answer "
                     f"{answer!r} right, but {fault}"
                 )
-            if not scorer.fault and scorer(answer, [answer]).value < 1:
+            if not scorer.fault and scorer(answer, (answer,)).value < 1:
                 below.append(f"{answer!r} at {example.source}")
     total = sum(len(example.answers) for example in examples)
     remarks = []

@@ -1,5 +1,6 @@
 """Everything of a run that can be wrong before weights are loaded."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from opcd.models.by_name import (
     resolve_dtype,
 )
 from opcd.models.head import head_of
-from opcd.models.lm import check_rope, max_positions, stop_at
+from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
 from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
 from opcd.tasks.special_tokens import special_token_remarks
@@ -136,6 +137,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if for_training and config.guided_completions is not None:
         completions, said = read_completions(config, task, files.parts["train"], chats)
     stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
+    check_ends(stop_ids, config.model)
     remarks = [
         *files.remarks,
         *said,
@@ -149,8 +151,9 @@ def _day(config: TrainConfig) -> date:
     """What templates take for today: as configured, or the day on which the run began."""
     day, kept = config.today, Path(config.output_dir) / "config.yaml"
     if day is None and kept.is_file():
-        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
-        day = saved.get("today") if isinstance(saved, dict) else None
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # said elsewhere
+            saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
+            day = saved.get("today") if isinstance(saved, dict) else None
     try:
         return date.fromisoformat(str(day)) if day else date.today()
     except ValueError as error:

@@ -136,7 +136,7 @@ def read_template(path: str) -> str:
     if not file.is_file():
         raise InputError(f"chat_template must be a file, got {path!r}, which is not there")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         jinja2.Environment(extensions=[loopcontrols]).parse(GENERATION.sub("", text))
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
         raise InputError(f"chat_template must be a Jinja file, got {path!r}: {error}") from error

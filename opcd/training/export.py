@@ -31,6 +31,7 @@ def export(setup: Setup, writer: ModelWriter, folder: Path, best: dict[str, Any]
         "step": step,
         "steps_done": config.steps,
         "fingerprint": setup.fingerprint,
+        "prompts_digest": setup.task.prompts_digest,
         "selection_fingerprint": setup.selection_fingerprint,
         "data": config.validation_data,
         "validation": best,
@@ -73,10 +74,21 @@ def export_model(writer: ModelWriter, checkpoint: Path, target: Path) -> None:
 
 
 def read_selection(folder: Path) -> dict[str, Any]:
-    """How the model in final/ of a run was chosen; {} where there is none."""
+    """How the model in final/ of a run was chosen; {} where there is none.
+
+    Raises InputError for a file that is no JSON object.
+    """
     file = folder / "final" / SELECTION_FILE
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return found
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} must say how the model was chosen, got {error}; restore it, or name the model "
+            f"with --distilled"
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def _copy_adapter(checkpoint: Path, target: Path, base: str) -> None:

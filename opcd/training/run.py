@@ -1,5 +1,6 @@
 """A run from its configuration to its scorecard: the folder, the steps, the proof."""
 
+import contextlib
 import json
 import logging
 import time
@@ -38,11 +39,9 @@ from opcd.training.model_writer import ModelWriter
 
 log = logging.getLogger(__name__)
 
-# Fields that may change when a run is continued; the second kind alters the steps to come, and is
-# there for a run whose loss was not finite.
-HOUSEKEEPING = {"save_every", "keep_checkpoints"}
-# Fields that decide what a request looks like to the student.
-PROMPT_FORM = {"without_context", "chat_template", "chat_template_args"}
+# Fields that may change when a run is continued; those of the second kind alter the steps to come,
+# for a run whose loss was not finite.
+HOUSEKEEPING = {"save_every", "keep_checkpoints", "output_dir"}
 REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 
 
@@ -98,6 +97,7 @@ def evaluate_run(
     if distilled is None and not Path(path).is_dir():
         raise InputError(
             f"there must be a distilled model, got no folder {path!r}; run `opcd train` first, "
+            f"pass --output_dir if the run was moved, "
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
@@ -106,9 +106,10 @@ def evaluate_run(
     changed: list[str] = []
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
     if distilled is None:
-        selection = read_selection(run)
+        selection = read_selection(run) or None
         changed = TrainConfig.load(run / "config.yaml").differing_fields(config)
-        _check_same_prompts(changed, run)
+        changed = [name for name in changed if name != "output_dir"]
+        _check_same_prompts(selection or {}, setup, changed, run)
         target = run / f"eval-{data}" if changed else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
@@ -119,19 +120,30 @@ def evaluate_run(
         progress.say(line)
     if changed:
         progress.say(f"note      not as in training: {', '.join(changed)}")
-    scored = score(setup, None if path == "none" else path, progress, selection)
+    try:
+        scored = score(setup, None if path == "none" else path, progress, selection)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.rmdir()  # if nothing is in it
+        raise
     write_scored(target, scored, setup)
     return target, scored
 
 
-def _check_same_prompts(changed: Sequence[str], run: Path) -> None:
+def _check_same_prompts(
+    selection: dict[str, Any], setup: Setup, changed: Sequence[str], run: Path
+) -> None:
     """Raise InputError if a run's model would be given other prompts than it was trained on."""
-    if others := sorted(PROMPT_FORM & set(changed)):
-        raise InputError(
-            f"a run's model must be given the prompts it was trained on, got other values for "
-            f"{', '.join(others)} than in {run / 'config.yaml'}; pass --config "
-            f"{run / 'config.yaml'}, or name the model with --distilled to try other prompts"
-        )
+    trained_on = selection.get("prompts_digest")  # not kept by runs of before
+    if trained_on in (None, setup.task.prompts_digest):
+        return
+    others = f"other values for {', '.join(changed)}" if changed else "other files"
+    raise InputError(
+        f"a run's model must be given prompts as it was trained on them, but context, training "
+        f"prompts or chat template give other token ids than in training, with {others} than in "
+        f"{run / 'config.yaml'}; restore them, or try the model on others with --distilled "
+        f"{run / 'final'}"
+    )
 
 
 def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
@@ -147,7 +159,8 @@ def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path
         return make_folder(folder)
     if not saved.is_file():
         raise InputError(
-            f"--resume needs a run to continue, got no {saved}; leave --resume out to start one"
+            f"--resume needs a run to continue, got no {saved}; leave --resume out to start one, "
+            f"or pass --output_dir if the run was moved"
         )
     before = TrainConfig.load(saved)
     changed = set(before.differing_fields(config)) - HOUSEKEEPING

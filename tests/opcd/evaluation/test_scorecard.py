@@ -24,7 +24,7 @@ from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import Case
 from opcd.training.run import evaluate_run, train
-from tests.conftest import write_jsonl
+from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
 
 class Heard(Progress):
@@ -165,6 +165,8 @@ def test_few_answers_are_classes(settings: dict) -> None:
     assert found["rates"] == {"a": {"mean": 1.0, "n": 15}, "b": {"mean": 0.0, "n": 5}}
     assert found["balanced_accuracy"] == 0.5
     assert "rates" not in columns(rows[:19]), "a class of four"
+    spelled = [r | {"answer": "A."} if i < 7 else r for i, r in enumerate(rows)]
+    assert columns(spelled)["rates"]["a"]["n"] == 15, "spellings of one label are one class"
     assert "rates" not in columns([*rows, {"prompt": "n 20", "answer": ["a", "b"]}])
     assert "rates" not in columns([r | {"answer": f"{i % 11}"} for i, r in enumerate(rows)])
 
@@ -222,12 +224,35 @@ def test_what_a_model_is_given_is_said_and_must_be_what_it_was_trained_on(settin
         "answers   end with <|im_end|>, or at 8 tokens",
         "note      not as in training: eval_data",
     ]
-    final = f"{settings['output_dir']}/final"
-    for change in ({"without_context": "default"}, {"chat_template_args": {"a": 1}}):
-        config = TrainConfig(**settings | change)
-        with pytest.raises(InputError, match=f"values for {next(iter(change))} than in"):
-            evaluate_run(config)
-        evaluate_run(config, final)
+    run, folder = Path(settings["output_dir"]), Path(settings["output_dir"]).parent
+    final = str(run / "final")
+    config = TrainConfig(**settings | {"without_context": "default"})
+    with pytest.raises(InputError, match=r"other values for eval_data, without_context than in"):
+        evaluate_run(config)
+    evaluate_run(config, final)
+    moved = folder / "moved"
+    shutil.copytree(run, moved)
+    shutil.rmtree(run)
+    settings |= {"output_dir": str(moved)}
+    evaluate_run(TrainConfig(**settings))
+    folders = sorted(p.name for p in moved.iterdir())
+    tiny_llama(hidden_size=64).save_pretrained(folder / "other")
+    tiny_tokenizer().save_pretrained(folder / "other")
+    with pytest.raises(InputError, match=r"got hidden_size 32 in .* against 64"):
+        evaluate_run(TrainConfig(**settings | {"model": str(folder / "other")}))
+    assert sorted(p.name for p in moved.iterdir()) == folders, "an empty folder is left"
+    (folder / "context.md").write_text("Answer with two letters.", encoding="utf-8")
+    with pytest.raises(InputError, match="give other token ids than in training, with other"):
+        evaluate_run(TrainConfig(**settings))
+    (moved / "final" / "selection.json").write_text('{"st', encoding="utf-8")
+    with pytest.raises(InputError, match=r"selection\.json must say how the model was chosen"):
+        evaluate_run(TrainConfig(**settings))
+    (moved / "final" / "selection.json").unlink()
+    _, found = evaluate_run(TrainConfig(**settings))
+    assert "selection" not in found.card
+    (moved / "config.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(InputError, match=r"config\.yaml must hold the settings of a run"):
+        evaluate_run(TrainConfig(**settings))
 
 
 def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:

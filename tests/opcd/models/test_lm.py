@@ -23,7 +23,7 @@ from opcd.models.lm import max_positions, rope_differs
             },
             256,  # named already: 4 x 64
         ),
-        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 512),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 256),
         ({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}, 256),
         (
             {
@@ -55,6 +55,6 @@ def test_scaling_by_kind_of_layer() -> None:
         "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
     }
     config = Gemma3TextConfig(max_position_embeddings=256, rope_parameters=ropes)
-    assert max_positions(config) == 512
+    assert max_positions(config) == 256, "beyond, frequencies are those of a pass's longest row"
     assert rope_differs(config, 100, 300)
     assert not rope_differs(config, 100, 200)

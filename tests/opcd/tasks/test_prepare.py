@@ -62,6 +62,22 @@ def test_a_keyword_in_another_spelling_is_no_text_for_the_model(settings: dict, 
         TrainConfig(**settings, without_context=given).check()
 
 
+def test_what_ends_an_answer_may_stand_in_the_tokenizer_alone(
+    settings: dict, tmp_path: Path
+) -> None:
+    model = tiny_llama(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings |= {"model": str(tmp_path / "model")}
+    setup = prepare(TrainConfig(**settings))
+    assert setup.stop_ids == [1]
+    assert eos_token_ids(setup.load(settings["model"])) == [1]
+    (tmp_path / "model" / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"generation_config\.json must be a JSON file"):
+        prepare(TrainConfig(**settings))
+
+
 def test_a_template_without_a_date_has_none(settings: dict) -> None:
     setup = prepare(TrainConfig(**settings, today="2026-05-01"))
     assert setup.remarks == []

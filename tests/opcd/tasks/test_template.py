@@ -175,6 +175,8 @@ def test_a_template_from_a_file(tmp_path) -> None:
     for tag in ("{% generation %}{{ m }}{%- endgeneration -%}", "{% continue %}"):
         file.write_text("{% for m in messages %}" + tag + "{% endfor %}", encoding="utf-8")
         assert "messages" in read_template(str(file))
+    file.write_text(FAMILIES["Phi-3"].template, encoding="utf-8-sig")
+    assert read_template(str(file)) == FAMILIES["Phi-3"].template, "a byte order mark"
     file.write_text("hello", encoding="utf-8")
     with pytest.raises(InputError, match="without that word"):
         read_template(str(file))
