@@ -1,3 +1,50 @@
-"""On-policy context distillation: move a long context into a model's weights, and prove it."""
+"""On-policy context distillation: move a long context into a model's weights, and prove it.
+
+The public names, loaded when they are first used; see docs/python.md.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Distilled": "opcd.api",
+    "Evaluation": "opcd.api",
+    "InputError": "opcd.errors",
+    "Stopped": "opcd.api",
+    "SharedPrefixTeacher": "opcd.teacher",
+    "StudentLoss": "opcd.student_loss",
+    "TrainConfig": "opcd.config",
+    "distill": "opcd.api",
+    "evaluate": "opcd.api",
+}
+__all__ = [
+    "Distilled",
+    "Evaluation",
+    "InputError",
+    "SharedPrefixTeacher",
+    "Stopped",
+    "StudentLoss",
+    "TrainConfig",
+    "__version__",
+    "distill",
+    "evaluate",
+]
+
+if TYPE_CHECKING:
+    from opcd.api import Distilled, Evaluation, Stopped, distill, evaluate
+    from opcd.config import TrainConfig
+    from opcd.errors import InputError
+    from opcd.student_loss import StudentLoss
+    from opcd.teacher import SharedPrefixTeacher
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'opcd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,6 +1,7 @@
 """What a person at a terminal sees of a run, and how Ctrl-C reaches it."""
 
-import signal
+import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,15 +11,12 @@ from tqdm import tqdm
 from opcd.config import TrainConfig
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.score import Scored
+from opcd.evaluation.side_by_side import SideBySide
+from opcd.interrupts import Interrupts
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
 
-# Ctrl-C, the end of a job, and a terminal that was closed (which Windows has no signal for).
-SIGNALS = [
-    signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGHUP")
-    if name in signal.Signals.__members__
-]
+SECONDS_A_LINE = 30.0  # between lines about a phase, where no terminal shows a bar
 
 
 class Terminal(Progress):
@@ -28,17 +26,18 @@ class Terminal(Progress):
     """
 
     def __init__(self, finishes_steps: bool = True) -> None:
+        self._interrupts = Interrupts(lambda text: print(text, flush=True))
         self._finishes_steps = finishes_steps
-        self._caught: str | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
-        self._bar: Any = None
+        self._phase: _Bar | _Lines | None = None
+
+    @property
+    def caught(self) -> int | None:
+        """The number of a signal that came."""
+        return self._interrupts.caught
 
     def __enter__(self) -> "Terminal":
         if self._finishes_steps:
-            for number in SIGNALS:
-                if signal.getsignal(number) == signal.SIG_IGN:  # as nohup does
-                    continue
-                self._handlers[number] = signal.signal(number, self._catch)
+            self._interrupts.__enter__()
         return self
 
     def __exit__(
@@ -47,39 +46,76 @@ class Terminal(Progress):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._release()
+        self._interrupts.release()
 
     def say(self, text: str) -> None:
         """See Progress.say."""
-        print(text)
+        print(text, flush=True)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """See Progress.begin."""
-        self._bar = tqdm(total=total, initial=done, unit="step", desc=what, leave=what == "distil")
+        self._phase = (_Bar if sys.stderr.isatty() else _Lines)(what, total, done)
 
     def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
         """See Progress.part."""
+        assert self._phase is not None
+        self._phase.part(note)
+
+    def end(self) -> None:
+        """See Progress.end. Behind the last step nothing is left that a signal could finish."""
+        if self._phase is not None:
+            self._phase.end()
+        self._interrupts.release()
+
+    def stop(self) -> str | None:
+        """The name of a signal that came."""
+        caught = self._interrupts.caught
+        return caught.name if caught else None
+
+
+class _Bar:
+    """A phase as a bar."""
+
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="step", desc=what, leave=what == "distil")
+
+    def part(self, note: str) -> None:
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update()
 
     def end(self) -> None:
-        """See Progress.end. Behind the last step nothing is left that a signal could finish."""
         self._bar.close()
-        self._release()
 
-    def stop(self) -> str | None:
-        """The name of a signal that came."""
-        return self._caught
 
-    def _catch(self, number: int, _frame: Any) -> None:
-        self._caught = signal.Signals(number).name
-        print("\nfinishing this step, then saving (once more to stop at once)", flush=True)
-        signal.signal(number, self._handlers[signal.Signals(number)])
+class _Lines:
+    """A phase as lines, for logs: the first part, the last one, and one now and then."""
 
-    def _release(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self._what, self._total, self._done = what, total, done
+        self._first, self._begin = done, time.monotonic()
+        self._told = self._begin - SECONDS_A_LINE
+
+    def part(self, note: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._done < self._total and now - self._told < SECONDS_A_LINE:
+            return
+        self._told = now
+        each = (now - self._begin) / (self._done - self._first)
+        left = each * (self._total - self._done)
+        ahead = f", about {_duration(left)} left" if self._done < self._total else ""
+        print(
+            f"{self._what} {self._done}/{self._total}, {each:.1f} s each{ahead}: {note}", flush=True
+        )
+
+    def end(self) -> None:
+        """Nothing is left open."""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_trained(outcome: Outcome, config: TrainConfig) -> None:
@@ -97,12 +133,47 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         show_scored(outcome.scored)
     report = f"  report       {folder / 'report.md'}\n" if outcome.scored is not None else ""
     print(
-        f"\nDone. The model that no longer needs the context is {folder / 'final'}\n"
+        f"\n{_verdict(outcome.scored)}\n"
+        f"  model        {folder / 'final'}\n"
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
-        f"  score again  opcd eval --config {folder / 'config.yaml'}\n"
-        f"  your prompt  opcd train --help, and a config like {folder / 'config.yaml'}"
+        f"  try it       opcd chat {folder}\n"
+        f"  score again  opcd eval --config {folder / 'config.yaml'}"
     )
+
+
+def _verdict(scored: Scored | None) -> str:
+    """Whether the distilled model is better than the one before, in a line."""
+    if scored is None:
+        return (
+            "Trained. Whether the context was learned is not known: without test_data nothing was "
+            "measured"
+        )
+    base, distilled = (scored.card["contenders"][name] for name in ("base", "distilled"))
+    _, most = base["accuracy_interval_95"]
+    if distilled["accuracy"] > most:
+        return "Done. The distilled model is better than base, and no longer needs the context"
+    return (
+        f"Not learned: distilled has {distilled['accuracy']:.1%}, within what chance gives base "
+        f"({base['accuracy']:.1%}, up to {most:.1%})"
+    )
+
+
+def converse(models: SideBySide, message: str | None) -> None:
+    """Ask all models the same: one message, or what a person types until the end of input."""
+    if message is None:
+        print("One message a line; an empty line ends.")
+    while True:
+        try:
+            text = input("> ") if message is None else message
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        for name, answer in models.ask(text):
+            print(f"  {name:<10} {answer}")
+        if message is not None:
+            return
 
 
 def show_evaluated(folder: Path, scored: Scored) -> None:

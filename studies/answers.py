@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opcd.config import TrainConfig
+from opcd.config.settings import gather
 from opcd.evaluation.contenders import Contender, Subjects
 from opcd.evaluation.scorecard import scorecard
 from opcd.tasks.prepare import prepare
@@ -21,8 +20,8 @@ def main() -> int:
     parser.add_argument("model", help="the model that answers: the same, or one trained from it")
     parser.add_argument("out", type=Path, help="JSON file for what it reached")
     arguments = parser.parse_args()
-    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
-    found = reached(TrainConfig(**{**config, "model": arguments.base}), arguments.model)
+    config = gather({"model": arguments.base}, arguments.config)
+    found = reached(config, arguments.model)
     arguments.out.write_text(json.dumps(found), encoding="utf-8")
     return 0
 

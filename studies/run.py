@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from opcd.config.settings import gather
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"  # the cell of a model as it is
@@ -85,7 +87,7 @@ def runs(study: Path, stages: Sequence[str] | None = None) -> Iterator[Run]:
             for task in stage["tasks"]:
                 for cell, own in stage["cells"].items():
                     settings = {**stage.get("settings", {}), **(own or {})}
-                    model = settings.pop("model", None) or _config(task)["model"]
+                    model = settings.pop("model", None) or _model_of(task)
                     if cell != BEFORE or seed == stage["seeds"][0]:
                         yield Run(name, cell, task, seed, model, settings, stage.get("test", False))
 
@@ -116,7 +118,7 @@ def carried_out(run: Run, folders: dict[str, str]) -> dict[str, Any]:
     answers = base
     if run.cell != BEFORE:
         command = ["opcd.cli", "train", "--config", f"examples/{run.task}/config.yaml"]
-        given = {"output_dir": folder / "run", "model": base, "eval_data": None, "seed": run.seed}
+        given = {"output_dir": folder / "run", "model": base, "test_data": None, "seed": run.seed}
         for name, value in {**given, **run.settings}.items():
             command += [f"--{name}", "null" if value is None else str(value)]
         row["train_s"] = timed(command, folder)
@@ -170,9 +172,8 @@ def device() -> str:
     return f"{' '.join(sorted(names)) or platform.processor()}, {os.cpu_count()} cores"
 
 
-def _config(task: str) -> dict[str, Any]:
-    config = ROOT / "examples" / task / "config.yaml"
-    return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
+def _model_of(task: str) -> str:
+    return gather({}, ROOT / "examples" / task / "config.yaml").model
 
 
 def _output(*command: str) -> str:

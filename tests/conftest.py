@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opcd.config.fields import FIELDS
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -78,7 +81,7 @@ def settings(tmp_path: Path, model_dir: Path) -> dict:
         "context": str(tmp_path / "context.md"),
         "prompts": str(tmp_path / "prompts.jsonl"),
         "validation_data": str(tmp_path / "validation.jsonl"),
-        "eval_data": str(tmp_path / "test.jsonl"),
+        "test_data": str(tmp_path / "test.jsonl"),
         "model": str(model_dir),
         "dtype": "float32",
         "device": "cpu",
@@ -90,6 +93,14 @@ def settings(tmp_path: Path, model_dir: Path) -> dict:
         "validate_every": 3,
         "save_every": 2,
     }
+
+
+def in_groups(settings: dict) -> str:
+    """A configuration file with these settings; what is no field stands outside of any group."""
+    groups: dict = {}
+    for name, value in settings.items():
+        (groups.setdefault(FIELDS[name], {}) if name in FIELDS else groups)[name] = value
+    return yaml.safe_dump(groups)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

@@ -38,7 +38,7 @@ class Subject(NamedTuple):
 
     def alone(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers without the context."""
-        return greedy_answers(self.engine, [c.prompt.student_ids for c in cases], self.setup)
+        return self.answers([c.prompt.student_ids for c in cases])
 
     def prompted(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers behind the context; requests with the same one share its prefix."""
@@ -48,8 +48,12 @@ class Subject(NamedTuple):
         found: dict[int, Answer] = {}
         for members in by_context.values():
             ids = [self.setup.task.prompted_ids(cases[i].prompt) for i in members]
-            found.update(zip(members, greedy_answers(self.engine, ids, self.setup), strict=True))
+            found.update(zip(members, self.answers(ids), strict=True))
         return [found[i] for i in range(len(cases))]
+
+    def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
+        """Answers to whole prompts."""
+        return greedy_answers(self.engine, prompt_ids, self.setup)
 
 
 class Subjects:
@@ -63,7 +67,7 @@ class Subjects:
         """The model of that name; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.close()
-            self._held = name, self._load(name)
+            self._held = name, load_subject(self._setup, name)
         return self._held[1]
 
     def close(self) -> None:
@@ -73,12 +77,14 @@ class Subjects:
             self._held = None
             gc.collect()  # engines and wrappers refer to each other
 
-    def _load(self, name: str) -> Subject:
-        config, setup = self._setup.config, self._setup
-        model = setup.load(name)
-        plan = find_plan(model, setup.task.a_prefix)
-        engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
-        return Subject(model, plan, engine, setup)
+
+def load_subject(setup: Setup, name: str) -> Subject:
+    """A model by its name or folder, ready to answer."""
+    config = setup.config
+    model = setup.load(name)
+    plan = find_plan(model, setup.task.a_prefix)
+    engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
+    return Subject(model, plan, engine, setup)
 
 
 def greedy_answers(

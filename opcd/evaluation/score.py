@@ -78,7 +78,7 @@ def score(
         "prompt_tokens_saved": task.prompt_tokens_saved,
         "scorer": config.scorer,
         "decoding": {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens},
-        "data": {"part": "test", "file": config.eval_data},
+        "data": {"part": "test", "file": config.test_data},
     }
     if selection is not None:
         card["selection"] = selection

@@ -1,21 +1,19 @@
 """When an answer counts: built-in scorers, and a function of the user's."""
 
-import importlib
 import inspect
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
 from opcd.runtime.strict_json import no_constant, unique_keys
+from opcd.runtime.user_code import load_function
 from opcd.scoring.choices import claimed, letter
 from opcd.scoring.numerals import numerals, only_numeral
 from opcd.scoring.reasoning import split_thought
@@ -69,10 +67,11 @@ def load_scorer(spec: str) -> Scorer:
     - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
       answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
       takes the last.
-    - ``python:module:function``: ``function(completion, answers)`` of an importable module, also
-      one in the current folder. It returns a bool, 0 or 1, a number from 0 to 1, or a dict of such
-      by the names of rates. With a parameter ``raw`` it also gets the completion with its special
-      tokens and its reasoning, and judges unended thoughts itself.
+    - ``python:FILE.py:function`` or ``python:module:function``: ``function(completion, answers)``
+      of a file, or of an importable module, also one in the current folder. It returns a bool, 0 or
+      1, a number from 0 to 1, or a dict of such by the names of rates. With a parameter ``raw`` it
+      also gets the completion with its special tokens and its reasoning, and judges unended
+      thoughts itself.
 
     Raises InputError for a scorer that does not exist, compile or import.
     """
@@ -88,7 +87,7 @@ def load_scorer(spec: str) -> Scorer:
         return _python_scorer(spec, rest)
     raise InputError(
         f"scorer must be {', '.join(_BUILT_IN)}, regex:PATTERN, regex-last:PATTERN or "
-        f"python:module:function, got {spec!r}; choose one"
+        f"python:FILE.py:function, got {spec!r}; choose one"
     )
 
 
@@ -212,30 +211,7 @@ def _group_source(source: str) -> str:
 
 
 def _python_scorer(spec: str, target: str) -> Scorer:
-    module_name, _, function_name = target.partition(":")
-    if "/" in module_name or module_name.endswith(".py"):
-        name = module_name.removesuffix(".py").replace("/", ".").strip(".")
-        raise InputError(
-            f"scorer {spec} must name a module, not a file; write python:{name}:"
-            f"{function_name or 'function'}"
-        )
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise InputError(
-            f"scorer {spec} must name an importable module, got {type(error).__name__}: "
-            f"{error}; run from the folder that holds {module_name.split('.')[0]}.py, or install it"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"scorer {spec} must name a function of {module_name} "
-            f"({getattr(module, '__file__', None) or 'built in'}), which has no "
-            f"{function_name!r}; write python:module:function(completion, answers)"
-        )
+    function = load_function(target, f"scorer {spec}")
     wants_raw = _has_parameter(function, "raw")
 
     def judge(answer: str, accepted: Sequence[str], raw: str) -> Score:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from opcd.config import TrainConfig
+from opcd.config.settings import read_config_file
 from opcd.errors import InputError
 from opcd.models.by_name import (
     check_same_tokenizer,
@@ -94,6 +94,8 @@ class Setup(NamedTuple):
 def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     """Read and check everything that can be wrong before weights are loaded."""
     config.check()
+    if for_training and config.prompts is None:
+        raise InputError("prompts must be given to train on; pass --prompts FILE")
     files = read_task_files(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -151,9 +153,8 @@ def _day(config: TrainConfig) -> date:
     """What templates take for today: as configured, or the day on which the run began."""
     day, kept = config.today, Path(config.output_dir) / "config.yaml"
     if day is None and kept.is_file():
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # said elsewhere
-            saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
-            day = saved.get("today") if isinstance(saved, dict) else None
+        with contextlib.suppress(InputError):  # said elsewhere
+            day = read_config_file(kept)[1].get("today")
     try:
         return date.fromisoformat(str(day)) if day else date.today()
     except ValueError as error:

@@ -117,7 +117,7 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
     files = {
         "train": config.prompts,
         "validation": config.validation_data,
-        "test": config.eval_data,
+        "test": config.test_data,
     }
     parts: dict[str, list[Example]] = {}
     for part, path in files.items():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 
 from opcd.config import TrainConfig
+from opcd.config.settings import gather, write_config
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.evaluation.contenders import Answer, greedy_answers
@@ -72,7 +73,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
             return outcome
         export(setup, writer, folder, best)  # what was trained is out of memory by now
     finish(folder / "checkpoints", config)
-    if not config.eval_data:
+    if not config.test_data:
         return outcome
     scored = score(setup, str(folder / "final"), progress, read_selection(folder))
     write_scored(folder, scored, setup)
@@ -90,8 +91,8 @@ def evaluate_run(
     Returns the folder that was written to, and the scorecard.
     """
     progress = progress or Progress()
-    if not config.eval_data:
-        raise InputError("eval_data must name labelled test data, got none; pass --eval_data FILE")
+    if not config.test_data:
+        raise InputError("test_data must name labelled test data, got none; pass --test_data FILE")
     run = Path(config.output_dir)
     path = str(run / "final") if distilled is None else distilled
     if distilled is None and not Path(path).is_dir():
@@ -101,13 +102,13 @@ def evaluate_run(
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     setup = prepare(config)
-    data, config = Path(config.eval_data).stem, setup.config
+    data, config = Path(config.test_data).stem, setup.config
     selection: dict[str, Any] | None = None
     changed: list[str] = []
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
     if distilled is None:
         selection = read_selection(run) or None
-        changed = TrainConfig.load(run / "config.yaml").differing_fields(config)
+        changed = gather({}, run / "config.yaml").differing_fields(config)
         changed = [name for name in changed if name != "output_dir"]
         _check_same_prompts(selection or {}, setup, changed, run)
         target = run / f"eval-{data}" if changed else run
@@ -162,7 +163,7 @@ def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path
             f"--resume needs a run to continue, got no {saved}; leave --resume out to start one, "
             f"or pass --output_dir if the run was moved"
         )
-    before = TrainConfig.load(saved)
+    before = gather({}, saved)
     changed = set(before.differing_fields(config)) - HOUSEKEEPING
     if config.schedule == "constant" and config.steps > before.steps:
         changed.discard("steps")
@@ -200,7 +201,7 @@ def _fit(
             f"a run can be prolonged from its newest checkpoint, got none in {checkpoints}; "
             f"restore it, or start another output_dir"
         )
-    config.save(folder / "config.yaml")
+    write_config(config, folder / "config.yaml")
     check_room(folder, distiller, writer.base.nbytes)
     writer.rehearse(checkpoints)
     progress.say(_plan(setup, distiller))
@@ -221,7 +222,6 @@ def _fit(
                     if distiller.steps_done not in saved:
                         save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     raise
-                stopped = progress.stop()
                 step, last = distiller.steps_done, distiller.steps_done == config.steps
                 validated = task.validation and (step % config.validate_every == 0 or last)
                 if validated:
@@ -229,11 +229,12 @@ def _fit(
                     if best["step"] is None or _rank(found) > _rank(best):
                         best = {"step": step, **found}
                 print(json.dumps(metrics), file=metrics_log, flush=True)
+                progress.part(_note(metrics, best), metrics)
+                stopped = progress.stop()
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     saved.add(step)
                     rotate(checkpoints, config.keep_checkpoints, best["step"])
-                progress.part(_note(metrics, best), metrics)
     finally:
         progress.end()
         distiller.engine.close()

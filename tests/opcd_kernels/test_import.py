@@ -24,11 +24,11 @@ def test_the_loss_works_with_torch_alone() -> None:
         "opcd_kernels.linear_divergence(h, w, h.detach() + 1, w).loss.backward()\n"
         "assert h.grad.abs().sum() > 0\n"
     )
-    done = run(code, "triton", "transformers", "peft", "jsonargparse", "opcd")
+    done = run(code, "triton", "transformers", "peft", "yaml", "opcd")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("missing", ["jsonargparse", "transformers"])
+@pytest.mark.parametrize("missing", ["yaml", "docstring_parser", "transformers"])
 def test_the_command_line_names_the_extra_it_needs(missing: str) -> None:
     code = (
         "import sys; from opcd.cli import main; sys.exit(main(["

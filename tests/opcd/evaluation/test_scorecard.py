@@ -150,7 +150,7 @@ def test_rates_of_classes_are_balanced(settings: dict) -> None:
 
 def test_few_answers_are_classes(settings: dict) -> None:
     """Of a built-in scorer; the better class cannot hide the worse one behind its number."""
-    test = Path(settings["eval_data"])
+    test = Path(settings["test_data"])
     rows = [{"prompt": f"n {i}", "answer": "a" if i < 15 else "b"} for i in range(20)]
 
     def columns(rows: list[dict]) -> dict:
@@ -206,28 +206,28 @@ def test_remarks_on_the_data_reach_people(
         "note      scorer python:scorer_of_labels:f finds 7 of 7 accepted"
     )
     heard.said.clear()
-    train(replace(config, steps=1, eval_data=None), progress=heard)
+    train(replace(config, steps=1, test_data=None), progress=heard)
     wanted = "note      scorer python:scorer_of_labels:f finds 3 of 3 accepted"
     assert any(line.startswith(wanted) for line in heard.said)
 
 
 def test_what_a_model_is_given_is_said_and_must_be_what_it_was_trained_on(settings: dict) -> None:
     """A run's model is scored on the prompts of its training, or named to try others."""
-    settings |= {"steps": 1, "eval_data": None, "without_context": "You are Ada."}
+    settings |= {"steps": 1, "test_data": None, "without_context": "You are Ada."}
     train(TrainConfig(**settings))
-    settings |= {"eval_data": str(Path(settings["output_dir"]).parent / "test.jsonl")}
+    settings |= {"test_data": str(Path(settings["output_dir"]).parent / "test.jsonl")}
     heard = Heard()
     evaluate_run(TrainConfig(**settings), progress=heard)
     assert heard.said == [
         "without   '<|im_start|>system\\nYou are Ada.<|im_end|>\\n<|im_start|>user\\n' stands in "
         "front of a request",
         "answers   end with <|im_end|>, or at 8 tokens",
-        "note      not as in training: eval_data",
+        "note      not as in training: test_data",
     ]
     run, folder = Path(settings["output_dir"]), Path(settings["output_dir"]).parent
     final = str(run / "final")
     config = TrainConfig(**settings | {"without_context": "default"})
-    with pytest.raises(InputError, match=r"other values for eval_data, without_context than in"):
+    with pytest.raises(InputError, match=r"other values for test_data, without_context than in"):
         evaluate_run(config)
     evaluate_run(config, final)
     moved = folder / "moved"

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from opcd.runtime.console import any_console
+from tests.conftest import in_groups
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_run_where_nothing_is_as_usual(settings: dict, tmp_path: Path) -> None:
     """No UTF-8, no bars, a home that cannot be written, no hub, a reader that leaves."""
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings | {"steps": 1}), encoding="utf-8")
+    config.write_text(in_groups(settings | {"steps": 1}), encoding="utf-8")
     home = tmp_path / "home"
     home.mkdir(mode=0o500)
     poor = {

@@ -128,7 +128,7 @@ def test_equal_prompts_have_equal_answers() -> None:
     )
 
 
-@pytest.mark.parametrize("part", ["validation_data", "eval_data"])
+@pytest.mark.parametrize("part", ["validation_data", "test_data"])
 def test_contradictions_are_found_in_a_runs_files(settings: dict, part: str) -> None:
     read_task_files(TrainConfig(**settings))
     with Path(settings[part]).open("a") as file:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from opcd.config import TrainConfig
+from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
 from opcd.tasks.prepare import prepare
@@ -30,7 +31,7 @@ def test_a_run_keeps_the_day_on_which_it_began(settings: dict, tmp_path: Path) -
     ]
     run = Path(settings["output_dir"])
     run.mkdir()
-    first.config.save(run / "config.yaml")
+    write_config(first.config, run / "config.yaml")
     again = prepare(TrainConfig(**settings))
     assert again.config.today == "2026-05-01"
     assert again.fingerprint == first.fingerprint
@@ -45,7 +46,7 @@ def test_stand_ins_of_several_contexts(settings: dict, tmp_path: Path) -> None:
     """What a student's prompts begin with is said once where it is the same for all."""
     (tmp_path / "contexts.json").write_text('{"a": "One letter.", "b": "Two."}', encoding="utf-8")
     settings |= {"context": str(tmp_path / "contexts.json")}
-    for name in ("prompts", "validation_data", "eval_data"):
+    for name in ("prompts", "validation_data", "test_data"):
         rows = [json.loads(x) for x in Path(settings[name]).read_text("utf-8").splitlines()]
         write_jsonl(
             Path(settings[name]), [r | {"context": "ab"[i % 2]} for i, r in enumerate(rows)]
@@ -110,7 +111,7 @@ def test_a_template_from_a_file_stops_where_it_ends_a_turn(settings: dict, tmp_p
     assert eos_token_ids(model) == [1, 0]
 
 
-@pytest.mark.parametrize("part", ["prompts", "eval_data"])
+@pytest.mark.parametrize("part", ["prompts", "test_data"])
 def test_an_added_token_without_an_embedding_in_a_later_row(
     settings: dict, tmp_path: Path, part: str
 ) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +27,7 @@ from opcd.training.build import build_distiller
 from opcd.training.checkpoint import save_checkpoint
 from opcd.training.export import export_model
 from opcd.training.model_writer import ModelWriter
-from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
+from tests.conftest import CHATML, in_groups, tiny_llama, tiny_tokenizer
 from tests.opcd.published import CONFIGS, publish, write_json
 
 IDS = torch.tensor([[0, 70, 80, 90, 100, 110, 120, 130, 140, 150, 160, 170]])
@@ -47,8 +46,8 @@ def untrained_export(settings: dict, base: Path, lora_rank: int = 0) -> Path:
 
 def run_of(settings: dict, **overrides: object) -> Path:
     config = Path(settings["output_dir"]).parent / "config.yaml"
-    short = {"steps": 2, "eval_data": None, "validation_data": None}
-    config.write_text(yaml.safe_dump(settings | short | overrides))
+    short = {"steps": 2, "test_data": None, "validation_data": None}
+    config.write_text(in_groups(settings | short | overrides))
     assert main(["train", "--config", str(config)]) == 0
     return Path(settings["output_dir"]) / "final"
 
@@ -224,7 +223,7 @@ def test_what_cannot_be_written_fails_before_the_first_step(
     monkeypatch.setattr("opcd.training.model_writer.shutil.copyfile", full)
     monkeypatch.setattr("opcd.training.loop.Distiller.step", None)  # it must not be called
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    config.write_text(in_groups(settings))
     assert main(["train", "--config", str(config)]) == 2
 
 

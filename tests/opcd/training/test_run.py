@@ -21,12 +21,12 @@ from opcd.cli import main
 from opcd.evaluation.report import read_metrics
 from opcd.objective import Targets
 from opcd.training.checkpoint import list_checkpoints
-from tests.conftest import write_jsonl
+from tests.conftest import in_groups, write_jsonl
 
 
 def write_config(settings: dict, **overrides: object) -> str:
     path = Path(settings["output_dir"]).parent / "config.yaml"
-    path.write_text(yaml.safe_dump(settings | overrides))
+    path.write_text(in_groups(settings | overrides))
     return str(path)
 
 
@@ -59,8 +59,8 @@ def test_a_run_leaves_everything_it_promises(
     assert main(["train", "--config", write_config(settings), f"--lora_rank={lora_rank}"]) == 0
     run = Path(settings["output_dir"])
     resolved = yaml.safe_load((run / "config.yaml").read_text())
-    assert resolved["lora_rank"] == lora_rank
-    assert resolved["max_grad_norm"] == 1.0
+    assert resolved["lora"]["lora_rank"] == lora_rank
+    assert resolved["optimizer"]["max_grad_norm"] == 1.0
     metrics = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in metrics if "validation" in row] == [3, 6]
@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_it_promises(
     assert card["divergence"]["after"] < card["divergence"]["before"]
     assert card["selection"]["step"] in (3, 6)
     assert card["selection"]["data"] == settings["validation_data"]
-    assert card["data"] == {"part": "test", "file": settings["eval_data"]}
+    assert card["data"] == {"part": "test", "file": settings["test_data"]}
     assert (run / "curve.png").stat().st_size > 5000
     assert "curve.png" in (run / "report.md").read_text()
     assert len((run / "answers.jsonl").read_text().splitlines()) == 4
@@ -190,7 +190,7 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
     grades = iter([0.9, 0.1, 0.2])
     monkeypatch.setattr("opcd.training.run.accuracy", lambda *_: next(grades))
-    config = write_config(settings, validate_every=3, eval_data=None)
+    config = write_config(settings, validate_every=3, test_data=None)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
     weights = (run / "final" / "model.safetensors").read_bytes()
@@ -322,7 +322,7 @@ def test_a_run_without_validation_takes_the_last_step_and_says_so(settings: dict
 def test_a_run_without_test_data_ends_with_a_model(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["train", "--config", write_config(settings, eval_data=None)]) == 0
+    assert main(["train", "--config", write_config(settings, test_data=None)]) == 0
     run = Path(settings["output_dir"])
     assert (run / "final" / "model.safetensors").is_file()
     assert not (run / "scorecard.json").exists()
@@ -410,11 +410,11 @@ def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: d
     run = Path(settings["output_dir"])
     own = (run / "scorecard.json").read_text()
     other = write_jsonl(run.parent / "other.jsonl", [{"prompt": "yak", "answer": "y"}])
-    assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
+    assert main(["eval", "--config", config, "--test_data", str(other)]) == 0
     assert (run / "scorecard.json").read_text() == own
     card = json.loads((run / "eval-other" / "scorecard.json").read_text())
     assert card["contenders"]["base"]["n"] == 1
-    assert main(["eval", "--config", config, "--eval_data", str(other)]) == 0
+    assert main(["eval", "--config", config, "--test_data", str(other)]) == 0
     assert (run / "eval-other-2" / "scorecard.json").is_file(), "the first must not be replaced"
     checkpoint = str(list_checkpoints(run / "checkpoints")[-1])
     assert main(["eval", "--config", config, "--distilled", checkpoint]) == 0

@@ -1,44 +1,31 @@
-"""The configuration: one flat dataclass, read from YAML and the command line."""
+"""The configuration: fields in groups, each field's name unique over all of them."""
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from opcd.errors import InputError
-from opcd.runtime.files import write_text
 
 
-@dataclass
-class TrainConfig:
-    """On-policy context distillation of a context, or several, into one model."""
+@dataclass(kw_only=True)
+class Data:
+    """What is distilled, and what it is judged by."""
 
-    output_dir: str
-    """Folder of the run; for a new run it must not hold one yet."""
     context: str
     """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, or the
     body of an OpenAI request)."""
-    prompts: str
-    """Training prompts: JSONL (or a JSON array) of {"prompt": "..."}, {"messages": [...]}, or rows
-    of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
+    prompts: str | None = None
+    """Training prompts, not needed to score: JSONL (or a JSON array) of {"prompt": "..."},
+    {"messages": [...]}, or rows of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
     validation_data: str | None = None
     """Rows with "answer"s, to choose the checkpoint; without it the last step is taken."""
-    eval_data: str | None = None
+    test_data: str | None = None
     """Rows with "answer"s, for the scorecard (test data); without it there is no scorecard."""
     scorer: str = "exact"
     """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
-    first find), regex-last:PATTERN or python:module:function. What stands in front of the answer as
-    reasoning is not judged."""
-
-    model: str = "smollm2-135m-instruct"
-    """The student: a Hugging Face name, a local folder, or the built-in smollm2-135m-instruct."""
-    teacher: str | None = None
-    """The teacher's model, if another than the student's initial weights; same tokenizer."""
-    chat_template: str | None = None
-    """A Jinja file in place of the tokenizer's chat template; final/ carries it."""
-    chat_template_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, e.g. {"enable_thinking": false}."""
+    first find), regex-last:PATTERN or python:FILE.py:function. Reasoning in front of the answer is
+    not judged."""
     context_placement: Literal["auto", "system", "user"] = "auto"
     """Where the context's system message goes: in a system message, or in front of the first user
     message; auto is system unless the chat template refuses, drops or alters it."""
@@ -48,14 +35,31 @@ class TrainConfig:
     today: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write one; default: the day on which the run
     began, which is kept with it."""
+
+
+@dataclass(kw_only=True)
+class Models:
+    """Which models, and how they are written to."""
+
+    model: str = "smollm2-135m-instruct"
+    """The student: a Hugging Face name, a local folder, or the built-in smollm2-135m-instruct."""
+    teacher: str | None = None
+    """The teacher's model, if another than the student's initial weights; same tokenizer."""
+    chat_template: str | None = None
+    """A Jinja file in place of the tokenizer's chat template; final/ carries it."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. {"enable_thinking": false}."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of both models; auto is bfloat16 where the hardware has it. The trained weights
     and the optimizer are kept in float32 either way."""
 
-    steps: int = 50
-    """Optimizer steps."""
+
+@dataclass(kw_only=True)
+class Sampling:
+    """What a step samples."""
+
     prompts_per_step: int = 16
     """Prompts in a step."""
     completions_per_prompt: int = 1
@@ -64,6 +68,18 @@ class TrainConfig:
     """Limit of a completion, in tokens, in training and in evaluation."""
     temperature: float = 1.0
     """Sampling temperature; both models' logits are divided by it in the loss as well."""
+    rollout_engine: Literal["auto", "generate", "static"] = "auto"
+    """What samples: transformers.generate, or a static cache, whose step a GPU replays as one CUDA
+    graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
+    model, else generate."""
+    rollout_batch_size: int = 32
+    """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
+
+
+@dataclass(kw_only=True)
+class Objective:
+    """What is minimised."""
+
     forward_share: float = 0.0
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
@@ -80,6 +96,13 @@ class TrainConfig:
     average_over: Literal["tokens", "sequences"] = "tokens"
     """Every completion token of a step weighs the same, or every sequence does."""
 
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """AdamW, and how long."""
+
+    steps: int = 50
+    """Optimizer steps."""
     learning_rate: float = 5e-6
     """Peak rate of AdamW."""
     warmup_steps: int = 5
@@ -90,25 +113,27 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+
+
+@dataclass(kw_only=True)
+class Lora:
+    """An adapter in place of all weights."""
+
     lora_rank: int = 0
     """Rank of LoRA on all linear layers but the head, which wants about ten times the learning
     rate; 0 trains every weight."""
     lora_alpha: float = 32.0
     """LoRA's scale is lora_alpha / lora_rank."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    max_tokens_per_pass: int = 4096
-    """New tokens in one forward pass of teacher and student, pads included (a longer sequence is a
-    pass alone); memory only, never the result."""
-    prefix_cache_mib: int = 2048
-    """Memory for the keys and values of several contexts; the least recently used go first."""
-    rollout_engine: Literal["auto", "generate", "static"] = "auto"
-    """What samples: transformers.generate, or a static cache, whose step a GPU replays as one CUDA
-    graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
-    model, else generate."""
-    rollout_batch_size: int = 32
-    """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
 
+
+@dataclass(kw_only=True)
+class Run:
+    """Where a run is kept, what it watches, and what it may use."""
+
+    output_dir: str
+    """Folder of the run; for a new run it must not hold one yet."""
+    seed: int = 0
+    """Seed of sampling, data order and LoRA's initial weights."""
     validate_every: int = 10
     """Steps between validations, where there is validation_data; each is saved as a checkpoint."""
     save_every: int = 50
@@ -117,9 +142,22 @@ class TrainConfig:
     """Newest checkpoints kept, beside the best one."""
     divergence_prompts: int = 64
     """Prompts on which the divergence to the teacher is measured: of validation_data in training,
-    of eval_data in the scorecard."""
-    seed: int = 0
-    """Seed of sampling, data order and LoRA's initial weights."""
+    of test_data in the scorecard."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_tokens_per_pass: int = 4096
+    """New tokens in one forward pass of teacher and student, pads included (a longer sequence is a
+    pass alone); memory only, never the result."""
+    prefix_cache_mib: int = 2048
+    """Memory for the keys and values of several contexts; the least recently used go first."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
+    """On-policy context distillation of a context, or several, into one model."""
+
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where fields' values came from, of those that are no defaults; see `settings.gather`."""
 
     def check(self) -> "TrainConfig":
         """Raise InputError for values out of range; returns self."""
@@ -146,7 +184,7 @@ class TrainConfig:
                     f"{name} must be one of {', '.join(get_args(kind))}, got "
                     f"{getattr(self, name)!r}"
                 )
-        for name in ("output_dir", "context", "prompts", "model", "scorer", "without_context"):
+        for name in ("output_dir", "context", "model", "scorer", "without_context"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")
         if self.seed >= 2**62:
@@ -173,26 +211,15 @@ class TrainConfig:
             )
         return self
 
-    def save(self, path: Path) -> None:
-        """Write as YAML, every field resolved."""
-        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
-
-    @classmethod
-    def load(cls, path: Path) -> "TrainConfig":
-        """Read what `save` wrote. Raises InputError for a file that it did not write."""
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise TypeError(f"{type(values).__name__} instead of a mapping")
-            if "sequences_per_pass" in values:
-                raise TypeError("sequences_per_pass, which is max_tokens_per_pass (in tokens) now")
-            return cls(**values)
-        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(
-                f"{path} must hold the settings of a run, got {str(error).splitlines()[0]}; "
-                f"restore it, or start another output_dir"
-            ) from error
-
     def differing_fields(self, other: "TrainConfig") -> list[str]:
         """Names of the fields in which two configurations differ."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        return [name for name in FIELDS if getattr(self, name) != getattr(other, name)]
+
+
+GROUPS: Mapping[str, type] = MappingProxyType(
+    {group.__name__.lower(): group for group in TrainConfig.__bases__}
+)
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {field_.name: name for name, group in GROUPS.items() for field_ in fields(group)}
+)
+"""The group of each field, in the order of the groups."""

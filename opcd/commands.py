@@ -1,0 +1,230 @@
+"""The commands: what each is given, and what it calls."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+from opcd import __version__
+from opcd.config.fields import FIELDS, GROUPS, TrainConfig
+from opcd.config.presets import PRESETS
+from opcd.config.settings import KINDS, did_you_mean, gather
+from opcd.errors import InputError
+
+SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
+
+  opcd init my-task                             write a small task that runs as it is
+  opcd train --config my-task/config.yaml       distil it, and score it
+  opcd chat my-task/run                         ask base, prompted and distilled side by side
+  opcd --help                                   every command
+"""
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """What the command line says. Raises InputError for what it must not."""
+    return _parser().parse_args([_underscored(word) for word in argv])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a command; returns its exit status."""
+    if arguments.command is None:
+        print(BEGIN, end="")
+        return 0
+    if arguments.command == "init":
+        from opcd.starter import write_starter
+
+        config = write_starter(Path(arguments.folder))
+        print(f"written: a small task. Distil it:\n  opcd train --config {config}")
+        return 0
+    if arguments.command == "chat":
+        return _chat(arguments)
+    config = _config(arguments)  # what is wrong here is said before anything is loaded
+    _load()
+    return (_train if arguments.command == "train" else _evaluate)(arguments, config)
+
+
+def _load() -> None:
+    """Import what takes seconds, and say so first."""
+    print(f"opcd {__version__}: loading", file=sys.stderr, flush=True)
+    _let_waiting_threads_sleep()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("opcd").setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.terminal import Terminal, show_trained
+    from opcd.training.run import train
+
+    with _scorecard_alone(arguments) as show, Terminal() as terminal:
+        outcome = train(config, arguments.resume, terminal)
+    show(outcome.scored)
+    if not arguments.json:
+        show_trained(outcome, config)
+    return 128 + terminal.caught if outcome.stopped and terminal.caught else 0
+
+
+def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.terminal import Terminal, show_evaluated
+    from opcd.training.run import evaluate_run
+
+    with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
+        folder, scored = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
+    show(scored)
+    if not arguments.json:
+        show_evaluated(folder, scored)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.run)
+    config = gather({}, run / "config.yaml")
+    _load()
+    from opcd.evaluation.side_by_side import SideBySide
+    from opcd.terminal import converse
+
+    with contextlib.closing(SideBySide(config, run / "final")) as models:
+        converse(models, arguments.message)
+    return 0
+
+
+@contextlib.contextmanager
+def _scorecard_alone(arguments: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
+    """With --json, standard output gets the scorecard and nothing else; yields what prints it."""
+
+    def show(scored: Any) -> None:
+        if arguments.json:
+            print(json.dumps(scored.card if scored is not None else None, indent=2))
+
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        yield show
+
+
+def _config(arguments: argparse.Namespace) -> TrainConfig:
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    file = Path(arguments.config) if arguments.config else None
+    return gather(given, file, arguments.preset)
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Before torch is imported: OpenMP's threads spin for some ten microseconds, then sleep.
+
+    By default they spin for milliseconds at every small operation, and where another process keeps
+    a core busy they take the time of those that they wait for. This is for libgomp, which torch's
+    packages for Linux bring; what the user set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in a sentence."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse; what is not known is an error here, with the nearest name."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [o for action in self._actions for o in action.option_strings]
+            raise InputError(
+                f"there is no option {unknown[0]}"
+                f"{did_you_mean(unknown[0].partition('=')[0], options)}; see {self.prog} --help"
+            )
+        return found, unknown
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="opcd", description=BEGIN)
+    parser.add_argument("--version", action="version", version=f"opcd {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=_Parser
+    )
+    for name, summary in (
+        ("train", "Distil a context into a model, then score it on test data."),
+        ("eval", "Score a distilled model against the base model, with and without the context."),
+    ):
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
+        sub.add_argument("--preset", help=f"settings to start from: {', '.join(PRESETS)}")
+        sub.add_argument("--json", action="store_true", help="print the scorecard and nothing else")
+        if name == "train":
+            sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+        else:
+            sub.add_argument(
+                "--distilled",
+                metavar="MODEL",
+                help="model to score; default output_dir/final; none: only base and prompted",
+            )
+            sub.add_argument(
+                "--save_to", metavar="FOLDER", help="where scorecard and report are written"
+            )
+        _add_fields(sub)
+    chat = commands.add_parser(
+        "chat",
+        help="Ask a run's base, prompted and distilled model the same.",
+        description="Ask a run's base, prompted and distilled model the same, side by side.",
+    )
+    chat.add_argument("run", metavar="RUN", help="folder of the run")
+    chat.add_argument("--message", help="ask this alone, in place of a conversation")
+    init = commands.add_parser(
+        "init",
+        help="Write a small task that runs as it is.",
+        description="Write a small task that runs as it is: context, prompts, data, config.yaml.",
+    )
+    init.add_argument("folder", metavar="FOLDER", help="a folder that is not there yet, or empty")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """The configuration's fields, in their groups; as text, which `settings` reads."""
+    from docstring_parser import parse_from_object
+
+    for group, kind in GROUPS.items():
+        described = parse_from_object(kind)
+        options = parser.add_argument_group(group, described.short_description)
+        texts = {p.arg_name: " ".join((p.description or "").split()) for p in described.params}
+        for name in (name for name, its in FIELDS.items() if its == group):
+            default = getattr(TrainConfig, name, None)
+            shown = "" if default is None else f" (default: {default})"
+            options.add_argument(
+                f"--{name}",
+                metavar=_metavar(KINDS[name]),
+                default=argparse.SUPPRESS,
+                help=f"{texts[name]}{shown}".replace("%", "%%"),
+                **({"nargs": "?", "const": "true"} if KINDS[name] is bool else {}),
+            )
+
+
+def _metavar(kind: Any) -> str:
+    kinds = [k for k in get_args(kind) if k is not type(None)]
+    if get_origin(kind) is not None and all(isinstance(k, str) for k in kinds):
+        return f"{{{','.join(kinds)}}}"
+    if type(None) in get_args(kind):
+        kind = kinds[0]
+    names = {str: "TEXT", int: "N", float: "X", bool: "BOOL"}
+    return names.get(kind, "MAPPING")
+
+
+def _underscored(word: str) -> str:
+    """--learning-rate is --learning_rate."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

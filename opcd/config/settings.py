@@ -1,0 +1,236 @@
+"""Settings as people give them: in a YAML file, on the command line, from Python."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from opcd.config.fields import FIELDS, GROUPS, TrainConfig
+from opcd.config.presets import PRESETS
+from opcd.errors import InputError
+from opcd.runtime.files import write_text
+from opcd.runtime.strict_yaml import read_yaml
+from opcd.runtime.user_code import located
+
+FORMAT = 1  # of the file
+KINDS = {name: get_type_hints(TrainConfig)[name] for name in FIELDS}
+INPUT_FILES = (
+    *("context", "prompts", "validation_data", "test_data"),
+    *("chat_template", "guided_completions"),
+)
+MODELS = ("model", "teacher")
+REQUIRED = [
+    f.name
+    for f in dataclasses.fields(TrainConfig)
+    if f.default is f.default_factory is dataclasses.MISSING
+]
+RENAMED = {"eval_data": "test_data", "sequences_per_pass": "max_tokens_per_pass (in tokens)"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def gather(
+    given: Mapping[str, Any],  # by the caller: text of a command line, or values
+    file: Path | None = None,
+    preset: str | None = None,
+    caller: str = "command line",
+) -> TrainConfig:
+    """The configuration of a preset, overridden by a file, overridden by what is given.
+
+    Input files are found from the folder of the file that names them, else from the current one.
+    Raises InputError for fields that are unknown or missing, and for values of another kind.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None:
+        own, values = read_config_file(file)
+        preset = preset or own
+        layers = [(file.name, values)]
+    if preset is not None:
+        layers.insert(0, (f"preset {preset}", _preset(preset)))
+    layers.append((caller, _located(converted(given, caller), Path.cwd())))
+    values, origins = {}, {}
+    for origin, layer in layers:
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    missing = [name for name in REQUIRED if name not in values]
+    if missing:
+        raise InputError(
+            f"{_listed(missing)} must be given, in a file (--config FILE) or by name; `opcd init "
+            f"FOLDER` writes an example"
+        )
+    return TrainConfig(**values, origins=origins)
+
+
+def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The preset that a configuration file names, and its values by field.
+
+    Raises InputError for what is no such file.
+    """
+    content = read_yaml(path, "a configuration")
+    if not isinstance(content, dict) or not content:
+        raise InputError(
+            f"{path} must hold settings in groups ({', '.join(GROUPS)}), got "
+            f"{type(content).__name__}; `opcd init FOLDER` writes an example"
+        )
+    if content.pop("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"{path} must have format {FORMAT}, got another: it was written for another version of "
+            f"opcd; install that, or write the file anew"
+        )
+    preset = content.pop("preset", None)
+    _check_groups(content, path)
+    values: dict[str, Any] = {}
+    for group, members in content.items():
+        for name in members or {}:
+            if FIELDS.get(name, group) != group:
+                raise InputError(
+                    f"{path}: {name} must stand in the group {FIELDS[name]}, got it in {group}; "
+                    f"move it"
+                )
+        values |= members or {}
+    return preset, _located(converted(values, str(path)), path.parent)
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write every field, resolved, and behind each where its value came from."""
+    lines = [f"format: {FORMAT}"]
+    for group in GROUPS:
+        lines.append(f"\n{group}:")
+        for name in (name for name, its in FIELDS.items() if its == group):
+            value = yaml.safe_dump({name: getattr(config, name)}, width=10_000).rstrip("\n")
+            origin = f"  # {config.origins[name]}" if name in config.origins else ""
+            lines += [f"  {line}" for line in value.split("\n")]
+            lines[-1] += origin
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def converted(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values in the kinds of their fields. Raises InputError for others and for unknown fields."""
+    for name in values:
+        if name not in FIELDS:
+            raise InputError(f"{source}: there is no field {name!r}{did_you_mean(name, FIELDS)}")
+    return {name: _converted(name, value, source) for name, value in values.items()}
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """A hint at the nearest known name."""
+    if name in RENAMED:
+        return f"; it is {RENAMED[name]} now"
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _converted(name: str, value: Any, source: str) -> Any:
+    """`value`, or what its text spells, in the kind of the field."""
+    kind = KINDS[name]
+    optional = type(None) in get_args(kind)
+    if optional:
+        if value is None or value == "null":
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    try:
+        return _as(kind, value)
+    except (ValueError, TypeError, yaml.YAMLError):
+        if get_origin(kind) is Literal:
+            options = get_args(kind)
+            words = f"one of {', '.join(options)}"
+            hint = did_you_mean(str(value), options)
+        else:
+            words, hint = WORDS.get(kind, "a mapping, like {enable_thinking: false}"), ""
+        words += " or null" if optional else ""
+        raise InputError(f"{source}: {name} must be {words}, got {value!r:.80}{hint}") from None
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """`value` as `kind`. Raises ValueError or TypeError where it is none."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError
+        return value
+    if kind is str:
+        if isinstance(value, (bool, dict, list)) or value is None:
+            raise TypeError
+        return str(value)
+    if get_origin(kind) is dict:
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    if kind is bool:
+        spelled = {"true": True, "false": False}
+        return value if isinstance(value, bool) else spelled[str(value).lower()]
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)
+    if kind is float:
+        return number
+    return int(value) if isinstance(value, (str, int)) and _digits(value) else _whole(number)
+
+
+def _digits(value: str | int) -> bool:
+    return isinstance(value, int) or value.strip().lstrip("+-").isdigit()
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
+def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With the paths of input files made absolute, as they are found from `folder`."""
+    found = dict(values)
+    for name in INPUT_FILES:
+        if isinstance(path := values.get(name), str) and path.strip():
+            found[name] = str((folder / Path(path).expanduser()).absolute())
+    if (scorer := str(values.get("scorer", ""))).startswith("python:"):
+        found["scorer"] = "python:" + located(scorer.removeprefix("python:"), folder)
+    for name in MODELS:
+        if isinstance(path := values.get(name), str) and path.strip():
+            local = folder / Path(path).expanduser()
+            if local.exists() or path.startswith("."):
+                found[name] = str(local.absolute())
+    return found
+
+
+def _preset(name: str) -> Mapping[str, Any]:
+    if name not in PRESETS:
+        raise InputError(
+            f"preset must be one of {', '.join(PRESETS)}, got {name!r}"
+            f"{did_you_mean(str(name), PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _check_groups(content: dict[Any, Any], path: Path) -> None:
+    loose = [name for name in content if name in FIELDS or name in RENAMED]
+    if loose:
+        raise InputError(
+            f"{path} must hold its fields in groups, got {_listed(loose)} outside of any; write\n"
+            f"{_grouped(content)}"
+        )
+    for name, members in content.items():
+        if name not in GROUPS:
+            raise InputError(
+                f"{path}: a group must be one of {', '.join(GROUPS)}, got {name!r}"
+                f"{did_you_mean(str(name), GROUPS)}"
+            )
+        if members is not None and not isinstance(members, dict):
+            raise InputError(f"{path}: the group {name} must hold fields, got {members!r:.80}")
+
+
+def _grouped(content: Mapping[Any, Any]) -> str:
+    """The fields of a file as they would stand in their groups."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        name = RENAMED.get(name, name).partition(" ")[0]
+        groups.setdefault(FIELDS.get(name, name), {})[name] = value
+    ordered = {name: groups[name] for name in GROUPS if name in groups}
+    return yaml.safe_dump({"format": FORMAT} | ordered, sort_keys=False).rstrip("\n")
+
+
+def _listed(names: list[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

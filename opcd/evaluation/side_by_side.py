@@ -1,0 +1,52 @@
+"""One message to the model before, with and without the context, and to the one after."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.evaluation.contenders import Subject, load_subject
+from opcd.tasks.messages import user
+from opcd.tasks.prepare import prepare
+
+
+class SideBySide:
+    """Base, prompted and distilled, both models in memory."""
+
+    def __init__(self, config: TrainConfig, distilled: Path) -> None:
+        if not distilled.is_dir():
+            raise InputError(
+                f"there must be a distilled model, got no folder {str(distilled)!r}; name the "
+                f"folder of a run that has ended"
+            )
+        self._setup = prepare(config)
+        self._subjects: dict[str, Subject] = {
+            "base": load_subject(self._setup, config.model),
+            "distilled": load_subject(self._setup, str(distilled)),
+        }
+
+    @property
+    def contexts(self) -> list[str]:
+        """The names of the run's contexts; one alone is ""."""
+        return list(self._setup.chats)
+
+    def ask(self, message: str, context: str | None = None) -> Iterator[tuple[str, str]]:
+        """Each contender's name and answer, as it comes; `context` defaults to the first one.
+
+        Raises InputError for a message that does not fit the model.
+        """
+        chat = self._setup.chats[self.contexts[0] if context is None else context]
+        asked = [user(message)]
+        alone, prompted = chat.student_ids(asked), chat.teacher_ids(asked)
+        for name, subject, ids in (
+            ("base", "base", alone),
+            ("prompted", "base", prompted),
+            ("distilled", "distilled", alone),
+        ):
+            (answer,) = self._subjects[subject].answers([ids])
+            yield name, answer.text
+
+    def close(self) -> None:
+        """Free what the engines hold."""
+        for subject in self._subjects.values():
+            subject.engine.close()

@@ -1,0 +1,77 @@
+"""Functions of a user's own: ``module:function`` or ``path/to/file.py:function``."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from opcd.errors import InputError
+
+
+def load_function(target: str, what: str) -> Callable[..., Any]:
+    """The function that `target` names; a module may lie in the current folder.
+
+    Raises InputError, which begins with `what`, where there is none.
+    """
+    place, _, name = target.rpartition(":")
+    if not place or not name.isidentifier():
+        raise InputError(
+            f"{what} must name a file and a function, python:FILE.py:function, or a module's, "
+            f"python:module:function"
+        )
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else _by_name(place)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        raise InputError(
+            f"{what} must name an importable module, got {type(error).__name__}: {error}; name "
+            f"the file, python:path/to/{place.split('.')[-1]}.py:{name}, or install it"
+            if not place.endswith(".py")
+            else f"{what} must name a file that can be imported, got {type(error).__name__}: "
+            f"{error}; correct it"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(
+            f"{what} must name a function of {place} "
+            f"({getattr(module, '__file__', None) or 'built in'}), which has no {name!r}; define it"
+        )
+    return function
+
+
+def located(target: str, folder: Path) -> str:
+    """`target` with a file's path made absolute, as it is found from `folder`."""
+    place, colon, name = target.rpartition(":")
+    if not place.endswith(".py"):
+        return target
+    return f"{(folder / Path(place).expanduser()).absolute()}{colon}{name}"
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    name = f"opcd_user_{path.stem}_{abs(hash(path.resolve())):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    folder = str(path.parent.resolve())  # files beside it can be imported
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _by_name(name: str) -> ModuleType:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
