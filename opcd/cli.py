@@ -1,10 +1,12 @@
 """The command line: `opcd train` and `opcd eval`."""
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from opcd.errors import InputError
@@ -75,9 +77,10 @@ def _let_waiting_threads_sleep() -> None:
 def _run(command: str, values: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from opcd.config import TrainConfig
+    from opcd.config import EvalConfig, TrainConfig
     from opcd.terminal import Terminal, show_evaluated, show_trained
-    from opcd.training.run import evaluate_run, train
+    from opcd.training.evaluate import evaluate_run
+    from opcd.training.run import train
 
     transformers_logging.disable_progress_bar()
     if command == "train":
@@ -87,25 +90,43 @@ def _run(command: str, values: dict[str, Any]) -> None:
             outcome = train(config, resume, terminal)
         show_trained(outcome, config)
     else:
-        distilled, save_to = values.pop("distilled"), values.pop("save_to")
+        config = TrainConfig(**{f.name: values[f.name] for f in fields(EvalConfig)})
         with Terminal(finishes_steps=False) as terminal:
-            folder, scored = evaluate_run(TrainConfig(**values), distilled, save_to, terminal)
+            folder, scored = evaluate_run(config, values["distilled"], values["save_to"], terminal)
         show_evaluated(folder, scored)
+
+
+class _TrainingAlone(argparse.Action):
+    """A field of training: in a run's file it may stand, as an argument of `opcd eval` it is wrong.
+
+    Files do not call an action.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(
+            f"{self.option_strings[0]} is for training and does nothing in opcd eval; leave it out"
+        )
 
 
 def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import opcd.cli` light
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-    from opcd.config import TrainConfig
+    from opcd.config import EvalConfig, TrainConfig
 
     class Parser(ArgumentParser):
         def error(self, message: str, *rest: Any) -> None:
             escaped = "quoted scalar" in message and ("escape" in message or "hex" in message)
-            super().error(message + BACKSLASH if escaped else message, *rest)
+            hint = BACKSLASH if escaped else f"\n{self.prog} --help explains what may be given"
+            self.exit(2, f"{self.prog}: {message}{hint}\n")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
-        prog="opcd", description="On-policy context distillation: a prompt into the weights."
+        prog="opcd",
+        description="On-policy context distillation: a prompt into the weights.",
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(metavar="COMMAND", title="commands")
     for name, summary in (
@@ -114,12 +135,17 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
     ):
         sub = Parser(description=summary)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file with these fields.")
-        sub.add_class_arguments(TrainConfig)
         if name == "train":
+            sub.add_class_arguments(TrainConfig)
             sub.add_argument(
                 "--resume", action="store_true", help="Continue the run in output_dir."
             )
         else:
+            sub.add_class_arguments(EvalConfig)
+            measuring = {field.name for field in fields(EvalConfig)}
+            for field in fields(TrainConfig):
+                if field.name not in measuring:
+                    sub.add_argument(f"--{field.name}", action=_TrainingAlone)
             sub.add_argument(
                 "--distilled",
                 type=str,
@@ -130,6 +156,7 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
                 "--save_to", type=str, default=None, help="Folder for the scorecard and report."
             )
         commands.add_subcommand(name, sub, help=summary)
+        sub.prog = f"opcd {name}"
     return parser
 
 

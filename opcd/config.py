@@ -1,6 +1,7 @@
-"""The configuration: one flat dataclass, read from YAML and the command line."""
+"""The configuration: flat dataclasses, read from YAML and the command line."""
 
-from dataclasses import asdict, dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,8 +12,8 @@ from opcd.runtime.files import write_text
 
 
 @dataclass
-class TrainConfig:
-    """On-policy context distillation of a context, or several, into one model."""
+class EvalConfig:
+    """What a model is measured by; `opcd train` takes these fields as well."""
 
     output_dir: str
     """Folder of the run; for a new run it must not hold one yet."""
@@ -54,16 +55,39 @@ class TrainConfig:
     """Arithmetic of both models; auto is bfloat16 where the hardware has it. The trained weights
     and the optimizer are kept in float32 either way."""
 
+    max_completion_tokens: int = 256
+    """Limit of a completion, in tokens, in training and in evaluation."""
+    temperature: float = 1.0
+    """Sampling temperature; both models' logits are divided by it in the loss as well."""
+    divergence_prompts: int = 64
+    """Prompts on which the divergence to the teacher is measured: of validation_data in training,
+    of eval_data in the scorecard."""
+    seed: int = 0
+    """Seed of sampling, data order and LoRA's initial weights."""
+
+    max_tokens_per_pass: int = 4096
+    """New tokens in one forward pass of teacher and student, pads included (a longer sequence is a
+    pass alone); memory only, never the result."""
+    prefix_cache_mib: int = 2048
+    """Memory for the keys and values of several contexts; the least recently used go first."""
+    rollout_engine: Literal["auto", "generate", "static"] = "auto"
+    """What samples: transformers.generate, or a static cache, whose step a GPU replays as one CUDA
+    graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
+    model, else generate."""
+    rollout_batch_size: int = 32
+    """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
+
+
+@dataclass
+class TrainConfig(EvalConfig):
+    """On-policy context distillation of a context, or several, into one model."""
+
     steps: int = 50
     """Optimizer steps."""
     prompts_per_step: int = 16
     """Prompts in a step."""
     completions_per_prompt: int = 1
     """Completions sampled for each prompt of a step."""
-    max_completion_tokens: int = 256
-    """Limit of a completion, in tokens, in training and in evaluation."""
-    temperature: float = 1.0
-    """Sampling temperature; both models' logits are divided by it in the loss as well."""
     forward_share: float = 0.0
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
@@ -81,45 +105,32 @@ class TrainConfig:
     """Every completion token of a step weighs the same, or every sequence does."""
 
     learning_rate: float = 5e-6
-    """Peak rate of AdamW."""
+    """Peak rate of AdamW. The default suits models of billions of parameters, and small ones hardly
+    move with it: at 135 million 1e-4 was the best of three. LoRA wants about ten times as much."""
     warmup_steps: int = 5
-    """Steps over which the rate rises linearly to its peak."""
+    """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
     schedule: Literal["constant", "linear"] = "constant"
-    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step."""
+    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step; then the
+    finished run cannot be given more steps."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     lora_rank: int = 0
-    """Rank of LoRA on all linear layers but the head, which wants about ten times the learning
-    rate; 0 trains every weight."""
+    """Rank of LoRA on all linear layers but the head; 0 trains every weight."""
     lora_alpha: float = 32.0
     """LoRA's scale is lora_alpha / lora_rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    max_tokens_per_pass: int = 4096
-    """New tokens in one forward pass of teacher and student, pads included (a longer sequence is a
-    pass alone); memory only, never the result."""
-    prefix_cache_mib: int = 2048
-    """Memory for the keys and values of several contexts; the least recently used go first."""
-    rollout_engine: Literal["auto", "generate", "static"] = "auto"
-    """What samples: transformers.generate, or a static cache, whose step a GPU replays as one CUDA
-    graph, and which stays in memory between steps; auto is static on a GPU if it is exact on the
-    model, else generate."""
-    rollout_batch_size: int = 32
-    """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
 
     validate_every: int = 10
     """Steps between validations, where there is validation_data; each is saved as a checkpoint."""
     save_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best one."""
-    divergence_prompts: int = 64
-    """Prompts on which the divergence to the teacher is measured: of validation_data in training,
-    of eval_data in the scorecard."""
-    seed: int = 0
-    """Seed of sampling, data order and LoRA's initial weights."""
+    """How many of the newest checkpoints a run keeps while it goes on, beside the best one. The
+    newest alone holds the optimizer's state (--resume); the others are models to look at. Once
+    final/ is written, one is left, or none with the schedule linear."""
 
     def check(self) -> "TrainConfig":
         """Raise InputError for values out of range; returns self."""
@@ -154,6 +165,8 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        if not self.weight_decay < float("inf"):
+            raise InputError(f"weight_decay must be finite, got {self.weight_decay}")
         for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -194,5 +207,18 @@ class TrainConfig:
             ) from error
 
     def differing_fields(self, other: "TrainConfig") -> list[str]:
-        """Names of the fields in which two configurations differ."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        """Names of the fields in which two configurations differ; paths to one file do not."""
+        return [
+            f.name for f in fields(self) if not _same(getattr(self, f.name), getattr(other, f.name))
+        ]
+
+    def measured_as(self, other: EvalConfig) -> "TrainConfig":
+        """This run, measured as the other configuration says."""
+        return replace(self, **{f.name: getattr(other, f.name) for f in fields(EvalConfig)})
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one == other:
+        return True
+    texts = isinstance(one, str) and isinstance(other, str)
+    return texts and all(map(os.path.exists, (one, other))) and os.path.samefile(one, other)

@@ -95,7 +95,7 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         return
     if outcome.scored is not None:
         show_scored(outcome.scored)
-    report = f"  report       {folder / 'report.md'}\n" if outcome.scored is not None else ""
+    report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
     print(
         f"\nDone. The model that no longer needs the context is {folder / 'final'}\n"
         f"{report}"

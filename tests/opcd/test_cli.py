@@ -1,13 +1,15 @@
 """What the command line refuses, before any long work and with a way out."""
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from opcd.cli import main
-from opcd.config import TrainConfig
+from opcd.config import EvalConfig, TrainConfig
 from opcd.errors import InputError
 from tests.conftest import CHATML, tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -48,6 +50,8 @@ def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train
         ({"chat_template_args": {"tokenize": True}}, "chat_template_args must name"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite, got nan"),
         ({"device": "cuda:93"}, "device must be"),
         ({"device": "tpu-ish"}, "device must be"),
         ({"model": "./no/such/folder"}, "is not there"),
@@ -172,8 +176,6 @@ def test_a_folder_that_cannot_be_written(
 def test_resume_without_a_run_and_with_other_settings(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    from opcd.config import TrainConfig
-
     config = Path(settings["output_dir"]).parent / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", str(config), "--resume"]) == 2
@@ -184,7 +186,12 @@ def test_resume_without_a_run_and_with_other_settings(
     assert main([*resume, "--seed=3", "--prompts_per_step=5"]) == 2
     assert "other values for prompts_per_step, seed" in capsys.readouterr().err
     assert main([*resume, "--steps=4"]) == 2
-    assert "other values for steps" in capsys.readouterr().err
+    assert "prolonged and not shortened, got 4 steps and 6 before" in capsys.readouterr().err
+    TrainConfig(**settings, schedule="linear").save(Path(settings["output_dir"]) / "config.yaml")
+    assert main([*resume, "--schedule=linear", "--steps=8"]) == 2
+    message = capsys.readouterr().err
+    assert "the schedule linear must keep its steps, got 8 and 6 before: they set the" in message
+    assert "pass --steps 6, or start another output_dir" in message
     (Path(settings["output_dir"]) / "config.yaml").write_text("")
     assert main(resume) == 2
     assert "must hold the settings of a run" in capsys.readouterr().err
@@ -201,6 +208,10 @@ def test_evaluation_without_a_distilled_model_or_test_data(
     ("arguments", "message"),
     [
         (["train", "--no_such_field", "1"], "no_such_field"),
+        (["train", "--step", "1"], "unrecognized arguments: --step 1"),
+        (["eval", "--steps", "5"], "opcd eval: --steps is for training and does nothing in opcd"),
+        (["eval", "--gradient_checkpointing"], "--gradient_checkpointing is for training"),
+        (["eval", "--resume"], "unrecognized arguments: --resume"),
         (["train", "--steps", "many"], "steps"),
         (["train", "--divergence", "kl"], "divergence"),
         (["train"], "required"),
@@ -213,7 +224,10 @@ def test_arguments_that_do_not_parse(
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--help explains what may be given" in error
+    assert len(error.splitlines()) <= 3, "the usage of forty fields would bury it"
 
 
 def test_a_file_in_another_encoding(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -246,16 +260,21 @@ def test_an_unknown_key_in_the_file(settings: dict, capsys: pytest.CaptureFixtur
     assert "learning_rat" in capsys.readouterr().err
 
 
-def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
-    from dataclasses import fields
-
-    from opcd.config import TrainConfig
-
+@pytest.mark.parametrize(
+    ("command", "config", "own"),
+    [("train", TrainConfig, {"resume"}), ("eval", EvalConfig, {"distilled", "save_to"})],
+)
+def test_help_explains_the_fields_of_a_command_and_no_others(
+    command: str, config: type, own: set[str], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in fields(TrainConfig):
-        assert f"--{field.name} " in text
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: opcd {command} [--config CONFIG]")
+    explained = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+    assert explained == {f.name for f in fields(config)} | own | {"config", "print_config"}
+    text = " ".join(text.split())
     assert "Limit of a completion, in tokens" in text
-    assert "--resume" in text
+    trains = "The default suits models of billions of parameters" in text
+    assert trains == (command == "train")
