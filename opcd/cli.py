@@ -12,6 +12,11 @@ from typing import Any
 from opcd.errors import InputError
 from opcd.runtime.console import any_console
 
+CONFIG_HELP = {
+    "train": "YAML file with these fields.",
+    "eval": "YAML file with these fields, such as a run's config.yaml; those of training may stand "
+    "in it.",
+}
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 BACKSLASH = (
     "\nA backslash in double quotes begins an escape in YAML; write the path with '/', or in "
@@ -134,7 +139,7 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
         ("eval", "Score a distilled model against the base model, with and without the context."),
     ):
         sub = Parser(description=summary)
-        sub.add_argument("--config", action=ActionConfigFile, help="YAML file with these fields.")
+        sub.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP[name])
         if name == "train":
             sub.add_class_arguments(TrainConfig)
             sub.add_argument(
@@ -153,7 +158,11 @@ def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import op
                 help="Model to score; default output_dir/final; none: only base and prompted.",
             )
             sub.add_argument(
-                "--save_to", type=str, default=None, help="Folder for the scorecard and report."
+                "--save_to",
+                type=str,
+                default=None,
+                help="Folder for scorecard and report; default output_dir, or a new folder in it "
+                "where something that is measured by is not as in training.",
             )
         commands.add_subcommand(name, sub, help=summary)
         sub.prog = f"opcd {name}"

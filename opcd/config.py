@@ -18,8 +18,8 @@ class EvalConfig:
     output_dir: str
     """Folder of the run; for a new run it must not hold one yet."""
     context: str
-    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, or the
-    body of an OpenAI request)."""
+    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, the
+    body of an OpenAI request, or several contexts by name)."""
     prompts: str
     """Training prompts: JSONL (or a JSON array) of {"prompt": "..."}, {"messages": [...]}, or rows
     of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
@@ -110,8 +110,8 @@ class TrainConfig(EvalConfig):
     warmup_steps: int = 5
     """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
     schedule: Literal["constant", "linear"] = "constant"
-    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step; then the
-    finished run cannot be given more steps."""
+    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step. A run with
+    linear keeps its steps; one with constant can be prolonged (--resume with more steps)."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -133,7 +133,9 @@ class TrainConfig(EvalConfig):
     final/ is written, one is left, or none with the schedule linear."""
 
     def check(self) -> "TrainConfig":
-        """Raise InputError for values out of range; returns self."""
+        """Raise InputError for values of another kind or out of range; returns self."""
+        for name, kind in get_type_hints(type(self)).items():
+            _check_kind(name, kind, getattr(self, name))
         least = dict.fromkeys(
             (
                 "steps",
@@ -151,12 +153,6 @@ class TrainConfig(EvalConfig):
         ) | dict.fromkeys(
             ("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"), 0
         )
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(kind))}, got "
-                    f"{getattr(self, name)!r}"
-                )
         for name in ("output_dir", "context", "prompts", "model", "scorer", "without_context"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")
@@ -215,6 +211,16 @@ class TrainConfig(EvalConfig):
     def measured_as(self, other: EvalConfig) -> "TrainConfig":
         """This run, measured as the other configuration says."""
         return replace(self, **{f.name: getattr(other, f.name) for f in fields(EvalConfig)})
+
+
+def _check_kind(name: str, kind: Any, value: Any) -> None:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    elif not isinstance(value, {float: float | int, dict[str, Any]: dict}.get(kind, kind)):
+        spelled = "; YAML takes 1e-4 for a text, write 1.0e-4" if kind is float else ""
+        kind = getattr(kind, "__name__", kind)
+        raise InputError(f"{name} must be of the type {kind}, got {value!r}{spelled}")
 
 
 def _same(one: Any, other: Any) -> bool:

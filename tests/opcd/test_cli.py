@@ -69,6 +69,16 @@ def test_settings_that_no_command_line_has_read(settings: dict) -> None:
         (name,) = change
         with pytest.raises(InputError, match=f"{name} must be one of .*, got '{change[name]}'"):
             TrainConfig(**settings | change).check()
+    for change, wanted in (
+        ({"learning_rate": "1e-4"}, "type float, got '1e-4'; YAML takes 1e-4 for a text, write 1"),
+        ({"steps": 2.5}, "type int, got 2.5"),
+        ({"eval_data": Path("test.jsonl")}, "type str | None, got PosixPath"),
+        ({"chat_template_args": None}, "type dict, got None"),
+    ):
+        (name,) = change
+        with pytest.raises(InputError, match=re.escape(f"{name} must be of the {wanted}")):
+            TrainConfig(**settings | change).check()
+    TrainConfig(**settings | {"temperature": 1, "teacher": None}).check()
 
 
 def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -> None:
