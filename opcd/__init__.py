@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Distilled": "opcd.api",
-    "Evaluation": "opcd.api",
+    "Distilled": "opcd.api.results",
+    "Evaluation": "opcd.api.results",
     "InputError": "opcd.errors",
-    "Stopped": "opcd.api",
+    "Stopped": "opcd.api.distill",
     "SharedPrefixTeacher": "opcd.teacher",
     "StudentLoss": "opcd.student_loss",
     "TrainConfig": "opcd.config",
-    "distill": "opcd.api",
-    "evaluate": "opcd.api",
+    "distill": "opcd.api.distill",
+    "evaluate": "opcd.api.distill",
 }
 __all__ = [
     "Distilled",
@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from opcd.api import Distilled, Evaluation, Stopped, distill, evaluate
+    from opcd.api.distill import Stopped, distill, evaluate
+    from opcd.api.results import Distilled, Evaluation
     from opcd.config import TrainConfig
     from opcd.errors import InputError
     from opcd.student_loss import StudentLoss

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from opcd import __version__
-from opcd.config.fields import FIELDS, GROUPS, TrainConfig
+from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS, did_you_mean, gather
 from opcd.errors import InputError
@@ -76,7 +76,7 @@ def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
 
 def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
     from opcd.terminal import Terminal, show_evaluated
-    from opcd.training.run import evaluate_run
+    from opcd.training.evaluate import evaluate_run
 
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
         folder, scored = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
@@ -143,9 +143,11 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [o for action in self._actions for o in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            if name.removeprefix("--") in FIELDS:
+                raise InputError(f"{name} is for training and does nothing here; leave it out")
             raise InputError(
-                f"there is no option {unknown[0]}"
-                f"{did_you_mean(unknown[0].partition('=')[0], options)}; see {self.prog} --help"
+                f"there is no option {name}{did_you_mean(name, options)}; see {self.prog} --help"
             )
         return found, unknown
 
@@ -166,6 +168,7 @@ def _parser() -> _Parser:
         sub.add_argument("--json", action="store_true", help="print the scorecard and nothing else")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+            _add_fields(sub, FIELDS)
         else:
             sub.add_argument(
                 "--distilled",
@@ -173,9 +176,12 @@ def _parser() -> _Parser:
                 help="model to score; default output_dir/final; none: only base and prompted",
             )
             sub.add_argument(
-                "--save_to", metavar="FOLDER", help="where scorecard and report are written"
+                "--save_to",
+                metavar="FOLDER",
+                help="for scorecard and report; default output_dir, or a new folder in it where "
+                "something that is measured by is not as in training",
             )
-        _add_fields(sub)
+            _add_fields(sub, MEASURING)
     chat = commands.add_parser(
         "chat",
         help="Ask a run's base, prompted and distilled model the same.",
@@ -192,15 +198,18 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser) -> None:
-    """The configuration's fields, in their groups; as text, which `settings` reads."""
+def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None:
+    """Fields of the configuration, in their groups; as text, which `settings` reads."""
     from docstring_parser import parse_from_object
 
     for group, kind in GROUPS.items():
+        names = [name for name, its in FIELDS.items() if its == group and name in wanted]
+        if not names:
+            continue
         described = parse_from_object(kind)
         options = parser.add_argument_group(group, described.short_description)
         texts = {p.arg_name: " ".join((p.description or "").split()) for p in described.params}
-        for name in (name for name, its in FIELDS.items() if its == group):
+        for name in names:
             default = getattr(TrainConfig, name, None)
             shown = "" if default is None else f" (default: {default})"
             options.add_argument(

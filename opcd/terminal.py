@@ -12,7 +12,7 @@ from opcd.config import TrainConfig
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.score import Scored
 from opcd.evaluation.side_by_side import SideBySide
-from opcd.interrupts import Interrupts
+from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
 
@@ -131,7 +131,7 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         return
     if outcome.scored is not None:
         show_scored(outcome.scored)
-    report = f"  report       {folder / 'report.md'}\n" if outcome.scored is not None else ""
+    report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
     print(
         f"\n{_verdict(outcome.scored)}\n"
         f"  model        {folder / 'final'}\n"

@@ -1,7 +1,8 @@
 """The configuration: fields in groups, each field's name unique over all of them."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,8 +14,8 @@ class Data:
     """What is distilled, and what it is judged by."""
 
     context: str
-    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, or the
-    body of an OpenAI request)."""
+    """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, the
+    body of an OpenAI request, or several contexts by name)."""
     prompts: str | None = None
     """Training prompts, not needed to score: JSONL (or a JSON array) of {"prompt": "..."},
     {"messages": [...]}, or rows of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
@@ -104,11 +105,13 @@ class Optimizer:
     steps: int = 50
     """Optimizer steps."""
     learning_rate: float = 5e-6
-    """Peak rate of AdamW."""
+    """Peak rate of AdamW. The default suits models of billions of parameters, and small ones hardly
+    move with it: at 135 million 1e-4 was the best of three. LoRA wants about ten times as much."""
     warmup_steps: int = 5
-    """Steps over which the rate rises linearly to its peak."""
+    """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
     schedule: Literal["constant", "linear"] = "constant"
-    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step."""
+    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step. A run with
+    linear keeps its steps; one with constant can be prolonged (--resume with more steps)."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -120,8 +123,7 @@ class Lora:
     """An adapter in place of all weights."""
 
     lora_rank: int = 0
-    """Rank of LoRA on all linear layers but the head, which wants about ten times the learning
-    rate; 0 trains every weight."""
+    """Rank of LoRA on all linear layers but the head; 0 trains every weight."""
     lora_alpha: float = 32.0
     """LoRA's scale is lora_alpha / lora_rank."""
 
@@ -134,12 +136,19 @@ class Run:
     """Folder of the run; for a new run it must not hold one yet."""
     seed: int = 0
     """Seed of sampling, data order and LoRA's initial weights."""
+    max_minutes: float | None = None
+    """Training ends after this time, with a model; --resume goes on."""
+    trackers: str = ""
+    """Where metrics go beside metrics.jsonl: tensorboard, python:FILE.py:function, or several,
+    separated by commas."""
     validate_every: int = 10
     """Steps between validations, where there is validation_data; each is saved as a checkpoint."""
     save_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best one."""
+    """How many of the newest checkpoints a run keeps while it goes on, beside the best one. The
+    newest alone holds the optimizer's state (--resume); the others are models to look at. Once
+    final/ is written, one is left, or none with the schedule linear."""
     divergence_prompts: int = 64
     """Prompts on which the divergence to the teacher is measured: of validation_data in training,
     of test_data in the scorecard."""
@@ -160,7 +169,9 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
     """Where fields' values came from, of those that are no defaults; see `settings.gather`."""
 
     def check(self) -> "TrainConfig":
-        """Raise InputError for values out of range; returns self."""
+        """Raise InputError for values of another kind or out of range; returns self."""
+        for name in FIELDS:
+            _check_kind(name, get_type_hints(type(self))[name], getattr(self, name))
         least = dict.fromkeys(
             (
                 "steps",
@@ -178,12 +189,6 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         ) | dict.fromkeys(
             ("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"), 0
         )
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(kind))}, got "
-                    f"{getattr(self, name)!r}"
-                )
         for name in ("output_dir", "context", "model", "scorer", "without_context"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} must not be blank, got {getattr(self, name)!r}")
@@ -192,9 +197,12 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not self.weight_decay < float("inf"):
+            raise InputError(f"weight_decay must be finite, got {self.weight_decay}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} must be positive and finite, got {value}")
         for keyword in ("default", "none"):
             if self.without_context != keyword and self.without_context.strip().lower() == keyword:
                 raise InputError(
@@ -212,8 +220,12 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         return self
 
     def differing_fields(self, other: "TrainConfig") -> list[str]:
-        """Names of the fields in which two configurations differ."""
-        return [name for name in FIELDS if getattr(self, name) != getattr(other, name)]
+        """Names of the fields in which two configurations differ; paths to one file do not."""
+        return [name for name in FIELDS if not _same(getattr(self, name), getattr(other, name))]
+
+    def measured_as(self, other: "TrainConfig") -> "TrainConfig":
+        """This run, measured as the other configuration says."""
+        return replace(self, **{name: getattr(other, name) for name in MEASURING})
 
 
 GROUPS: Mapping[str, type] = MappingProxyType(
@@ -223,3 +235,27 @@ FIELDS: Mapping[str, str] = MappingProxyType(
     {field_.name: name for name, group in GROUPS.items() for field_ in fields(group)}
 )
 """The group of each field, in the order of the groups."""
+MEASURING = frozenset(
+    {
+        *(name for name, group in FIELDS.items() if group in ("data", "models")),
+        *("max_completion_tokens", "temperature", "rollout_engine", "rollout_batch_size"),
+        *("output_dir", "seed", "divergence_prompts", "max_tokens_per_pass", "prefix_cache_mib"),
+    }
+)
+"""The fields that a model is measured by; the others are for training alone."""
+
+
+def _check_kind(name: str, kind: Any, value: Any) -> None:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    elif not isinstance(value, {float: float | int, dict[str, Any]: dict}.get(kind, kind)):
+        kind = getattr(kind, "__name__", kind)
+        raise InputError(f"{name} must be of the type {kind}, got {value!r}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one == other:
+        return True
+    texts = isinstance(one, str) and isinstance(other, str)
+    return texts and all(map(os.path.exists, (one, other))) and os.path.samefile(one, other)

@@ -4,5 +4,6 @@ score       a run's scorecard: the models before and after, without and with the
 scorecard   what contenders reached, and how sure that is
 contenders  who answers; one model in memory at a time
 agreement   the divergence to the teacher on what a student says itself
+side_by_side  one message to the models before and after
 report      the scorecard for people: terminal, report.md, curve
 """

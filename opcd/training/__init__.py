@@ -4,8 +4,11 @@ loop          sample, score, step
 sources       which episodes a step has, and how each is scored
 guided        completions that the prompted teacher wrote, or that came from a file
 build         student, teacher and sampler from a configuration
-run           from a configuration to its scorecard: folder, steps, validation
+run           from a configuration to its scorecard: steps, validation
+resume        which runs may be begun or continued in a folder
+announce      what a run tells people: its plan, a line a step
 checkpoint    complete or absent, never half written
 export        the chosen checkpoint as a model of its own
+evaluate      a run's model, or another one, scored on test data
 model_writer  models written as the base's own files, with other weights
 """

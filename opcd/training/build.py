@@ -18,7 +18,7 @@ from opcd.tasks.prepare import Setup
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
-from opcd.training.sources import Guided, OnPolicy, Source
+from opcd.training.sources import OnPolicy, PartlyGuided, Source
 
 
 def build_distiller(setup: Setup) -> Distiller:
@@ -40,12 +40,12 @@ def build_distiller(setup: Setup) -> Distiller:
         student = setup.load(config.model, torch.float32).requires_grad_(True)
     switch_off_dropout(student)
     if isinstance(student, PeftModel) and not config.teacher:
-        scorer, frozen = student, student.disable_adapter
+        teacher_model, frozen = student, student.disable_adapter
     else:
-        scorer = setup.load(config.teacher or config.model)
+        teacher_model = setup.load(config.teacher or config.model)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher = teacher_of(scorer, setup, frozen=frozen)
+    teacher = teacher_of(teacher_model, setup, frozen=frozen)
     plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
     student.eval()
     with autocast(setup.device, setup.dtype):
@@ -65,11 +65,11 @@ def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
     if not config.guided_share:
         return OnPolicy(prompts, config)
     if setup.completions is not None:
-        return Guided(prompts, config, StoredCompletions(setup.completions))
+        return PartlyGuided(prompts, config, StoredCompletions(setup.completions))
     with teacher.frozen():
         engine = build_engine(
             config.rollout_engine, teacher.model, config.rollout_batch_size, teacher.plan
         )
     folder = Path(config.output_dir)
-    written = TeacherCompletions(teacher, engine, setup.task, config, folder)
-    return Guided(prompts, config, written)
+    completions = TeacherCompletions(teacher, engine, setup.task, config, folder)
+    return PartlyGuided(prompts, config, completions)

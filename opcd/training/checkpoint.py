@@ -107,11 +107,12 @@ def rotate(folder: Path, keep: int, best_step: int | None) -> None:
             remove_folder(old)
 
 
-def finish(folder: Path, config: TrainConfig) -> None:
+def finish(folder: Path, config: TrainConfig, steps_done: int) -> None:
     """Keep what a finished run needs: the newest checkpoint where steps may still be added."""
     _clear_leftovers(folder)
     found = list_checkpoints(folder)
-    for checkpoint in found[:-1] if config.schedule == "constant" else found:
+    goes_on = config.schedule == "constant" or steps_done < config.steps
+    for checkpoint in found[:-1] if goes_on else found:
         remove_folder(checkpoint)
 
 

@@ -18,18 +18,20 @@ from opcd.training.model_writer import ModelWriter
 SELECTION_FILE = "selection.json"
 
 
-def export(setup: Setup, writer: ModelWriter, folder: Path, best: dict[str, Any]) -> None:
+def export(
+    setup: Setup, writer: ModelWriter, folder: Path, best: dict[str, Any], steps_done: int
+) -> None:
     """Write the chosen checkpoint as final/, and how it was chosen.
 
     A run that was finished before and goes on keeps its final/ where that is still the best.
     """
     config, final = setup.config, folder / "final"
-    step = best["step"] or config.steps
+    step = best["step"] or steps_done
     checkpoint = checkpoint_of(folder / "checkpoints", step)
     selection = {
-        "how": _how(best, step, config.steps),
+        "how": _how(best, step, steps_done),
         "step": step,
-        "steps_done": config.steps,
+        "steps_done": steps_done,
         "fingerprint": setup.fingerprint,
         "prompts_digest": setup.task.prompts_digest,
         "selection_fingerprint": setup.selection_fingerprint,

@@ -24,7 +24,7 @@ from opcd.teacher import SharedPrefixTeacher
 FILE = "guided.jsonl"
 
 
-class Written(Protocol):
+class GuidedCompletions(Protocol):
     """Completions of prompts by somebody else than the student."""
 
     def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
@@ -63,7 +63,7 @@ class TeacherCompletions:
         self._kept = self._read()
 
     def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
-        """See Written.prepare. Large batches, those of a context behind its shared prefix."""
+        """See GuidedCompletions.prepare. Large batches; a context's share its prefix."""
         if not self._missing(needed):
             return
         by_context: dict[str, list[Prompt]] = {}
@@ -114,7 +114,7 @@ class TeacherCompletions:
         ]
 
     def episode(self, prompt: Prompt, sample: int) -> Episode:
-        """See Written.episode."""
+        """See GuidedCompletions.episode."""
         row = self._kept[prompt.key, sample]
         return Episode.of_completion(prompt, row["completion_token_ids"], row["finish"])
 
@@ -142,7 +142,7 @@ class StoredCompletions:
         """Nothing is left to do."""
 
     def episode(self, prompt: Prompt, sample: int) -> Episode:
-        """See Written.episode. Fewer completions than samples start over."""
+        """See GuidedCompletions.episode. Fewer completions than samples start over."""
         found = self._completions[prompt.key]
         return Episode.of_completion(prompt, found[sample % len(found)])
 

@@ -1,30 +1,26 @@
 """A run from its configuration to its scorecard: the folder, the steps, the proof."""
 
-import contextlib
 import json
-import logging
+import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
-from peft import PeftModel
-
 from opcd.config import TrainConfig
-from opcd.config.settings import gather, write_config
+from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.evaluation.contenders import Answer, greedy_answers
 from opcd.evaluation.report import read_metrics
 from opcd.evaluation.score import Scored, score, write_scored
 from opcd.evaluation.scorecard import accuracy
-from opcd.models.adapter import lora_coverage
 from opcd.models.files import ModelFiles
-from opcd.runtime.files import free_name, make_folder, write_jsonl
+from opcd.runtime.files import write_jsonl
 from opcd.runtime.progress import Progress
+from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import spread
+from opcd.training.announce import run_plan, step_note
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
     check_room,
@@ -37,13 +33,7 @@ from opcd.training.checkpoint import (
 from opcd.training.export import export, read_selection
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
-
-log = logging.getLogger(__name__)
-
-# Fields that may change when a run is continued; those of the second kind alter the steps to come,
-# for a run whose loss was not finite.
-HOUSEKEEPING = {"save_every", "keep_checkpoints", "output_dir"}
-REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
+from opcd.training.resume import check_fingerprints, check_folder
 
 
 class Outcome(NamedTuple):
@@ -52,7 +42,7 @@ class Outcome(NamedTuple):
     folder: Path
     steps_done: int
     stopped: str | None  # why it ended before it was exported; its checkpoint is saved
-    scored: Scored | None  # where there is test data
+    scored: Scored | None  # where there is test data, and it was not scored before
 
 
 def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Outcome:
@@ -62,17 +52,24 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     """
     progress = progress or Progress()
     setup = prepare(config, for_training=True)
-    folder = _check_folder(setup.config, resume, progress)
+    folder = check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
-    if before.get("steps_done") == config.steps:
-        _check_fingerprints(before, setup, folder / "final")
+    finished = before.get("steps_done") == config.steps
+    if finished:
+        check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
         outcome, best, writer = _fit(setup, folder, resume, progress)
         if outcome.stopped:
             return outcome
-        export(setup, writer, folder, best)  # what was trained is out of memory by now
-    finish(folder / "checkpoints", config)
+        export(
+            setup, writer, folder, best, outcome.steps_done
+        )  # what was trained is out of memory by now
+    finish(folder / "checkpoints", config, outcome.steps_done)
+    if finished and (_is_scored(folder) or not config.test_data):
+        more = "; more --steps would prolong it" if config.schedule == "constant" else ""
+        progress.say(f"this run was finished before: nothing is left to do{more}")
+        return outcome
     if not config.test_data:
         return outcome
     scored = score(setup, str(folder / "final"), progress, read_selection(folder))
@@ -80,102 +77,13 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     return outcome._replace(scored=scored)
 
 
-def evaluate_run(
-    config: TrainConfig,
-    distilled: str | None = None,
-    save_to: str | None = None,
-    progress: Progress | None = None,
-) -> tuple[Path, Scored]:
-    """Score `distilled` (default: the run's final model; "none": only base and prompted).
-
-    Returns the folder that was written to, and the scorecard.
-    """
-    progress = progress or Progress()
-    if not config.test_data:
-        raise InputError("test_data must name labelled test data, got none; pass --test_data FILE")
-    run = Path(config.output_dir)
-    path = str(run / "final") if distilled is None else distilled
-    if distilled is None and not Path(path).is_dir():
-        raise InputError(
-            f"there must be a distilled model, got no folder {path!r}; run `opcd train` first, "
-            f"pass --output_dir if the run was moved, "
-            f"name one with --distilled, or pass --distilled none to measure base and prompted only"
-        )
-    setup = prepare(config)
-    data, config = Path(config.test_data).stem, setup.config
-    selection: dict[str, Any] | None = None
-    changed: list[str] = []
-    target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
-    if distilled is None:
-        selection = read_selection(run) or None
-        changed = gather({}, run / "config.yaml").differing_fields(config)
-        changed = [name for name in changed if name != "output_dir"]
-        _check_same_prompts(selection or {}, setup, changed, run)
-        target = run / f"eval-{data}" if changed else run
-    elif distilled != "none":
-        selection = {"how": f"{path}, as named"}
-    target = make_folder(
-        Path(save_to) if save_to else target if target == run else free_name(target)
-    )
-    for line in [*setup.prompt_lines, *_notes(setup)]:
-        progress.say(line)
-    if changed:
-        progress.say(f"note      not as in training: {', '.join(changed)}")
+def _is_scored(folder: Path) -> bool:
+    """Whether a finished run's report is there, of the model in final/ and not of one before."""
     try:
-        scored = score(setup, None if path == "none" else path, progress, selection)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            target.rmdir()  # if nothing is in it
-        raise
-    write_scored(target, scored, setup)
-    return target, scored
-
-
-def _check_same_prompts(
-    selection: dict[str, Any], setup: Setup, changed: Sequence[str], run: Path
-) -> None:
-    """Raise InputError if a run's model would be given other prompts than it was trained on."""
-    trained_on = selection.get("prompts_digest")  # not kept by runs of before
-    if trained_on in (None, setup.task.prompts_digest):
-        return
-    others = f"other values for {', '.join(changed)}" if changed else "other files"
-    raise InputError(
-        f"a run's model must be given prompts as it was trained on them, but context, training "
-        f"prompts or chat template give other token ids than in training, with {others} than in "
-        f"{run / 'config.yaml'}; restore them, or try the model on others with --distilled "
-        f"{run / 'final'}"
-    )
-
-
-def _check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
-    """The run's folder, if it may be used. A folder without a checkpoint holds no run yet."""
-    folder = Path(config.output_dir)
-    saved = folder / "config.yaml"
-    if not resume:
-        if list_checkpoints(folder / "checkpoints") or (folder / "final").exists():
-            raise InputError(
-                f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
-                f"to continue it, or choose another output_dir"
-            )
-        return make_folder(folder)
-    if not saved.is_file():
-        raise InputError(
-            f"--resume needs a run to continue, got no {saved}; leave --resume out to start one, "
-            f"or pass --output_dir if the run was moved"
-        )
-    before = gather({}, saved)
-    changed = set(before.differing_fields(config)) - HOUSEKEEPING
-    if config.schedule == "constant" and config.steps > before.steps:
-        changed.discard("steps")
-    if changed - REMEDIES:
-        raise InputError(
-            f"a resumed run must keep its settings, got other values for "
-            f"{', '.join(sorted(changed - REMEDIES))}; pass --config {saved}, or start another "
-            f"output_dir"
-        )
-    for name in sorted(changed):
-        progress.say(f"continuing with {name} {getattr(config, name)}, was {getattr(before, name)}")
-    return folder
+        card = json.loads((folder / "scorecard.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "report.md").is_file() and card.get("selection") == read_selection(folder)
 
 
 def _fit(
@@ -186,6 +94,7 @@ def _fit(
     Also returns the best step on validation, and how the run writes models.
     """
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
+    trackers = open_trackers(config.trackers, folder)
     distiller = build_distiller(setup)
     template = setup.tokenizer.get_chat_template() if config.chat_template else None
     writer = ModelWriter(ModelFiles(config.model), distiller.student, template)
@@ -194,7 +103,7 @@ def _fit(
     if resume and (done := list_checkpoints(checkpoints)):
         state = load_checkpoint(done[-1], distiller)
         best = state["best"]
-        _check_fingerprints(state, setup, done[-1])
+        check_fingerprints(state, setup, done[-1])
         saved.add(distiller.steps_done)
     elif resume and (folder / "final").exists():
         raise InputError(
@@ -204,7 +113,7 @@ def _fit(
     write_config(config, folder / "config.yaml")
     check_room(folder, distiller, writer.base.nbytes)
     writer.rehearse(checkpoints)
-    progress.say(_plan(setup, distiller))
+    progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
     write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
     extra = {
@@ -212,24 +121,28 @@ def _fit(
         "selection_fingerprint": setup.selection_fingerprint,
     }
     stopped: str | None = None
+    last = distiller.steps_done >= config.steps
+    deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
         with metrics_file.open("a", encoding="utf-8") as metrics_log:
-            while distiller.steps_done < config.steps and not stopped:
+            while not (last or stopped):
                 try:
                     metrics = distiller.step()
                 except InputError:
                     if distiller.steps_done not in saved:
                         save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     raise
-                step, last = distiller.steps_done, distiller.steps_done == config.steps
+                step = distiller.steps_done
+                last = step == config.steps or time.monotonic() > deadline
                 validated = task.validation and (step % config.validate_every == 0 or last)
                 if validated:
                     metrics["validation"] = found = _validate(distiller, setup)
                     if best["step"] is None or _rank(found) > _rank(best):
                         best = {"step": step, **found}
                 print(json.dumps(metrics), file=metrics_log, flush=True)
-                progress.part(_note(metrics, best), metrics)
+                log_all(trackers, metrics)
+                progress.part(step_note(metrics, best), metrics)
                 stopped = progress.stop()
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
@@ -237,25 +150,10 @@ def _fit(
                     rotate(checkpoints, config.keep_checkpoints, best["step"])
     finally:
         progress.end()
+        for tracker in trackers:
+            tracker.close()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best, writer
-
-
-def _check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> None:
-    """Raise InputError if a run would go on with other data than it was started with."""
-    if before["fingerprint"] != setup.fingerprint:
-        raise InputError(
-            f"a resumed run must see the prompts it was started with, but context, prompts, guided "
-            f"completions or chat template give other token ids than in {where}; restore the files"
-        )
-    # Runs of before it was kept go on.
-    judged = before.get("selection_fingerprint", setup.selection_fingerprint)
-    if judged != setup.selection_fingerprint:
-        raise InputError(
-            f"a resumed run must choose its checkpoint by the validation data it was started with, "
-            f"but prompts, accepted answers or scorer are others than in {where}; restore "
-            f"{setup.config.validation_data!r}, or start another output_dir"
-        )
 
 
 def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
@@ -282,49 +180,3 @@ def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
 
 def _rank(found: dict[str, Any]) -> tuple[float, float]:
     return found["accuracy"], -found["divergence"]
-
-
-def _plan(setup: Setup, distiller: Distiller) -> str:
-    config, task = setup.config, setup.task
-    contexts = [case.prompt.context for case in task.test] or [p.context for p in task.train]
-    shared = fmean(len(task.prefixes[name]) for name in contexts)
-    if shared < 0.8 * task.prompt_tokens_saved:
-        log.warning(
-            "only %.0f of about %.0f context tokens stand in front of all prompts: the chat "
-            "template puts the rest elsewhere, and it is computed with every sequence",
-            shared,
-            task.prompt_tokens_saved,
-        )
-    trained = sum(p.numel() for p in distiller.parameters)
-    kind = "every weight"
-    if isinstance(distiller.student, PeftModel):
-        kind = f"LoRA rank {config.lora_rank} on {lora_coverage(distiller.student)}"
-    plan = distiller.teacher.plan
-    often = "once" if plan.shares_prefix else "with every sequence"
-    several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
-    lines = [
-        f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
-        f"{plan.backend} ({plan.reason})",
-        *setup.prompt_lines,
-        f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
-        f"({trained / 1e6:.1f} M)",
-        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
-        f"data      {len(task.train)} training, {len(task.validation)} validation, "
-        f"{len(task.test)} test prompts",
-        *_notes(setup),
-    ]
-    return "\n".join(lines)
-
-
-def _notes(setup: Setup) -> list[str]:
-    return [f"note      {remark}" for remark in setup.remarks]
-
-
-def _note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
-    found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
-    losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
-    text = (
-        f"{', '.join(losses)}, {metrics['completion_tokens_mean']:.1f} tokens "
-        f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
-    )
-    return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")

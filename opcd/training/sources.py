@@ -10,7 +10,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
-from opcd.training.guided import Written
+from opcd.training.guided import GuidedCompletions
 
 BATCHES_AHEAD = 4  # of rollout_batch_size, that guided completions are made for at once
 
@@ -36,25 +36,27 @@ class OnPolicy:
         return own_episodes(prompts, step, sampler, self._config)
 
 
-class Guided:
+class PartlyGuided:
     """The student's own completions, and for a share of a step's prompts somebody else's.
 
     Plain on-policy training teaches nothing about what the student never samples; here the prompted
     teacher shows it.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], config: TrainConfig, written: Written) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], config: TrainConfig, completions: GuidedCompletions
+    ) -> None:
         self._prompts = prompts
         self._config = config
-        self._written = written
+        self._completions = completions
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes. Guided ones come last."""
         config = self._config
         own, guided = self._parted(step)
-        self._written.prepare(guided, lambda: self._ahead(step))
+        self._completions.prepare(guided, lambda: self._ahead(step))
         shown = [
-            scored_as(self._written.episode(prompt, sample), "guided", config)
+            scored_as(self._completions.episode(prompt, sample), "guided", config)
             for prompt in guided
             for sample in range(config.completions_per_prompt)
         ]

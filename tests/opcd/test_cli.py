@@ -1,6 +1,8 @@
 """What the command line refuses, before any long work and with a way out."""
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from opcd import __version__
 from opcd.cli import main
 from opcd.config import TrainConfig
-from opcd.config.fields import FIELDS
+from opcd.config.fields import FIELDS, MEASURING
 from opcd.config.settings import write_config
 from opcd.errors import InputError
 from tests.conftest import CHATML, in_groups, tiny_llama, tiny_tokenizer, write_jsonl
@@ -50,6 +52,10 @@ def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train
         ({"chat_template_args": {"tokenize": True}}, "chat_template_args must name"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite, got nan"),
+        ({"max_minutes": 0}, "max_minutes must be positive and finite, got 0"),
+        ({"trackers": "wandb"}, "trackers must be tensorboard or python:FILE.py:function, got"),
         ({"device": "cuda:93"}, "device must be"),
         ({"device": "tpu-ish"}, "device must be"),
         ({"model": "./no/such/folder"}, "is not there"),
@@ -67,6 +73,16 @@ def test_settings_that_no_command_line_has_read(settings: dict) -> None:
         (name,) = change
         with pytest.raises(InputError, match=f"{name} must be one of .*, got '{change[name]}'"):
             TrainConfig(**settings | change).check()
+    for change, wanted in (
+        ({"learning_rate": "1e-4"}, "type float, got '1e-4'"),
+        ({"steps": 2.5}, "type int, got 2.5"),
+        ({"test_data": Path("test.jsonl")}, "type str | None, got PosixPath"),
+        ({"chat_template_args": None}, "type dict, got None"),
+    ):
+        (name,) = change
+        with pytest.raises(InputError, match=re.escape(f"{name} must be of the {wanted}")):
+            TrainConfig(**settings | change).check()
+    TrainConfig(**settings | {"temperature": 1, "teacher": None}).check()
 
 
 def test_empty_and_broken_files(settings: dict, capsys: pytest.CaptureFixture) -> None:
@@ -184,7 +200,14 @@ def test_resume_without_a_run_and_with_other_settings(
     assert main([*resume, "--seed=3", "--prompts_per_step=5"]) == 2
     assert "other values for prompts_per_step, seed" in capsys.readouterr().err
     assert main([*resume, "--steps=4"]) == 2
-    assert "other values for steps" in capsys.readouterr().err
+    assert "prolonged and not shortened, got 4 steps and 6 before" in capsys.readouterr().err
+    write_config(
+        TrainConfig(**settings, schedule="linear"), Path(settings["output_dir"]) / "config.yaml"
+    )
+    assert main([*resume, "--schedule=linear", "--steps=8"]) == 2
+    message = capsys.readouterr().err
+    assert "the schedule linear must keep its steps, got 8 and 6 before: they set the" in message
+    assert "pass --steps 6, or start another output_dir" in message
     (Path(settings["output_dir"]) / "config.yaml").write_text("")
     assert main(resume) == 2
     assert "must hold settings in groups" in capsys.readouterr().err
@@ -210,7 +233,11 @@ def test_evaluation_without_a_distilled_model_or_test_data(
             "must be a mapping, like {enable",
         ),
         (["train", "--preset", "labtop"], "got 'labtop'; did you mean laptop?"),
-        (["train"], "output_dir, context and prompts must be given"),
+        (["train", "--step", "1"], "there is no option --step; did you mean --steps?"),
+        (["eval", "--steps", "5"], "opcd eval: --steps is for training and does nothing here"),
+        (["eval", "--gradient_checkpointing"], "--gradient_checkpointing is for training"),
+        (["eval", "--resume"], "there is no option --resume"),
+        (["train"], "output_dir and context and prompts must be given"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "loose"], "there is no option loose"),
         (["train", "--config"], "--config: expected one argument"),
@@ -277,12 +304,20 @@ def test_a_windows_path_whose_backslash_became_a_tab(
     assert "it holds a tab or a line break" in capsys.readouterr().err
 
 
-def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("command", "fields", "own"),
+    [("train", FIELDS, {"resume"}), ("eval", MEASURING, {"distilled", "save_to"})],
+)
+def test_help_explains_the_fields_of_a_command_and_no_others(
+    command: str, fields: Collection[str], own: set[str], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name in FIELDS:
-        assert f"--{name} " in text
+    text = capsys.readouterr().out
+    explained = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+    assert explained == {*fields, *own, "config", "preset", "json"}
+    text = " ".join(text.split())
     assert "Limit of a completion, in tokens" in text
-    assert "--resume" in text
+    trains = "The default suits models of billions of parameters" in text
+    assert trains == (command == "train")

@@ -23,7 +23,8 @@ from opcd.runtime.progress import Progress
 from opcd.scoring.scorers import Score, Scorer
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import Case
-from opcd.training.run import evaluate_run, train
+from opcd.training.evaluate import evaluate_run
+from opcd.training.run import train
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
 

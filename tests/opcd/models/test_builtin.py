@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.errors import InputError
 from opcd.models import builtin
-from opcd.models.by_name import resolve_model
+from opcd.models.by_name import load_model, resolve_model
 from opcd.models.head import head_of
+from opcd.passes.plan import find_plan
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,14 @@ def test_it_answers_and_can_be_saved(tmp_path: Path) -> None:
     assert (head.bias, head.softcap, head.scale) == (None, None, 1.0)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_it_is_packed_in_bf16_on_a_cpu() -> None:
+    """Which everything that is measured here rests on."""
+    model = load_model(builtin.NAME, torch.bfloat16)
+    prefix_ids = AutoTokenizer.from_pretrained(resolve_model(builtin.NAME))("Answer briefly. " * 20)
+    plan = find_plan(model, prefix_ids["input_ids"])
+    assert (plan.mode, plan.backend) == ("packed", "aten flash, cpu"), plan.reason
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_completions_are_made_once_and_kept(settings: dict) -> None:
     """In later epochs and in a resumed run the same; the file says by what rule."""
     d = distiller(settings, guided_share=1.0)
     made = []
-    engine = d.source._written._engine
+    engine = d.source._completions._engine
     generate = engine.generate
     engine.generate = lambda prompts, *rest: made.append(len(prompts)) or generate(prompts, *rest)
     seen: dict[tuple, list] = {}
@@ -161,7 +161,7 @@ def test_completions_are_made_once_and_kept(settings: dict) -> None:
     assert json.loads(rule)["temperature"] == 1.0
     assert len(rows) == 12
     again = distiller(settings, guided_share=1.0)
-    again.source._written._engine.generate = None  # nothing is left to make
+    again.source._completions._engine.generate = None  # nothing is left to make
     again.steps_done = d.steps_done = 3
     assert again.rollout() == d.rollout()
 
@@ -187,7 +187,7 @@ def test_many_steps_completions_are_made_at_once(
     monkeypatch.setattr("opcd.training.sources.BATCHES_AHEAD", 2)
     d = distiller(settings, guided_share=0.5, rollout_batch_size=3, prompts_per_step=2, steps=12)
     made = []
-    engine = d.source._written._engine
+    engine = d.source._completions._engine
     generate = engine.generate
     engine.generate = lambda prompts, *rest: made.append(len(prompts)) or generate(prompts, *rest)
     for d.steps_done in range(12):
@@ -209,9 +209,9 @@ def test_contexts_share_their_prefix_when_completions_are_made(
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     own = {"context": str(tmp_path / "contexts.json"), "validation_data": None}
     d = distiller(settings, guided_share=1.0, **own)
-    task = d.source._written._task
+    task = d.source._completions._task
     starts = []
-    engine = d.source._written._engine
+    engine = d.source._completions._engine
     generate = engine.generate
 
     def watched(prompts: list, *rest: object) -> list:

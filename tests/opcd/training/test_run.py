@@ -169,9 +169,13 @@ def test_old_checkpoints_go_and_the_best_stays(settings: dict) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_finished_run_keeps_what_it_needs(
-    settings: dict, schedule: str, lora_rank: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict,
+    schedule: str,
+    lora_rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """The newest checkpoint where steps may be added; a resumed one is scored and not trained."""
+    """The newest checkpoint where steps may be added; what was not scored is, and not trained."""
     config = write_config(settings, schedule=schedule, lora_rank=lora_rank)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
@@ -182,6 +186,14 @@ def test_a_finished_run_keeps_what_it_needs(
     monkeypatch.setattr("opcd.training.loop.Distiller.step", None)  # it must not be called
     assert main(["train", "--config", config, "--resume"]) == 0
     assert (run / "scorecard.json").read_text() == card
+    assert "finished before" not in capsys.readouterr().out
+    monkeypatch.setattr("opcd.training.run.score", None)  # and now this neither
+    assert main(["train", "--config", config, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "this run was finished before: nothing is left to do" in printed
+    assert ("more --steps would prolong it" in printed) == (schedule == "constant")
+    assert f"report       {run / 'report.md'}" in printed
+    assert f"score again  opcd eval --config {run / 'config.yaml'}" in printed
 
 
 def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
@@ -421,11 +433,21 @@ def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: d
     assert len(list(run.glob("eval-*-step-000006-test/scorecard.json"))) == 1
 
 
-def test_a_finished_run_can_be_prolonged(settings: dict) -> None:
+def test_a_finished_run_can_be_prolonged(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     config = write_config(settings)
     assert main(["train", "--config", config]) == 0
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
-    assert len(losses(settings["output_dir"])) == 8
+    run = Path(settings["output_dir"])
+    prolong = ["train", "--config", config, "--resume", "--steps=8"]
+    with monkeypatch.context() as killed:
+        killed.setattr("opcd.training.run.score", None)
+        with pytest.raises(TypeError):
+            main(prolong)
+    assert len(losses(run)) == 8
+    assert main(prolong) == 0  # the report there is of the shorter run
+    assert "finished before" not in capsys.readouterr().out
+    assert json.loads((run / "scorecard.json").read_text())["selection"]["steps_done"] == 8
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(

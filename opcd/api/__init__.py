@@ -1,0 +1,6 @@
+"""The Python interface.
+
+distill  the functions: distil a context into a model, score one
+inputs   what a caller holds in memory, as the files that a run reads
+results  what they return
+"""

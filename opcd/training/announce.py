@@ -1,0 +1,67 @@
+"""What a run tells people: its plan before the first step, and a line after each."""
+
+import logging
+from statistics import fmean
+from typing import Any
+
+from peft import PeftModel
+
+from opcd.models.adapter import lora_coverage
+from opcd.tasks.prepare import Setup
+from opcd.training.loop import Distiller
+
+log = logging.getLogger(__name__)
+
+
+def run_plan(setup: Setup, distiller: Distiller) -> str:
+    """What will be trained on what, and how."""
+    config, task = setup.config, setup.task
+    contexts = [case.prompt.context for case in task.test] or [p.context for p in task.train]
+    shared = fmean(len(task.prefixes[name]) for name in contexts)
+    if shared < 0.8 * task.prompt_tokens_saved:
+        log.warning(
+            "only %.0f of about %.0f context tokens stand in front of all prompts: the chat "
+            "template puts the rest elsewhere, and it is computed with every sequence",
+            shared,
+            task.prompt_tokens_saved,
+        )
+    trained = sum(p.numel() for p in distiller.parameters)
+    kind = "every weight"
+    if isinstance(distiller.student, PeftModel):
+        kind = f"LoRA rank {config.lora_rank} on {lora_coverage(distiller.student)}"
+    plan = distiller.teacher.plan
+    often = "once" if plan.shares_prefix else "with every sequence"
+    several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
+    lines = [
+        f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
+        f"{plan.backend} ({plan.reason})",
+        *setup.prompt_lines,
+        f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
+        f"({trained / 1e6:.1f} M)",
+        f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
+        f"data      {len(task.train)} training, {len(task.validation)} validation, "
+        f"{len(task.test)} test prompts",
+        *notes(setup),
+    ]
+    if config.warmup_steps > config.steps:
+        lines.append(
+            f"note      the warm-up of {config.warmup_steps} steps is longer than the run: the "
+            f"learning rate ends at {config.steps / config.warmup_steps:.0%} of learning_rate"
+        )
+    return "\n".join(lines)
+
+
+def notes(setup: Setup) -> list[str]:
+    """What was decided for people, a line each."""
+    return [f"note      {remark}" for remark in setup.remarks]
+
+
+def step_note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
+    """A step's losses and speed, and the best validation so far."""
+    found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
+    losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
+    text = (
+        f"{', '.join(losses)}, {metrics['completion_tokens_mean']:.1f} tokens "
+        f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
+    )
+    return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")
