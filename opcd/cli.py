@@ -21,13 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reported(argv: list[str]) -> int:
-    command = "opcd"
+    command = " ".join(["opcd", *(word for word in argv[:1] if not word.startswith("-"))])
     try:
         from opcd import commands
 
-        arguments = commands.parsed(argv)
-        command = f"opcd {arguments.command}"
-        return commands.run(arguments)
+        return commands.run(commands.parsed(argv))
     except InputError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2

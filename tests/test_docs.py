@@ -1,5 +1,6 @@
 """The Python in README.md and docs/ runs, and the files they name exist."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ def snippets(page: Path) -> list[str]:
 
 def run(code: str, settings: dict, names: dict) -> dict:
     """A model name in a snippet stands for the tiny model here."""
+    code = code.replace("smollm2-135m-instruct", settings["model"])
     code = re.sub(r'from_pretrained\("[^"]+"', f'from_pretrained("{settings["model"]}"', code)
     exec(compile(code, "snippet", "exec"), names)
     return names
@@ -30,13 +32,35 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_readme_shows_the_loss_and_the_teacher(settings: dict) -> None:
-    loss, teacher = snippets(PAGES[0])
+    distilling, loss, teacher = snippets(PAGES[0])
+    run(distilling, settings, {})
+    assert (Path("my-model") / "config.json").is_file()
     names = run(loss, settings, {})
     assert names["student_hidden"].grad.abs().sum() > 0
     assert (names["out"].per_token > 0).all()
     names = run(teacher, settings, {})
     assert names["scored"].cu_seqlens.tolist() == [0, 2, 5]
     assert len(names["scored"].hidden) == 5
+
+
+def test_the_page_about_python(settings: dict) -> None:
+    distilling, tracker = snippets(ROOT / "docs" / "python.md")
+    assert len(run(distilling, settings, {})["distilled"].metrics) == 1
+    Path("my_tracker.py").write_text(tracker)
+    run(tracker, settings, {})["make"](Path()).log(1, {"loss": 0.5})
+
+
+def test_the_notebook(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    """Top to bottom on the tiny model, with a context that fits it."""
+    cells = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text())["cells"]
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"]).replace('task / "context.json",', '"Sort the mail.",')
+            run(code.replace("steps=30", "steps=2"), settings, names)
+    assert len(names["losses"]) == 2
+    assert names["distilled"].scorecard["contenders"]["distilled"]["n"] == 36
+    assert (names["task"] / "model" / "config.json").is_file()
 
 
 def test_the_guide_for_trainers_from_top_to_bottom(

@@ -237,7 +237,7 @@ def test_evaluation_without_a_distilled_model_or_test_data(
         (["eval", "--steps", "5"], "opcd eval: --steps is for training and does nothing here"),
         (["eval", "--gradient_checkpointing"], "--gradient_checkpointing is for training"),
         (["eval", "--resume"], "there is no option --resume"),
-        (["train"], "output_dir and context and prompts must be given"),
+        (["train"], "output_dir and context must be given"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "loose"], "there is no option loose"),
         (["train", "--config"], "--config: expected one argument"),

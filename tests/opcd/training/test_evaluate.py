@@ -30,6 +30,8 @@ OTHERWISE = {  # every field of training alone, with another value than in the r
     "validate_every": 9,
     "save_every": 9,
     "keep_checkpoints": 9,
+    "max_minutes": 9.0,
+    "trackers": "tensorboard",
 }
 
 

@@ -52,6 +52,36 @@ def wait_for_step(run: Path | str, step: int, process: subprocess.Popen) -> None
         time.sleep(0.01)
 
 
+def test_a_run_ends_in_time_with_a_model_and_goes_on(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings, steps=50, schedule="linear")
+    assert main(["train", "--config", config, "--max_minutes=1e-6", "--json"]) == 0
+    run = Path(settings["output_dir"])
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1]
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == json.loads((run / "scorecard.json").read_text())
+    assert json.loads((run / "final" / "selection.json").read_text())["steps_done"] == 1
+    assert main(["train", "--config", config, "--resume", "--max_minutes=1e-6"]) == 0
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert (
+        not (run / "changes.jsonl").exists() or "max_minutes" in (run / "changes.jsonl").read_text()
+    )
+
+
+def test_base_prompted_and_distilled_answer_the_same_message(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", "--config", write_config(settings)]) == 0
+    run = Path(settings["output_dir"])
+    capsys.readouterr()
+    assert main(["chat", str(run), "--message", "cat"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["prompt"][-1]["content"] == "cat"]
+    assert shown == {name: row[name] for name in ("base", "prompted", "distilled")}
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_run_leaves_everything_it_promises(
     settings: dict, lora_rank: int, capsys: pytest.CaptureFixture
@@ -130,7 +160,7 @@ def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_exits_cleanly(
+def test_a_signal_finishes_the_step_saves_and_says_so_by_its_status(
     settings: dict, number: signal.Signals
 ) -> None:
     config = write_config(settings, steps=100_000, save_every=100_000, validate_every=100_000)
@@ -139,7 +169,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(
     wait_for_step(run, 3, process)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
+    assert process.returncode == 128 + number, printed
     assert f"stopped by {number.name}" in printed
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     steps = len(losses(run))
@@ -157,7 +187,7 @@ def test_old_checkpoints_go_and_the_best_stays(settings: dict) -> None:
     wait_for_step(run, 8, process)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
+    assert process.returncode == 130, printed
     found = list_checkpoints(run / "checkpoints")
     state = torch.load(found[-1] / "trainer.pt", weights_only=True)
     last, best = state["steps_done"], state["best"]["step"]
