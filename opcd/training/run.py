@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -36,8 +34,6 @@ from opcd.training.checkpoint import (
 from opcd.training.export import export, read_selection
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
-
-log = logging.getLogger(__name__)
 
 # Fields that may change when a run is continued; those of the second kind alter the steps to come,
 # for a run whose loss was not finite.
@@ -285,15 +281,8 @@ def _rank(found: dict[str, Any]) -> tuple[float, float]:
 
 def _plan(setup: Setup, distiller: Distiller) -> str:
     config, task = setup.config, setup.task
-    contexts = [case.prompt.context for case in task.test] or [p.context for p in task.train]
-    shared = fmean(len(task.prefixes[name]) for name in contexts)
-    if shared < 0.8 * task.prompt_tokens_saved:
-        log.warning(
-            "only %.0f of about %.0f context tokens stand in front of all prompts: the chat "
-            "template puts the rest elsewhere, and it is computed with every sequence",
-            shared,
-            task.prompt_tokens_saved,
-        )
+    shared, saved = task.shared_tokens, task.prompt_tokens_saved
+    stay = f" where {shared - saved:.0f} stand without it" if shared > saved else ""
     trained = sum(p.numel() for p in distiller.parameters)
     kind = "every weight"
     if isinstance(distiller.student, PeftModel):
@@ -302,8 +291,8 @@ def _plan(setup: Setup, distiller: Distiller) -> str:
     often = "once" if plan.shares_prefix else "with every sequence"
     several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
     lines = [
-        f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
-        f"{plan.backend} ({plan.reason})",
+        f"context   {several}{shared:.0f} tokens{stay} ({saved:.0f} saved), computed {often}; "
+        f"sequences {plan.mode}, {plan.backend} ({plan.reason})",
         *setup.prompt_lines,
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)",
