@@ -6,7 +6,7 @@ from itertools import groupby
 from opcd.errors import InputError
 from opcd.scoring.reasoning import MARKS, opened_thought
 from opcd.tasks.kept import check_behind, check_kept, without_thoughts
-from opcd.tasks.messages import Message, parted, system, user
+from opcd.tasks.messages import Message, split_system, system, user
 from opcd.tasks.template import REQUEST, Template
 from opcd.tasks.turn import completion_text
 
@@ -62,7 +62,7 @@ class Chat:
         Raises InputError for a request's own system message that does not stay behind the context,
         and if the template drops one of several messages, or the context in front of them.
         """
-        own, rest = parted(messages)
+        own, rest = split_system(messages)
         if own is not None:
             self._check_behind(own, rest, self.placement)
         if len(rest) > 1:
@@ -121,7 +121,7 @@ class Chat:
 
     def student_messages(self, messages: Sequence[Message]) -> list[Message]:
         """A request without the context."""
-        own, rest = parted(messages)
+        own, rest = split_system(messages)
         texts = [own["content"]] if own else []
         if self.without_context not in ("default", "none"):
             texts = [self.without_context, *texts]
@@ -199,8 +199,8 @@ class Chat:
 
 def behind(context: Sequence[Message], request: Sequence[Message], placement: str) -> list[Message]:
     """A request behind the context, whose system message stands as `placement` says."""
-    own, rest = parted(request)
-    instructions, demonstrations = parted(context)
+    own, rest = split_system(request)
+    instructions, demonstrations = split_system(context)
     if placement == "user":
         if own:
             rest = _in_front([own["content"]], rest)

@@ -9,10 +9,10 @@ from pathlib import Path
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.tasks.formats import LABELS, Row, guess, read_row
-from opcd.tasks.messages import Message, parted
+from opcd.tasks.messages import Message, split_system
 from opcd.tasks.records import read_records
 
-Conversation = tuple[tuple[str, str], ...]  # who says what, without differences nobody means
+Turns = tuple[tuple[str, str], ...]  # who says what, without differences nobody means
 Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""
 
 SHOWN = 5  # of a list of mistakes
@@ -121,15 +121,16 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
     A scorecard on prompts that were trained on, or shown to the teacher, would flatter. A request
     of several turns is shown where all of them stand in the context one behind the other.
     """
-    shown = {name: _conversation(parted(context)[1]) for name, context in contexts.items()}
+    shown = {name: _turns(split_system(context)[1]) for name, context in contexts.items()}
     seen: dict[tuple[str, str], str] = {}
     found = []
     for examples in parts.values():
         here: dict[tuple[str, str], str] = {}
         for example in examples:
-            request, turns = _request_of(example, _normalised), parted(example.messages)[1]
+            request = _request_of(example, _normalised)
+            turns = _turns(split_system(example.messages)[1])
             demonstrations = _demonstrations(shown.get(example.context, ()), len(turns))
-            other = seen.get(request) or demonstrations.get(_conversation(turns))
+            other = seen.get(request) or demonstrations.get(turns)
             if other:
                 found.append((example.source, f"is {other} ({example.text[:40]!r})"))
             here.setdefault(request, example.source)
@@ -142,7 +143,7 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
 
 
 @lru_cache(maxsize=64)
-def _demonstrations(shown: Conversation, length: int) -> dict[Conversation, str]:
+def _demonstrations(shown: Turns, length: int) -> dict[Turns, str]:
     """The conversations of so many turns that a context shows, up to a user's message."""
     ends = [i for i, (role, _) in enumerate(shown, start=1) if role == "user"]
     return {
@@ -203,8 +204,8 @@ def _listed(found: Sequence[tuple[str, str]], what: str) -> str:
     return f"{count}: {'; '.join(listed)}"
 
 
-def _conversation(turns: Sequence[Message]) -> Conversation:
-    return tuple((message["role"], _normalised(message["content"])) for message in turns)
+def _turns(messages: Sequence[Message]) -> Turns:
+    return tuple((message["role"], _normalised(message["content"])) for message in messages)
 
 
 def _normalised(text: str) -> str:
