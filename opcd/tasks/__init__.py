@@ -10,6 +10,7 @@ records         files to JSON objects, each with its place
 special_tokens  special tokens that data spell
 completions     completions of training prompts from a file
 chat            messages to token ids, with and without the context
+turn            a completion given as text, as the template writes an answered turn
 template        a tokenizer's chat template, judged by what it writes
 kept            whether a template keeps messages
 limits          what must fit the model: lengths, tokens

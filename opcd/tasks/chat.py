@@ -5,9 +5,10 @@ from itertools import groupby
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import MARKS, opened_thought
-from opcd.tasks.kept import check_behind, check_kept
-from opcd.tasks.messages import Message, parted, system, user
+from opcd.tasks.kept import check_behind, check_kept, without_thoughts
+from opcd.tasks.messages import Message, split_system, system, user
 from opcd.tasks.template import REQUEST, Template
+from opcd.tasks.turn import completion_text
 
 APART = "\n\n"  # between texts that share a message
 
@@ -49,42 +50,45 @@ class Chat:
     def student_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the request as the student sees it, up to where the answer starts.
 
-        Raises InputError if the template drops the request's own system message.
+        Raises InputError if the template drops one of several messages.
         """
-        own, rest = parted(messages)
-        if own is not None:
-            check_kept(self.template, [own], lambda m: self.student_messages([*m, *rest]))
+        if len(messages) > 1:
+            check_kept(self.template, without_thoughts(messages), self.student_messages)
         return self.template.ids(self.student_messages(messages))
 
     def teacher_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of context and request as the teacher sees them.
 
-        Raises InputError for a request's own system message that does not stay behind the context.
+        Raises InputError for a request's own system message that does not stay behind the context,
+        and if the template drops one of several messages, or the context in front of them.
         """
-        own, rest = parted(messages)
+        own, rest = split_system(messages)
         if own is not None:
             self._check_behind(own, rest, self.placement)
+        if len(rest) > 1:
+            shown, front = len(self.context), messages[: len(messages) - len(rest)]
+            check_kept(
+                self.template,
+                [*self.context, *without_thoughts(rest)],
+                lambda m: behind(m[:shown], [*front, *m[shown:]], self.placement),
+            )
         return self.template.ids(self.teacher_messages(messages))
 
     def completion_ids(self, messages: Sequence[Message], text: str) -> list[int]:
         """Token ids of a completion that was given as text, and of what ends it.
 
-        Tokenized behind its request: alone, many tokenizers put a space in front. A thought's mark
-        that the template opens already, and an end that the text spells, stand there once.
+        Tokenized behind its request: alone, many tokenizers put a space in front.
+
+        Raises InputError for a text that the template's turns have no place for.
         """
-        encode, request = self.template.encode, self.student_messages(messages)
-        opened = self.template.text(request)
-        ends = self.template.stop_ids
-        mark = self._thought.strip()
-        if mark and text.lstrip().startswith(mark):
-            text = text.lstrip().removeprefix(mark).lstrip()
-        for end in map(self.template.tokenizer.convert_ids_to_tokens, ends):
-            if text.rstrip().endswith(str(end)):
-                text = text.rstrip().removesuffix(str(end))
-                break
+        encode, text = self.template.encode, completion_text(text, self.template)
+        opened = self.template.text(self.student_messages(messages))
         before, whole = encode(opened), encode(opened + text)
         behind = whole[: len(before)] == before
-        return [*(whole[len(before) :] if behind else encode(text)), *ends[-1:]]
+        return [
+            *(whole[len(before) :] if behind else encode(text)),
+            *self.template.stop_ids[-1:],
+        ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The completion's text without surrounding white space.
@@ -117,7 +121,7 @@ class Chat:
 
     def student_messages(self, messages: Sequence[Message]) -> list[Message]:
         """A request without the context."""
-        own, rest = parted(messages)
+        own, rest = split_system(messages)
         texts = [own["content"]] if own else []
         if self.without_context not in ("default", "none"):
             texts = [self.without_context, *texts]
@@ -195,8 +199,8 @@ class Chat:
 
 def behind(context: Sequence[Message], request: Sequence[Message], placement: str) -> list[Message]:
     """A request behind the context, whose system message stands as `placement` says."""
-    own, rest = parted(request)
-    instructions, demonstrations = parted(context)
+    own, rest = split_system(request)
+    instructions, demonstrations = split_system(context)
     if placement == "user":
         if own:
             rest = _in_front([own["content"]], rest)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,10 +11,18 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
 from opcd.tasks.data import Example, strip_context
-from opcd.tasks.formats import read_row
+from opcd.tasks.formats import REQUESTS, read_row
 from opcd.tasks.messages import Message
-from opcd.tasks.records import read_records
+from opcd.tasks.records import Record, read_records
+from opcd.tasks.special_tokens import special_token_remarks
 from opcd.tasks.task import Task
+
+
+class Completions(NamedTuple):
+    """Completions of training prompts, and what people should know of them."""
+
+    by_key: dict[int, list[list[int]]]  # token ids, by the prompt's key
+    remarks: list[str]
 
 
 def read_completions(
@@ -22,43 +30,37 @@ def read_completions(
     task: Task,
     examples: Sequence[Example],  # of the training prompts, in their order
     chats: Mapping[str, Chat],  # by the name of the context
-) -> tuple[dict[int, list[list[int]]], list[str]]:
-    """The token ids of each training prompt's completions, by the prompt's key; and remarks.
+    stop_ids: Sequence[int],  # the tokens that end a completion
+) -> Completions:
+    """The completions of each training prompt.
 
     A line is a row in any form of `formats`, ``{"prompt": ..., "completion": text}`` or messages
     of which the assistant's is the last, with the name of its context where there are several, or
-    with ``"completion_token_ids"`` in place of the text, which is tokenized behind its prompt and
-    ended as the chat template ends an answer. A guided.jsonl of another run is taken as it is.
+    with ``"completion_token_ids"`` in place of the text. A text stands as the chat template writes
+    an answer, and is ended as it ends one; token ids are taken as they are, with the end that they
+    have or have not. A guided.jsonl of another run is taken as it is.
 
-    Raises InputError for lines of another form, token ids that are not the tokenizer's, a file made
-    for another context, and training prompts that it has no completion for.
+    Raises InputError for lines of another form, token ids that are not the tokenizer's, a
+    completion that goes on behind its end, a file made for another context, and training prompts
+    that it has no completion for.
     """
-    path, limit = str(config.guided_completions), config.max_completion_tokens
-    records = read_records(path, "guided_completions")
+    path = str(config.guided_completions)
     tokenizer = next(iter(chats.values())).template.tokenizer
-    by_words = {
-        (_words(example.messages), example.context): prompt.key
-        for example, prompt in zip(examples, task.train, strict=True)
-    }
     by_key = {prompt.key: e for e, prompt in zip(examples, task.train, strict=True)}
+    keys = {(_words(e.messages), e.context): key for key, e in by_key.items()}
     found: dict[int, list[list[int]]] = {}
+    texts: list[tuple[str, str]] = []
     unused: list[str] = []
-    for source, record in records:
-        if "rule" in record:
+    endless: list[str] = []
+    for source, record in read_records(path, "guided_completions"):
+        if _from_a_run(record) and "rule" in record:
             _check_contexts(record, task, source)
             continue
-        key, text = record.get("key"), record.get("completion")
-        if key is None:
-            row = read_row(record, source)
-            context = chats[row.context].context if row.context in chats else []
-            messages, _ = strip_context(row.messages, context, source)
-            key, text = by_words.get((_words(messages), row.context)), row.completion
-        elif not isinstance(key, int):
-            raise InputError(f'{source}: "key" must be a number, got {key!r}; leave it out')
+        key, text = _read(record, source, keys, chats)
         ids = record.get("completion_token_ids")
         if ids is not None:
             _check_ids(ids, source, tokenizer)
-        elif not isinstance(text, str) or not text.strip():
+        elif not text.strip():
             raise InputError(
                 f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
                 f"got keys {sorted(record)}"
@@ -67,29 +69,84 @@ def read_completions(
             unused.append(source)
             continue
         if ids is None:
-            example = by_key[key]
-            ids = chats[example.context].completion_ids(example.messages, str(text))
-        if len(ids) > limit:
-            raise InputError(
-                f"{source}: a completion must have at most max_completion_tokens "
-                f"{limit} tokens, got {len(ids)}; raise it, or shorten the text"
-            )
+            texts.append((Path(source).name, text))
+            ids = _tokenized(text, by_key[key], chats, source)
+        elif ids[-1] not in stop_ids:
+            endless.append(source)
+        _check_whole(ids, stop_ids, config.max_completion_tokens, source, tokenizer)
         found.setdefault(key, []).append(ids)
-    for example, prompt in zip(examples, task.train, strict=True):
-        if prompt.key not in found:
+    for key, example in by_key.items():
+        if key not in found:
             raise InputError(
                 f"guided_completions must have a completion for every training prompt, but "
                 f"{path!r} has none for {example.source} ({example.text!r}); add it, or leave the "
                 f"prompt out of the training prompts"
             )
-    remarks = []
-    if unused:
-        rows = f"{len(unused)} row{'s' if len(unused) > 1 else ''}"
-        remarks.append(
-            f"{Path(path).name}: {rows} of completions left out, of no training prompt, first "
-            f"{unused[0]}"
+    remarks = [
+        *_counted(path, unused, "left out, of no training prompt"),
+        *_counted(path, endless, "as token ids without an end, which none is added to"),
+        *special_token_remarks(texts, tokenizer),
+    ]
+    return Completions(found, remarks)
+
+
+def _from_a_run(record: Record) -> bool:
+    """Whether it is a line of a run's guided.jsonl, which names a prompt by its key alone."""
+    return not set(REQUESTS) & set(record) and bool({"key", "rule"} & set(record))
+
+
+def _read(
+    record: Record,
+    source: str,
+    keys: Mapping[tuple[str, str], int],  # by the words of a request and its context's name
+    chats: Mapping[str, Chat],
+) -> tuple[int | None, str]:
+    """The key of the training prompt that a row completes, if it does, and the text."""
+    if _from_a_run(record):
+        if type(record["key"]) is not int:
+            raise InputError(
+                f'{source}: "key" must be a number of a run\'s guided.jsonl, got '
+                f'{record["key"]!r:.80}; write the request as "prompt" in its place'
+            )
+        return record["key"], str(record.get("completion", ""))
+    row = read_row(record, source, {"completion"})
+    context = chats[row.context].context if row.context in chats else []
+    messages, _ = strip_context(row.messages, context, source)
+    return keys.get((_words(messages), row.context)), row.completion
+
+
+def _tokenized(text: str, example: Example, chats: Mapping[str, Chat], source: str) -> list[int]:
+    try:
+        return chats[example.context].completion_ids(example.messages, text)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _check_whole(
+    ids: Sequence[int],
+    stop_ids: Sequence[int],
+    limit: int,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise InputError for a completion that is too long, or that goes on behind its end."""
+    if stops := [i for i in ids[:-1] if i in stop_ids]:
+        raise InputError(
+            f"{source}: a completion must end with what ends it, got text behind "
+            f"{tokenizer.convert_ids_to_tokens(stops[0])}; remove that token, or what follows it"
         )
-    return found, remarks
+    if len(ids) > limit:
+        raise InputError(
+            f"{source}: a completion must have at most max_completion_tokens "
+            f"{limit} tokens, got {len(ids)}; raise it, or shorten the text"
+        )
+
+
+def _counted(path: str, sources: Sequence[str], what: str) -> list[str]:
+    if not sources:
+        return []
+    rows = f"{len(sources)} row{'s' if len(sources) > 1 else ''}"
+    return [f"{Path(path).name}: {rows} of completions {what}, first {sources[0]}"]
 
 
 def _words(messages: Sequence[Message]) -> str:

@@ -4,10 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.tasks.messages import NO_TOOLS, ROLES, Message, check_unicode, read_messages
+from opcd.tasks.formats import REQUESTS
+from opcd.tasks.messages import (
+    NO_TOOLS,
+    ROLES,
+    SHAREGPT_ROLES,
+    Message,
+    check_unicode,
+    read_messages,
+)
 from opcd.tasks.records import parse_json, read_text
 
 TEXTS = (".txt", ".md")
+# What parts of one conversation are called; no names of contexts.
+PARTS = {*ROLES, *SHAREGPT_ROLES, *REQUESTS, "role", "content", "input", "instructions"}
 
 
 def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
@@ -45,11 +55,11 @@ def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
             f"{path}: a context must be a list of messages, got one message alone; put it in "
             f"brackets: [{{...}}]"
         )
-    if value and set(value) <= {*ROLES, "input", "instructions", "prompt"}:
+    if parts := sorted(PARTS & set(value)):
         raise InputError(
-            f"{path}: several contexts must have names, got {', '.join(sorted(value))}, which are "
-            f'parts of one; write it as [{{"role": "system", "content": "..."}}], without the '
-            f"request"
+            f"{path}: several contexts must have names of their own, got {', '.join(parts)}, as "
+            f'parts of one are called; write one as [{{"role": "system", "content": "..."}}, ...] '
+            f"without the request, or rename a context that is called so"
         )
     if not value or not all(name and name == name.strip() for name in value):
         raise InputError(

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
-from opcd.tasks.formats import Row, guess, read_row
-from opcd.tasks.messages import Message
+from opcd.tasks.formats import LABELS, Row, guess, read_row
+from opcd.tasks.messages import Message, split_system
 from opcd.tasks.records import read_records
 
+Turns = tuple[tuple[str, str], ...]  # who says what, without differences nobody means
 Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""
 
 SHOWN = 5  # of a list of mistakes
@@ -51,9 +52,12 @@ def read_examples(
     examples: list[Example] = []
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, kind):
-        row = read_row(record, source)
+        row = read_row(record, source, LABELS if answers_required else ())
         messages, found = strip_context(row.messages, contexts.get(row.context, ()), source)
-        answers, said = _accepted(row, source) if answers_required else ((), _unanswered(row))
+        answers: tuple[str, ...] = ()
+        said = [*_left_out(row), *row.answer_notes]
+        if answers_required:
+            answers, said = _accepted(row, source)
         if answers_required and not answers:
             raise InputError(
                 f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
@@ -111,25 +115,24 @@ def check_contexts(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
 
 
 def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -> None:
-    """Raise InputError, with all of them counted, if a prompt stands in two parts, or among the
+    """Raise InputError, with all of them named, if a prompt stands in two parts, or among the
     demonstrations of its context.
 
-    A scorecard on prompts that were trained on, or shown to the teacher, would flatter.
+    A scorecard on prompts that were trained on, or shown to the teacher, would flatter. A request
+    of several turns is shown where all of them stand in the context one behind the other.
     """
-    shown = {
-        (name, _normalised(message["content"])): f"demonstration {number} of the context"
-        for name, context in contexts.items()
-        for number, message in enumerate((m for m in context if m["role"] == "user"), start=1)
-    }
+    shown = {name: _turns(split_system(context)[1]) for name, context in contexts.items()}
     seen: dict[tuple[str, str], str] = {}
     found = []
     for examples in parts.values():
         here: dict[tuple[str, str], str] = {}
         for example in examples:
-            request, key = _request_of(example, _normalised), _normalised(example.text)
-            other = seen.get(request) or shown.get((example.context, key))
+            request = _request_of(example, _normalised)
+            turns = _turns(split_system(example.messages)[1])
+            demonstrations = _demonstrations(shown.get(example.context, ()), len(turns))
+            other = seen.get(request) or demonstrations.get(turns)
             if other:
-                found.append(f"{example.source} is {other} ({example.text[:40]!r})")
+                found.append((example.source, f"is {other} ({example.text[:40]!r})"))
             here.setdefault(request, example.source)
         seen |= here
     if found:
@@ -139,6 +142,17 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
         )
 
 
+@lru_cache(maxsize=64)
+def _demonstrations(shown: Turns, length: int) -> dict[Turns, str]:
+    """The conversations of so many turns that a context shows, up to a user's message."""
+    ends = [i for i, (role, _) in enumerate(shown, start=1) if role == "user"]
+    return {
+        shown[end - length : end]: f"demonstration {number} of the context"
+        for number, end in enumerate(ends, start=1)
+        if end >= length
+    }
+
+
 def check_same_answers(examples: Sequence[Example]) -> None:
     """Raise InputError if equal prompts of one part have different accepted answers."""
     first: dict[tuple[str, str], Example] = {}
@@ -146,10 +160,8 @@ def check_same_answers(examples: Sequence[Example]) -> None:
     for example in examples:
         other = first.setdefault(_request_of(example, _spaced), example)
         if set(other.answers) != set(example.answers):
-            found.append(
-                f"{example.source} {list(example.answers)} and {other.source} "
-                f"{list(other.answers)} ({example.text[:40]!r})"
-            )
+            said = f"{list(example.answers)} and {other.source} {list(other.answers)}"
+            found.append((example.source, f"{said} ({example.text[:40]!r})"))
     if found:
         raise InputError(
             f"equal prompts must have equal answers, got {_listed(found, 'contradiction')}; "
@@ -157,15 +169,43 @@ def check_same_answers(examples: Sequence[Example]) -> None:
         )
 
 
+def repeat_remarks(examples: Sequence[Example]) -> list[str]:
+    """A line on requests of one part that stand there before: each of them counts."""
+    first: set[tuple[str, str]] = set()
+    repeated = []
+    for example in examples:
+        request = _request_of(example, _spaced)
+        if request in first:
+            repeated.append(example.source)
+        first.add(request)
+    if not repeated:
+        return []
+    path = Path(repeated[0].rpartition(":")[0]).name
+    rows = "1 row repeats a request" if len(repeated) == 1 else f"{len(repeated)} rows repeat one"
+    return [f"{path}: {rows} that stands above, first {repeated[0]}; each of them counts"]
+
+
 def _request_of(example: Example, normalise: Callable[[str], str]) -> tuple[str, str]:
     """What makes two requests the same."""
     return example.context, "\n".join(normalise(m["content"]) for m in example.messages)
 
 
-def _listed(found: Sequence[str], what: str) -> str:
+def _listed(found: Sequence[tuple[str, str]], what: str) -> str:
+    """The first mistakes with what is wrong, all others by their places alone."""
     count = f"{len(found)} {what}{'s' if len(found) > 1 else ''}"
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{count}: {'; '.join(found[:SHOWN])}{more}"
+    listed = [f"{source} {said}" for source, said in found[:SHOWN]]
+    lines: dict[str, list[str]] = {}
+    for source, _ in found[SHOWN:]:
+        path, _, line = source.rpartition(":")
+        lines.setdefault(path, []).append(line)
+    if lines:
+        others = "; ".join(f"{path}:{', '.join(numbers)}" for path, numbers in lines.items())
+        listed.append(f"and {len(found) - SHOWN} more at {others}")
+    return f"{count}: {'; '.join(listed)}"
+
+
+def _turns(messages: Sequence[Message]) -> Turns:
+    return tuple((message["role"], _normalised(message["content"])) for message in messages)
 
 
 def _normalised(text: str) -> str:
@@ -196,13 +236,8 @@ def _accepted(row: Row, source: str) -> tuple[tuple[str, ...], list[str]]:
     return (answer,), [f"{row.origin} is the answer"]
 
 
-def _unanswered(row: Row) -> list[str]:
-    """What a training prompt is read without."""
-    return [*_left_out(row), *(["answers left out: training needs none"] if row.answers else [])]
-
-
 def _left_out(row: Row) -> list[str]:
-    return [f"{row.origin} left out"] if row.completion else []
+    return [f"{row.origin} left out"] if row.origin else []
 
 
 def _remarks(path: str, forms: Counter[str], notes: Counter[str], unused: set[str]) -> list[str]:

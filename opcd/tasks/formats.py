@@ -5,6 +5,7 @@ last) and batch rows (``body``), TRL's (``prompt`` and ``completion`` as message
 (``conversations``), Alpaca's (``instruction``, ``input``, ``output``), and ``question``.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
@@ -51,6 +52,7 @@ MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos"}
 # Settings of a request that are not its text.
 BATCH = {"custom_id", "method", "url"}
 LAST_MESSAGE = "the last assistant message"
+LABELS = {"answer", "completion"}  # what a row may have beside its request
 
 
 class Row(NamedTuple):
@@ -59,7 +61,7 @@ class Row(NamedTuple):
     form: str  # whose form it is; "" for the plain ones
     messages: list[Message]  # the request, which ends with the user's message
     answers: tuple[str, ...]  # from a column for them
-    completion: str  # a whole answer; "" where there is none
+    completion: str  # a whole answer; "" where there is none, or none is wanted
     origin: str  # where the completion was found
     context: str  # the name of its context
     notes: list[str]  # how the request was read, for people
@@ -67,10 +69,13 @@ class Row(NamedTuple):
     unused: list[str]  # columns with no meaning here
 
 
-def read_row(record: Record, source: str) -> Row:
-    """What a row means. Raises InputError where that is not clear or not supported."""
+def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> Row:
+    """What a row means: its request, and of the answer and the completion what is wanted.
+
+    Raises InputError where that is not clear or not supported.
+    """
     given = {key: value for key, value in record.items() if value is not None}
-    _check_columns(given, source)
+    _check_columns(given, source, wanted)
     found = [name for name in REQUESTS if name in given]
     if not found:
         raise InputError(
@@ -85,19 +90,20 @@ def read_row(record: Record, source: str) -> Row:
     name = found[0]
     answered = [key for key in COMPLETIONS if str(given.get(key, "")).strip()]
     form, messages, notes = _request(name, given, source)
-    completion, origin = "", ""
+    last = ""
     if messages[-1]["role"] == "assistant":
-        completion, origin = messages.pop()["content"], LAST_MESSAGE
+        last = messages.pop()["content"]
         form = form or "OpenAI"
         answered.append(LAST_MESSAGE)
-    if len(answered) > 1:
-        raise InputError(
-            f"{source}: a row must have one completion, got {' and '.join(answered)}; remove the "
-            f"one that is not meant"
-        )
-    if answered and not completion:
-        origin = f'"{answered[0]}"'
-        completion = _completion(given[answered[0]], answered[0], source)
+    origin = " and ".join(name if name == LAST_MESSAGE else f'"{name}"' for name in answered)
+    completion = ""
+    if answered and "completion" in wanted:
+        if len(answered) > 1:
+            raise InputError(
+                f"{source}: a row must have one completion, got {' and '.join(answered)}; remove "
+                f"the one that is not meant"
+            )
+        completion = last or _completion(given[answered[0]], answered[0], source)
     if not messages or messages[-1]["role"] != "user":
         raise InputError(
             f"{source}: the last message must be the user's, or the one answer behind it, got "
@@ -107,10 +113,13 @@ def read_row(record: Record, source: str) -> Row:
     messages = _with_system(messages, given, source)
     if name == "messages" and messages[0]["role"] == "system":
         form = "OpenAI"
-    answers, spelled = _answers(given, source)
+    answers, spelled = _answers(given, source) if "answer" in wanted else _no_answers(given)
     context = given.get("context", "")
     if not isinstance(context, str) or ("context" in given and not context.strip()):
-        raise InputError(f'{source}: "context" must be the name of one, got {context!r:.80}')
+        raise InputError(
+            f'{source}: "context" must be the name of one, got {context!r:.80}; leave it out where '
+            f"there is one context alone"
+        )
     known = {*REQUESTS, *SYSTEMS, *ANSWERS, *COMPLETIONS, "context", "input"}
     unused = sorted(set(given) - known - (BATCH if name == "body" else set()))
     if name == "body":
@@ -126,7 +135,7 @@ def guess(wanted: str, record: Record) -> str:
     return f'add "{wanted}"'
 
 
-def _check_columns(given: Record, source: str) -> None:
+def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
     """Raise InputError for columns whose meaning is not supported, or clear only with a name."""
     for key, value in given.items():
         if key in TOOLS and value:
@@ -136,6 +145,8 @@ def _check_columns(given: Record, source: str) -> None:
                 f'{source}: a row must be text, got "{key}", and images and sounds are not '
                 f"supported; leave that row out"
             )
+        if OTHER_NAMES.get(key) in LABELS - set(wanted) or (key in NO_MEANING and not wanted):
+            continue  # left out
         if key in NO_MEANING and value:
             raise InputError(
                 f'{source}: got a column "{key}", which has no meaning here; remove it'
@@ -238,6 +249,11 @@ def _answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:
     if any(not isinstance(value, str) for value in values):
         notes.append("numbers, true and false are answers as text")
     return answers, notes
+
+
+def _no_answers(given: Record) -> tuple[tuple[str, ...], list[str]]:
+    found = any(name in given for name in ANSWERS)
+    return (), ["answers left out: training needs none"] if found else []
 
 
 def _spelled(value: str | int | float) -> str:

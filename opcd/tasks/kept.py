@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from opcd.errors import InputError
-from opcd.tasks.messages import Message
+from opcd.scoring.reasoning import split_thought
+from opcd.tasks.messages import Message, assistant
 from opcd.tasks.template import Template
 
 Arrange = Callable[[Sequence[Message]], list[Message]]  # messages to all that is rendered
@@ -42,6 +43,16 @@ def check_behind(template: Template, messages: Sequence[Message], arrange: Arran
             f"template of {template.name!r} puts it in front of it: "
             f"{messages[-1]['content'][:60]!r}; put it into the user's message"
         )
+
+
+def without_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """A conversation as a template may keep it: many leave the thoughts of earlier turns out."""
+    return [
+        assistant(split_thought(m["content"]).answer or m["content"])
+        if m["role"] == "assistant"
+        else m
+        for m in messages
+    ]
 
 
 def _open(number: int) -> str:

@@ -40,7 +40,12 @@ def system(content: str) -> Message:
     return {"role": "system", "content": content}
 
 
-def parted(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
+def assistant(content: str) -> Message:
+    """A message of the assistant's."""
+    return {"role": "assistant", "content": content}
+
+
+def split_system(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
     """The system message in front, if there is one, and the rest."""
     if messages and messages[0]["role"] == "system":
         return messages[0], list(messages[1:])

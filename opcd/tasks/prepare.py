@@ -29,7 +29,7 @@ from opcd.models.head import head_of
 from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
 from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
-from opcd.tasks.special_tokens import special_token_remarks
+from opcd.tasks.special_tokens import placed_texts, special_token_remarks
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
 
@@ -134,17 +134,22 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
     resolved.today = template.day.isoformat() if dated else None
+    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
+    check_ends(stop_ids, config.model)
     completions = None
     said: list[str] = []
     if for_training and config.guided_completions is not None:
-        completions, said = read_completions(config, task, files.parts["train"], chats)
-    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
-    check_ends(stop_ids, config.model)
+        train = files.parts["train"]
+        completions, said = read_completions(config, task, train, chats, stop_ids)
+    placed = [
+        *placed_texts(files.parts, files.contexts),
+        ("without_context", config.without_context),
+    ]
     remarks = [
         *files.remarks,
         *said,
-        *special_token_remarks(files.parts, files.contexts, tokenizer),
-        *_remarks(resolved, chats.values()),
+        *special_token_remarks(placed, tokenizer),
+        *_remarks(resolved, chats.values(), task),
     ]
     return Setup(resolved, task, chats, stop_ids, tokenizer, device, dtype, completions, remarks)
 
@@ -161,8 +166,8 @@ def _day(config: TrainConfig) -> date:
         raise InputError(f"today must be a date like 2026-11-26, got {day!r}") from error
 
 
-def _remarks(config: TrainConfig, chats: Iterable[Chat]) -> list[str]:
-    """What was decided about the chat template."""
+def _remarks(config: TrainConfig, chats: Iterable[Chat], task: Task) -> list[str]:
+    """What was decided about the chat template, and where it puts the context."""
     remarks = []
     if config.today:
         remarks.append(f"the chat template writes today's date: this run keeps {config.today}")
@@ -170,5 +175,11 @@ def _remarks(config: TrainConfig, chats: Iterable[Chat]) -> list[str]:
         remarks.append(
             "the chat template does not take the context as a system message, or a request's own "
             "behind it: it stands in front of the first user message"
+        )
+    if task.shared_tokens < 0.8 * task.prompt_tokens_saved:
+        remarks.append(
+            f"only {task.shared_tokens:.0f} of about {task.prompt_tokens_saved:.0f} context tokens "
+            f"stand in front of all prompts: the chat template puts the rest elsewhere, and it is "
+            f"computed with every sequence"
         )
     return remarks

@@ -20,24 +20,30 @@ def special_tokens_in(
     return {token: places for token, places in found.items() if places}
 
 
-def special_token_remarks(
-    parts: Mapping[str, Sequence[Example]], contexts: Contexts, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """A line for each special token that the data spell: how often, and where first."""
-    spelled = [
+def placed_texts(
+    parts: Mapping[str, Sequence[Example]], contexts: Contexts
+) -> list[tuple[str, str]]:
+    """Where each text of the data stands, and the text."""
+    return [
         (f"context {name!r}" if name else "the context", message["content"])
         for name, context in contexts.items()
         for message in context
-    ]
-    spelled += [
-        (f"{Path(example.source).name}", message["content"])
+    ] + [
+        (Path(example.source).name, message["content"])
         for examples in parts.values()
         for example in examples
         for message in example.messages
     ]
-    found = special_tokens_in([text for _, text in spelled], tokenizer)
+
+
+def special_token_remarks(
+    placed: Sequence[tuple[str, str]],  # where each text stands, and the text
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """A line for each special token that texts spell: how often, and where first."""
+    found = special_tokens_in([text for _, text in placed], tokenizer)
     return [
         f"{token} is spelled in {len(places)} text{'s' if len(places) > 1 else ''}, first in "
-        f"{spelled[places[0]][0]}: the models read a special token there, not its letters"
+        f"{placed[places[0]][0]}: the models read a special token there, not its letters"
         for token, places in found.items()
     ]

@@ -20,6 +20,7 @@ from opcd.tasks.data import (
     check_disjoint,
     check_same_answers,
     read_examples,
+    repeat_remarks,
 )
 from opcd.tasks.gold import check_gold
 from opcd.tasks.limits import check_lengths, check_tokens
@@ -96,6 +97,12 @@ class Task:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
+    def shared_tokens(self) -> float:
+        """Tokens in front of all of a context's prompts, on average over the test prompts."""
+        prompts = [case.prompt for case in self.test] or self.train
+        return fmean(len(self.prefixes[p.context]) for p in prompts)
+
+    @property
     def prompt_tokens_saved(self) -> float:
         """Prompt tokens a request no longer carries, on average over the test prompts."""
         prompts = [case.prompt for case in self.test] or self.train
@@ -127,8 +134,9 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
             remarks += said
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
-    check_same_answers(parts["validation"])
-    check_same_answers(parts["test"])
+    for labelled in (parts["validation"], parts["test"]):
+        check_same_answers(labelled)
+        remarks += repeat_remarks(labelled)
     scorer = load_scorer(config.scorer)
     remarks += check_gold(parts["validation"] + parts["test"], scorer)
     return TaskFiles(contexts, parts, scorer, remarks)

@@ -1,18 +1,20 @@
 """A tokenizer's chat template, judged by what it writes and not by what stands in it."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.tasks.messages import Message, system, user
+from opcd.scoring.reasoning import split_thought
+from opcd.tasks.messages import Message, assistant, system, user
+from opcd.tasks.records import read_text
 
 RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "chat_template"}
 REQUEST, ANSWER = "What is zebra 7?", "It is zebra 8."  # words that no template has
@@ -29,6 +31,15 @@ CODES = "aAbBcdDeFgGhHIjmMprRSTuUVwWxXyY"
 # Codes that not every system has; a day has no time, and begins at midnight.
 OTHER_CODES = {"%C": "20", "%f": "000000", "%k": " 0", "%l": "12", "%n": "\n", "%P": "am"}
 OTHER_CODES |= {"%t": "\t", "%z": "", "%Z": ""}
+
+
+class Frame(NamedTuple):
+    """What a template writes around an answer."""
+
+    opening: str  # between a request and its completion: the generation prompt
+    before: str | None  # behind that, in front of the answer; None where no answer continues it
+    after: str  # between the answer and what ends the turn
+    end: int | None  # the special token that ends the turn; None where text alone does
 
 
 class Template:
@@ -111,34 +122,41 @@ class Template:
             return False
 
     @cached_property
-    def turn_end(self) -> int | None:
-        """The special token that ends the assistant's turn; None where text alone does."""
+    def frame(self) -> Frame:
+        """What stands around an answer, by what is written for one request with and without."""
+        opening = self.text([user(REQUEST)]).partition(REQUEST)[2]
         try:
-            text = self.text([user(REQUEST), {"role": "assistant", "content": ANSWER}], True)
+            text = self.text([user(REQUEST), assistant(ANSWER)], answered=True)
         except InputError:  # some templates take no answer at the end
-            return None
-        behind = text.rpartition(ANSWER)[2].lstrip()
-        ids = self.encode(behind)
+            text = ""
+        if ANSWER not in text:
+            return Frame(opening, None, "", None)
+        front, _, behind = text.rpartition(ANSWER)
+        written = front.partition(REQUEST)[2] if REQUEST in front else None
+        closing = behind.lstrip()
+        ids = self.encode(closing)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return ids[0] if ids and ids[0] in special else None
+        end = ids[0] if ids and ids[0] in special else None
+        after = "" if end is None else behind.removesuffix(closing)
+        return Frame(opening, _before(opening, written), after, end)
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens that end a completion beside the model's own: the tokenizer's EOS, and last
         what the template writes behind an answer."""
-        found = (self.tokenizer.eos_token_id, self.turn_end)
+        found = (self.tokenizer.eos_token_id, self.frame.end)
         return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def read_template(path: str) -> str:
-    """A chat template from a file. Raises InputError if there is none, or no Jinja in it."""
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"chat_template must be a file, got {path!r}, which is not there")
+    """A chat template from a file: Jinja, or JSON with the Jinja as its "chat_template".
+
+    Raises InputError if there is none, or no Jinja in it.
+    """
+    text = _template_in(read_text(path, "chat_template"), path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
         jinja2.Environment(extensions=[loopcontrols]).parse(GENERATION.sub("", text))
-    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+    except jinja2.TemplateError as error:
         raise InputError(f"chat_template must be a Jinja file, got {path!r}: {error}") from error
     if "messages" not in text:
         raise InputError(
@@ -146,6 +164,35 @@ def read_template(path: str) -> str:
             f"word; name the model's chat_template.jinja or one like it"
         )
     return text
+
+
+def _template_in(text: str, path: str) -> str:
+    """The text itself, or what a tokenizer's JSON file holds."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    found = value.get("chat_template") if isinstance(value, dict) else None
+    if not isinstance(found, str):
+        raise InputError(
+            f'chat_template must be a Jinja file, or a JSON file with its text as "chat_template", '
+            f"got {path!r}, JSON without; write the template that is meant into a file of its own"
+        )
+    return found
+
+
+def _before(opening: str, written: str | None) -> str | None:
+    """What an answered turn has behind the generation prompt, in front of the answer.
+
+    Nothing where the prompt is longer than what an answered turn begins with by a thought, which
+    some templates leave out of answered turns. None where both go different ways.
+    """
+    if written is None:
+        return None
+    if written.startswith(opening):
+        return written.removeprefix(opening)
+    thought = opening.startswith(written) and not split_thought(opening[len(written) :]).answer
+    return "" if thought else None
 
 
 def _table(day: date) -> list[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """What a run tells people: its plan before the first step, and a line after each."""
 
-import logging
-from statistics import fmean
 from typing import Any
 
 from peft import PeftModel
@@ -10,21 +8,12 @@ from opcd.models.adapter import lora_coverage
 from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
 
-log = logging.getLogger(__name__)
-
 
 def run_plan(setup: Setup, distiller: Distiller) -> str:
     """What will be trained on what, and how."""
     config, task = setup.config, setup.task
-    contexts = [case.prompt.context for case in task.test] or [p.context for p in task.train]
-    shared = fmean(len(task.prefixes[name]) for name in contexts)
-    if shared < 0.8 * task.prompt_tokens_saved:
-        log.warning(
-            "only %.0f of about %.0f context tokens stand in front of all prompts: the chat "
-            "template puts the rest elsewhere, and it is computed with every sequence",
-            shared,
-            task.prompt_tokens_saved,
-        )
+    shared, saved = task.shared_tokens, task.prompt_tokens_saved
+    stay = f" where {shared - saved:.0f} stand without it" if shared > saved else ""
     trained = sum(p.numel() for p in distiller.parameters)
     kind = "every weight"
     if isinstance(distiller.student, PeftModel):
@@ -33,8 +22,8 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
     often = "once" if plan.shares_prefix else "with every sequence"
     several = f"{len(task.prefixes)} of about " if len(task.prefixes) > 1 else ""
     lines = [
-        f"context   {several}{shared:.0f} tokens, computed {often}; sequences {plan.mode}, "
-        f"{plan.backend} ({plan.reason})",
+        f"context   {several}{shared:.0f} tokens{stay} ({saved:.0f} saved), computed {often}; "
+        f"sequences {plan.mode}, {plan.backend} ({plan.reason})",
         *setup.prompt_lines,
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M)",

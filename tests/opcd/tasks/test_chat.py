@@ -68,6 +68,26 @@ def test_auto_takes_what_the_template_keeps() -> None:
         Chat(Template(tiny_tokenizer(last_message_only)), [*CONTEXT, *PROMPT, *ANSWER])
 
 
+def test_a_row_of_several_turns_is_kept_whole() -> None:
+    turns = [{"role": "user", "content": "Why?"}, *ANSWER, {"role": "user", "content": "How?"}]
+    chat = Chat(Template(tiny_tokenizer("{% set messages = messages[-1:] %}" + CHATML)), CONTEXT)
+    two_last = "{% set messages = messages[-3:] %}" + CHATML  # the context goes as turns come
+    for render in (
+        chat.student_ids,
+        chat.teacher_ids,
+        Chat(Template(tiny_tokenizer(two_last)), CONTEXT).teacher_ids,
+    ):
+        with pytest.raises(InputError, match="keep every message, but it drops or alters"):
+            render(turns)
+    thinking = [turns[0], {"role": "assistant", "content": "<think>Hm.</think>So."}, turns[2]]
+    without_thoughts = CHATML.replace(
+        "message['content'] +", "message['content'].split('</think>')[-1] +"
+    )
+    chat = Chat(Template(tiny_tokenizer(without_thoughts)), CONTEXT)
+    assert chat.student_ids(thinking) == chat.student_ids(turns)
+    assert chat.teacher_ids(thinking) == chat.teacher_ids(turns)
+
+
 DEMONSTRATIONS = [
     {"role": "user", "content": "Why"},
     {"role": "assistant", "content": "brief"},

@@ -52,8 +52,11 @@ def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
         (
             "c.json",
             '{"system": "One word.", "user": "Sky?"}',
-            "system, user, which are parts of one",
+            "names of their own, got system, user, as parts of one are called; write one as",
         ),
+        ("c.json", '{"system": "One word.", "bank": "Be kind."}', "got system, .* or rename"),
+        ("c.json", '{"messages": "One word."}', "names of their own, got messages,"),
+        ("c.json", '{"conversations": [{"from": "system", "value": "x"}]}', "got conversations,"),
         ("c.json", '{"a": "x", "b": " "}', r"c\.json: b: must be a non-empty list"),
         ("c.json", "[]", "non-empty list"),
         ("c.json", '[{"role": "robot", "content": "x"}]', "'robot'"),

@@ -14,6 +14,7 @@ from opcd.tasks.data import (
     check_disjoint,
     check_same_answers,
     read_examples,
+    repeat_remarks,
 )
 from opcd.tasks.messages import Message
 from opcd.tasks.task import read_task_files
@@ -87,7 +88,7 @@ def test_prompts_in_two_parts_or_in_the_context_are_refused_all_at_once() -> Non
         "training, validation and test prompts must be disjoint from each other and from the "
         "context's demonstrations, got 8 overlaps: t:9 is demonstration 1 of the context ('demo'); "
         "e:1 is t:1 ('hello 1'); e:2 is t:2 ('hello 2'); e:3 is t:3 ('hello 3'); "
-        "e:4 is t:4 ('hello 4'); and 3 more; remove one of each"
+        "e:4 is t:4 ('hello 4'); and 3 more at e:5, 6, 7; remove one of each"
     )
 
 
@@ -112,6 +113,29 @@ def test_what_stands_before_a_prompt_makes_it_another_one() -> None:
     check_disjoint({"train": [example("Sky?", "t:1")], "test": [dated]}, CONTEXT)
     with pytest.raises(InputError, match="e:2 is demonstration 1 of the context"):
         check_disjoint({"test": [example("demo", "e:2", before=before)]}, {"": DEMO})
+
+
+def test_a_conversation_is_a_demonstration_as_a_whole() -> None:
+    """Another one may end with the same words, as "yes" does."""
+    shown = [*DEMO, {"role": "user", "content": "Yes"}, {"role": "assistant", "content": "y"}]
+    other = ({"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "x"})
+    check_disjoint({"test": [example("yes", "e:1", before=other)]}, {"": [*CONTEXT[""], *shown]})
+    for before in ((), tuple(DEMO)):
+        with pytest.raises(InputError, match="e:2 is demonstration 2 of the context"):
+            check_disjoint(
+                {"test": [example("yes", "e:2", before=before)]}, {"": [*CONTEXT[""], *shown]}
+            )
+
+
+def test_requests_that_repeat_are_said(settings: dict) -> None:
+    assert repeat_remarks([example("a", "e:1"), example("a", "e:2", context="x")]) == []
+    path = settings["test_data"]
+    with Path(path).open("a") as file:
+        file.write('{"prompt": "owl ", "answer": "o"}\n')
+    assert read_task_files(TrainConfig(**settings)).remarks == [
+        "test.jsonl: 1 row repeats a request that stands above, first "
+        f"{path}:5; each of them counts"
+    ]
 
 
 def test_equal_prompts_have_equal_answers() -> None:
@@ -161,5 +185,5 @@ def test_several_contexts_have_names_that_every_row_must_use(tmp_path: Path) -> 
     passage = "The sky is blue by day and black at night."
     with pytest.raises(InputError, match="text that a request is about belongs into its prompt"):
         check_contexts(rows({"prompt": "a", "context": passage}), {"": messages})
-    with pytest.raises(InputError, match=r'"context" must be the name of one, got 3'):
+    with pytest.raises(InputError, match=r'"context" must be .* got 3; leave it out where there'):
         rows({"prompt": "a", "context": 3})

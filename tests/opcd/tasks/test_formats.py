@@ -472,6 +472,26 @@ def test_training_rows_are_read_without_their_answers(tmp_path: Path) -> None:
     ]
 
 
+def test_training_rows_are_not_judged_by_what_training_needs_not(tmp_path: Path) -> None:
+    rows = (
+        {"prompt": "Sky?", "label": 2},
+        {"prompt": "Sky?", "answer": "Blue", "answers": ["Azure"]},
+        {"prompt": "Sky?", "answer": " "},
+        {"prompt": "Sky?", "reference": "Blue", "rejected": "Green"},
+        {"messages": [*SKY, assistant("Blue")], "response": "Azure"},
+    )
+    for row in rows:
+        with pytest.raises(InputError):
+            read_examples(written(tmp_path, "p.jsonl", lines(row)), True, CONTEXTS)
+    examples, said = read_examples(written(tmp_path, "p.jsonl", lines(*rows)), False, CONTEXTS)
+    assert [list(e.messages) for e in examples] == [SKY] * 5
+    assert said == [
+        "p.jsonl: 4 plain rows, 1 OpenAI row; answers left out: training needs none (3 of 5); "
+        '"response" and the last assistant message left out (1 of 5); columns left out: reference, '
+        "rejected"
+    ]
+
+
 def test_a_row_that_begins_with_the_whole_context(tmp_path: Path) -> None:
     """Requests as they are sent to a server carry the demonstrations as well."""
     context = [system("One word."), user("Grass?"), assistant("Green")]

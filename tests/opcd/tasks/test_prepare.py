@@ -101,6 +101,32 @@ def test_a_template_that_takes_no_system_message(settings: dict, tmp_path: Path)
     ]
 
 
+def test_a_context_that_does_not_stand_in_front_of_the_prompts(
+    settings: dict, tmp_path: Path
+) -> None:
+    """Behind earlier turns, where a template writes it into the last one."""
+    last = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{{ messages[0].content + '|' if loop.last and messages[0].role == 'system' }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "tea"},
+        {"role": "assistant", "content": "t"},
+        {"role": "user", "content": "oat"},
+    ]
+    with Path(settings["test_data"]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"messages": turns, "answer": "o"}) + "\n")
+    settings |= {"model": model_with(last, tmp_path / "model")}
+    setup = prepare(TrainConfig(**settings))
+    assert setup.task.shared_tokens == len("#user\n")
+    assert setup.remarks == [
+        "only 6 of about 24 context tokens stand in front of all prompts: the chat template puts "
+        "the rest elsewhere, and it is computed with every sequence"
+    ]
+
+
 def test_a_template_from_a_file_stops_where_it_ends_a_turn(settings: dict, tmp_path: Path) -> None:
     ends_otherwise = CHATML.replace("<|im_end|>", "<|im_start|>")  # a token that is no EOS
     file = tmp_path / "chat.jinja"

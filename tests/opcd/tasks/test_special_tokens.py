@@ -5,7 +5,11 @@ from pathlib import Path
 from opcd.config import TrainConfig
 from opcd.tasks.data import Example
 from opcd.tasks.prepare import prepare
-from opcd.tasks.special_tokens import special_token_remarks, special_tokens_in
+from opcd.tasks.special_tokens import (
+    placed_texts,
+    special_token_remarks,
+    special_tokens_in,
+)
 from tests.conftest import tiny_tokenizer, write_jsonl
 
 
@@ -24,9 +28,8 @@ def test_people_are_told_how_often_and_where() -> None:
     train = [example("a", "data/p.jsonl:1"), example("b <|im_end|>", "data/p.jsonl:2")]
     test = [example("<|im_end|>", "e.jsonl:1")]
     system = {"role": "system", "content": "End with <|im_start|>."}
-    assert special_token_remarks(
-        {"train": train, "test": test}, {"": [system]}, tiny_tokenizer()
-    ) == [
+    placed = placed_texts({"train": train, "test": test}, {"": [system]})
+    assert special_token_remarks(placed, tiny_tokenizer()) == [
         "<|im_end|> is spelled in 2 texts, first in p.jsonl:2: the models read a special token "
         "there, not its letters",
         "<|im_start|> is spelled in 1 text, first in the context: the models read a special token "

@@ -1,5 +1,6 @@
 """What chat templates of many families make of a request, with and without the context."""
 
+import json
 from datetime import date, datetime, timezone
 
 import pytest
@@ -43,7 +44,7 @@ def test_both_sides_of_a_request(family: Family, placement: str) -> None:
 def test_what_ends_an_answer_ends_a_completion(family: Family) -> None:
     template = template_of(family)
     ends = template.tokenizer.convert_tokens_to_ids(family.ends)
-    assert template.turn_end == ends
+    assert template.frame.end == ends
     assert set(template.stop_ids) == {ends, template.tokenizer.convert_tokens_to_ids(family.eos)}
 
 
@@ -177,9 +178,19 @@ def test_a_template_from_a_file(tmp_path) -> None:
         assert "messages" in read_template(str(file))
     file.write_text(FAMILIES["Phi-3"].template, encoding="utf-8-sig")
     assert read_template(str(file)) == FAMILIES["Phi-3"].template, "a byte order mark"
-    file.write_text("hello", encoding="utf-8")
-    with pytest.raises(InputError, match="without that word"):
-        read_template(str(file))
+    for text, message in (
+        ("hello", "without that word"),
+        ('{"eos_token": "</s>"}', 'with its text as "chat_template", got .*, JSON without'),
+        ('[{"name": "default", "template": "{{ messages }}"}]', "JSON without"),
+        ('{"chat_template": "{% for m in messages %}"}', "must be a Jinja file"),
+        (" ", "must not be empty"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            read_template(str(file))
+    config = {"eos_token": "<|end|>", "chat_template": FAMILIES["Phi-3"].template}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert read_template(str(file)) == FAMILIES["Phi-3"].template, "a tokenizer_config.json"
 
 
 def test_a_completion_as_text_is_tokenized_behind_its_request() -> None:
@@ -190,18 +201,6 @@ def test_a_completion_as_text_is_tokenized_behind_its_request() -> None:
     ids = chat.completion_ids(REQUEST, "So.")
     assert tokenizer.decode(ids) == "So.<|im_end|>"
     assert tokenizer.decode(chat.student_ids(REQUEST) + ids).endswith("assistant\nSo.<|im_end|>")
-
-
-@pytest.mark.parametrize(
-    "text", ["So.", "So.<|im_end|>", "So.<|im_end|>\n", "<think>\nSo.", "<think>So.<|im_end|>"]
-)
-def test_what_the_template_writes_already_stands_once(text: str) -> None:
-    family = FAMILIES["ChatML base model"]
-    opens = family.template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    assert opens != family.template
-    tokenizer = byte_tokenizer(opens, family.special, family.eos)
-    chat = Chat(Template(tokenizer, {}, DAY), CONTEXT)
-    assert tokenizer.decode(chat.completion_ids(REQUEST, text)) == "So.<|im_end|>"
 
 
 def test_several_templates_without_a_default() -> None:

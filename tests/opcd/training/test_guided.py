@@ -304,7 +304,7 @@ def test_another_runs_completions_are_stored_ones(settings: dict, tmp_path: Path
         (lambda rows: rows[2].update(completion="long " * 9), "at most max_completion_tokens 8"),
         (lambda rows: rows[2].update(messages=5), "one column, got prompt and messages"),
         (lambda rows: rows[2].update(context=["a"]), ".context. must be the name of one"),
-        (lambda rows: rows[2].update(key=["a"]), '"key" must be a number'),
+        (lambda rows: rows.append({"key": ["a"], "completion": "p"}), '"key" must be a number'),
     ],
 )
 def test_stored_completions_that_do_not_fit_are_refused_before_weights_are_loaded(

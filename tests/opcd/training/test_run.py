@@ -106,6 +106,11 @@ def test_a_run_leaves_everything_it_promises(
     assert len((run / "answers.jsonl").read_text().splitlines()) == 4
     printed = capsys.readouterr().out
     assert "distilled_prompted" in printed
+    stand = len("#user\n")  # what the template writes in front of a request without a context
+    saved = len("#system\nAnswer with one letter.#\n")
+    assert printed.startswith(
+        f"context   {stand + saved} tokens where {stand} stand without it ({saved} saved), computed"
+    )
     assert "from_pretrained" in printed
 
     final = AutoModelForCausalLM.from_pretrained(run / "final")

@@ -1,0 +1,73 @@
+"""A completion that was given as text, as the chat template writes it in an answered turn.
+
+Between generation prompt and answer many templates write something: a space, a channel, an empty
+thought, a mark of the response. A completion begins with that, as a sampled one would. What the
+text spells itself stands there once.
+"""
+
+from opcd.errors import InputError
+from opcd.scoring.reasoning import opened_thought, split_thought
+from opcd.tasks.template import ANSWER, Template
+
+
+def completion_text(text: str, template: Template) -> str:
+    """All that stands behind the generation prompt, up to what ends the turn.
+
+    Raises InputError for a text without the end of a thought that the prompt opens, for a thought
+    behind one that the prompt closes, and for templates of which that is not known.
+    """
+    opening, before, after, _ = template.frame
+    text = _without_ends(text, template)
+    if mark := opened_thought(opening):
+        return _behind_opened(text, mark, template) + after
+    answer = split_thought(text).answer
+    spelled = text.strip().removesuffix(answer or "")  # in front of the answer
+    if spelled and _bare(opening + (before or "")).endswith(_bare(spelled)):
+        text, spelled = answer or "", ""
+    if spelled and _closes_thought(opening):
+        raise InputError(
+            f"a completion must be the answer alone where the chat template closes the thought in "
+            f"front of it, as that of {template.name!r} does, got the thought {spelled[:60]!r}; "
+            f"leave it out, or pass chat_template_args that let the model think"
+        )
+    if before is None:
+        raise InputError(
+            f"a completion as text needs a chat template that writes answers behind what opens "
+            f"them, but that of {template.name!r} opens with {opening!r} and writes an answer "
+            f"otherwise, or none; pass completion_token_ids, or another template with "
+            f"--chat_template FILE"
+        )
+    if spelled or not before or (before.strip() and before.strip() in text):
+        return text + after
+    return before + text.lstrip() + after
+
+
+def _behind_opened(text: str, mark: str, template: Template) -> str:
+    """The rest of a thought that the prompt opens, and the answer."""
+    bare = text.lstrip()
+    if bare.startswith(mark.strip()):
+        text = bare.removeprefix(mark.strip()).lstrip()
+    if not split_thought(mark + text).answer:
+        raise InputError(
+            f"a completion must end the thought that the chat template of {template.name!r} opens "
+            f"in front of it ({mark.strip()}) and then answer, got {text[:60]!r}; write the "
+            f"thought and its end into it, or pass chat_template_args (often "
+            f"enable_thinking=false) so that none is opened"
+        )
+    return text
+
+
+def _without_ends(text: str, template: Template) -> str:
+    """Without what ends the turn, which follows anyway."""
+    ends = [str(end) for end in template.tokenizer.convert_ids_to_tokens(template.stop_ids)]
+    while spelled := [end for end in ends if text.rstrip().endswith(end)]:
+        text = text.rstrip().removesuffix(spelled[0])
+    return text
+
+
+def _closes_thought(opening: str) -> bool:
+    return split_thought(opening + ANSWER).answer == ANSWER != (opening + ANSWER).strip()
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())

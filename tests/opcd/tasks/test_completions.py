@@ -1,0 +1,80 @@
+"""Completions of training prompts from a file: how its rows are read, and what is said of them."""
+
+from pathlib import Path
+
+import pytest
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.tasks.prepare import Setup, prepare
+from tests.conftest import write_jsonl
+
+END = 1  # <|im_end|>
+
+
+def prepared(settings: dict, *rows: dict) -> Setup:
+    """Two training prompts, and rows that complete them."""
+    folder = Path(settings["output_dir"]).parent
+    write_jsonl(Path(settings["prompts"]), [{"prompt": "red"}, {"prompt": "blue"}])
+    path = write_jsonl(folder / "stored.jsonl", list(rows))
+    return prepare(
+        TrainConfig(**settings, guided_share=1.0, guided_completions=str(path)), for_training=True
+    )
+
+
+def completions(setup: Setup) -> list[str]:
+    assert setup.completions is not None
+    decode = setup.chat.decode_raw
+    return [decode(ids) for p in setup.task.train for ids in setup.completions[p.key]]
+
+
+RED, BLUE = {"prompt": "red", "completion": "r"}, {"prompt": "blue", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"key": 7},
+        {"key": "a"},
+        {"rule": "none", "contexts": {"": "x"}},
+        {"label": 3},
+        {"reference": "r", "answer": " "},
+    ],
+)
+def test_other_columns_of_rows_mean_nothing(settings: dict, columns: dict) -> None:
+    setup = prepared(settings, RED | columns, BLUE)
+    assert completions(setup) == ["r<|im_end|>", "b<|im_end|>"]
+    assert setup.remarks == []
+
+
+def test_token_ids_are_taken_as_they_are(settings: dict) -> None:
+    rows = [
+        {"prompt": "red", "completion_token_ids": [40, END]},
+        {"prompt": "blue", "completion_token_ids": [40, 41]},
+    ]
+    setup = prepared(settings, *rows)
+    assert [setup.completions[p.key] for p in setup.task.train] == [[[40, END]], [[40, 41]]]
+    path = setup.config.guided_completions
+    assert setup.remarks == [
+        "stored.jsonl: 1 row of completions as token ids without an end, which none is added to, "
+        f"first {path}:2"
+    ]
+
+
+@pytest.mark.parametrize(
+    "more", [{"completion": "b<|im_end|>c"}, {"completion_token_ids": [END, 40]}]
+)
+def test_what_goes_on_behind_its_end_is_refused(settings: dict, more: dict) -> None:
+    with pytest.raises(
+        InputError, match=r"stored.jsonl:2: a completion must end .* text behind <\|im_end\|>"
+    ):
+        prepared(settings, RED, {"prompt": "blue"} | more)
+
+
+def test_special_tokens_in_completions_and_in_place_of_the_context_are_said(settings: dict) -> None:
+    settings |= {"without_context": "You are <|im_start|>."}
+    said = "the models read a special token there, not its letters"
+    assert prepared(settings, RED | {"completion": "<|im_start|>"}, BLUE).remarks == [
+        f"<|im_start|> is spelled in 1 text, first in stored.jsonl:1: {said}",
+        f"<|im_start|> is spelled in 1 text, first in without_context: {said}",
+    ]
