@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Distilled": "opcd.api.results",
-    "Evaluation": "opcd.api.results",
+    "Evaluated": "opcd.api.results",
     "InputError": "opcd.errors",
     "Stopped": "opcd.api.distill",
     "SharedPrefixTeacher": "opcd.teacher",
@@ -21,7 +21,7 @@ _HOMES = {
 }
 __all__ = [
     "Distilled",
-    "Evaluation",
+    "Evaluated",
     "InputError",
     "SharedPrefixTeacher",
     "Stopped",
@@ -34,7 +34,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from opcd.api.distill import Stopped, distill, evaluate
-    from opcd.api.results import Distilled, Evaluation
+    from opcd.api.results import Distilled, Evaluated
     from opcd.config import TrainConfig
     from opcd.errors import InputError
     from opcd.student_loss import StudentLoss

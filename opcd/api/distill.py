@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.api.inputs import write_context, write_model, write_rows
-from opcd.api.results import Distilled, Evaluation
+from opcd.api.results import Distilled, Evaluated
 from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.models.by_name import load_model
@@ -107,7 +107,7 @@ def evaluate(
     output_dir: str | Path | None = None,
     preset: str | None = None,
     **settings: Any,
-) -> Evaluation:
+) -> Evaluated:
     """Score a model without and with the context, and one `distilled` from it where it is named.
 
     Arguments are those of `distill`. Raises InputError for whatever does not fit.
@@ -120,7 +120,7 @@ def evaluate(
         config = gather(given, preset=preset, caller="Python")
         name = "none" if distilled is None else str(distilled)
         where, _ = evaluate_run(config, name, str(folder / "scored"))
-        return Evaluation(where, kept)
+        return Evaluated(where, kept)
 
 
 class _Told(Progress):

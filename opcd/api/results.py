@@ -13,7 +13,7 @@ from opcd.evaluation.report import read_metrics
 from opcd.models.by_name import load_model, load_tokenizer
 
 
-class Evaluation:
+class Evaluated:
     """A scorecard, and the folder that holds it."""
 
     def __init__(self, folder: Path, kept: tempfile.TemporaryDirectory[str] | None = None) -> None:
@@ -46,7 +46,7 @@ class Evaluation:
         return f"{type(self).__name__}({str(self.folder)!r}: {reached or 'not scored'})"
 
 
-class Distilled(Evaluation):
+class Distilled(Evaluated):
     """A distilled model, and what is known of it."""
 
     def __init__(

@@ -56,7 +56,7 @@ def test_the_public_names() -> None:
     """A change here is a change for users: see docs/python.md."""
     assert opcd.__all__ == sorted(
         [
-            *("Distilled", "Evaluation", "InputError", "SharedPrefixTeacher", "Stopped"),
+            *("Distilled", "Evaluated", "InputError", "SharedPrefixTeacher", "Stopped"),
             *("StudentLoss", "TrainConfig", "__version__", "distill", "evaluate"),
         ]
     )

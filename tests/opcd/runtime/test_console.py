@@ -68,5 +68,5 @@ def test_a_run_where_nothing_is_as_usual(settings: dict, tmp_path: Path) -> None
         encoding="ascii",
         check=False,
     )
-    assert done.stdout.startswith("context "), done.stdout
+    assert done.stdout == "opcd 0.1.0: loading\n"
     assert (Path(settings["output_dir"]) / "scorecard.json").is_file()

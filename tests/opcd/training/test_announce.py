@@ -36,8 +36,8 @@ def test_a_context_that_a_prompt_does_not_begin_with_is_said(
     with Path(settings["prompts"]).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"messages": turns}) + "\n")
     assert plan(settings)[-1] == (
-        "note      only 6 of about 24 context tokens stand in front of all prompts: the chat template "
-        "puts the rest elsewhere, and it is computed with every sequence"
+        "note      only 6 of about 24 context tokens stand in front of all prompts: the chat "
+        "template puts the rest elsewhere, and it is computed with every sequence"
     )
 
 
