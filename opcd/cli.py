@@ -89,8 +89,8 @@ def _run(command: str, values: dict[str, Any]) -> None:
     else:
         distilled, save_to = values.pop("distilled"), values.pop("save_to")
         with Terminal(finishes_steps=False) as terminal:
-            folder, scored = evaluate_run(TrainConfig(**values), distilled, save_to, terminal)
-        show_evaluated(folder, scored)
+            folder, found = evaluate_run(TrainConfig(**values), distilled, save_to, terminal)
+        show_evaluated(folder, found)
 
 
 def _parser() -> Any:  # jsonargparse's parser, imported here to keep `import opcd.cli` light

@@ -8,8 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from opcd.config import TrainConfig
+from opcd.evaluation.evaluate import Evaluation
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
-from opcd.evaluation.score import Scored
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
 
@@ -93,9 +93,9 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
             f"saved. Continue:\n  opcd train --config {folder / 'config.yaml'} --resume"
         )
         return
-    if outcome.scored is not None:
-        show_scored(outcome.scored)
-    report = f"  report       {folder / 'report.md'}\n" if outcome.scored is not None else ""
+    if outcome.evaluation is not None:
+        show_scorecard(outcome.evaluation)
+    report = f"  report       {folder / 'report.md'}\n" if outcome.evaluation is not None else ""
     print(
         f"\nDone. The model that no longer needs the context is {folder / 'final'}\n"
         f"{report}"
@@ -105,14 +105,14 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     )
 
 
-def show_evaluated(folder: Path, scored: Scored) -> None:
+def show_evaluated(folder: Path, found: Evaluation) -> None:
     """A scorecard and where it was written."""
-    show_scored(scored)
+    show_scorecard(found)
     print(f"\nwritten: {folder / 'scorecard.json'}, {folder / 'report.md'}")
 
 
-def show_scored(scored: Scored) -> None:
+def show_scorecard(found: Evaluation) -> None:
     """A scorecard and a few answers."""
-    print(f"\n{scorecard_table(scored.card)}\n")
-    print("\n".join(f"  {fact}" for fact in scorecard_facts(scored.card)))
-    print(f"\nTest prompts, before and after\n\n{before_after(scored.answers)}")
+    print(f"\n{scorecard_table(found.card)}\n")
+    print("\n".join(f"  {fact}" for fact in scorecard_facts(found.card)))
+    print(f"\nTest prompts, before and after\n\n{before_after(found.answers)}")

@@ -28,7 +28,7 @@ class Contender(NamedTuple):
     answer: Callable[[Sequence[Case]], list[Answer]]
 
 
-class Subject(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model that answers greedily, and what samples from it."""
 
     model: Any
@@ -52,14 +52,14 @@ class Subject(NamedTuple):
         return [found[i] for i in range(len(cases))]
 
 
-class Subjects:
-    """Models under test by name, one in memory at a time."""
+class Models:
+    """Those that answer, by their names or folders; one in memory at a time."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._held: tuple[str, Subject] | None = None
+        self._held: tuple[str, LoadedModel] | None = None
 
-    def get(self, name: str) -> Subject:
+    def get(self, name: str) -> LoadedModel:
         """The model of that name; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.close()
@@ -73,12 +73,25 @@ class Subjects:
             self._held = None
             gc.collect()  # engines and wrappers refer to each other
 
-    def _load(self, name: str) -> Subject:
+    def _load(self, name: str) -> LoadedModel:
         config, setup = self._setup.config, self._setup
         model = setup.load(name)
         plan = find_plan(model, setup.task.a_prefix)
         engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
-        return Subject(model, plan, engine, setup)
+        return LoadedModel(model, plan, engine, setup)
+
+
+def both_contenders(
+    models: Models,
+    model: str,  # its name or folder; it is loaded when it is asked
+    when: str,  # "before" or "after"
+    names: tuple[str, str],
+) -> list[Contender]:
+    """A model without the context, and with it."""
+    return [
+        Contender(names[0], f"{when}, without the context", lambda c: models.get(model).alone(c)),
+        Contender(names[1], f"{when}, with the context", lambda c: models.get(model).prompted(c)),
+    ]
 
 
 def greedy_answers(

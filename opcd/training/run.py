@@ -15,12 +15,11 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.evaluation.contenders import Answer, greedy_answers
-from opcd.evaluation.report import read_metrics
-from opcd.evaluation.score import Scored, score, write_scored
+from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.adapter import lora_coverage
 from opcd.models.files import ModelFiles
-from opcd.runtime.files import free_name, make_folder, write_jsonl
+from opcd.runtime.files import free_name, make_folder, read_metrics, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import spread
@@ -51,7 +50,7 @@ class Outcome(NamedTuple):
     folder: Path
     steps_done: int
     stopped: str | None  # why it ended before it was exported; its checkpoint is saved
-    scored: Scored | None  # where there is test data
+    evaluation: Evaluation | None  # where there is test data
 
 
 def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Outcome:
@@ -74,9 +73,9 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     finish(folder / "checkpoints", config)
     if not config.eval_data:
         return outcome
-    scored = score(setup, str(folder / "final"), progress, read_selection(folder))
-    write_scored(folder, scored, setup)
-    return outcome._replace(scored=scored)
+    found = evaluate(setup, str(folder / "final"), progress, read_selection(folder))
+    write_evaluation(folder, found, setup)
+    return outcome._replace(evaluation=found)
 
 
 def evaluate_run(
@@ -84,7 +83,7 @@ def evaluate_run(
     distilled: str | None = None,
     save_to: str | None = None,
     progress: Progress | None = None,
-) -> tuple[Path, Scored]:
+) -> tuple[Path, Evaluation]:
     """Score `distilled` (default: the run's final model; "none": only base and prompted).
 
     Returns the folder that was written to, and the scorecard.
@@ -113,21 +112,26 @@ def evaluate_run(
         target = run / f"eval-{data}" if changed else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
-    target = make_folder(
-        Path(save_to) if save_to else target if target == run else free_name(target)
-    )
+    wanted = Path(save_to) if save_to else target
+    own = target == run and wanted.resolve() == run.resolve()
+    if not own and (wanted / "metrics.jsonl").is_file():
+        raise InputError(
+            f"save_to must not be the folder of a run, whose scorecard this one would replace, got "
+            f"{save_to!r}; choose another"
+        )
+    target = make_folder(wanted if save_to or target == run else free_name(target))
     for line in [*setup.prompt_lines, *_notes(setup)]:
         progress.say(line)
     if changed:
         progress.say(f"note      not as in training: {', '.join(changed)}")
     try:
-        scored = score(setup, None if path == "none" else path, progress, selection)
+        found = evaluate(setup, None if path == "none" else path, progress, selection)
     except BaseException:
         with contextlib.suppress(OSError):
             target.rmdir()  # if nothing is in it
         raise
-    write_scored(target, scored, setup)
-    return target, scored
+    write_evaluation(target, found, setup)
+    return target, found
 
 
 def _check_same_prompts(
@@ -323,7 +327,7 @@ def _note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
     found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
     losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
     text = (
-        f"{', '.join(losses)}, {metrics['completion_tokens_mean']:.1f} tokens "
+        f"{', '.join(losses)}, {metrics['mean_completion_tokens']:.1f} tokens "
         f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
     )
     return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")
