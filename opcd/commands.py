@@ -68,7 +68,7 @@ def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
 
     with _scorecard_alone(arguments) as show, Terminal() as terminal:
         outcome = train(config, arguments.resume, terminal)
-    show(outcome.scored)
+    show(outcome.evaluation)
     if not arguments.json:
         show_trained(outcome, config)
     return 128 + terminal.caught if outcome.stopped and terminal.caught else 0
@@ -79,10 +79,10 @@ def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
     from opcd.training.evaluate import evaluate_run
 
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
-        folder, scored = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
-    show(scored)
+        folder, found = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
+    show(found)
     if not arguments.json:
-        show_evaluated(folder, scored)
+        show_evaluated(folder, found)
     return 0
 
 
@@ -102,9 +102,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _scorecard_alone(arguments: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
     """With --json, standard output gets the scorecard and nothing else; yields what prints it."""
 
-    def show(scored: Any) -> None:
+    def show(found: Any) -> None:
         if arguments.json:
-            print(json.dumps(scored.card if scored is not None else None, indent=2))
+            print(json.dumps(found.card if found is not None else None, indent=2))
 
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         yield show

@@ -10,6 +10,7 @@ from typing import cast, overload
 import torch
 from torch import Tensor
 
+from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt, scored_tokens
 from opcd.errors import InputError
 from opcd.models.head import head_of
@@ -292,6 +293,22 @@ def _completed(
         Episode.of_completion(Prompt([*prompt], [*prompt], name), completion)
         for prompt, completion, name in parts
     ]
+
+
+def teacher_of(
+    model: torch.nn.Module,
+    prefixes: Mapping[str, Sequence[int]],  # by the name of the context
+    config: TrainConfig,
+    frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> SharedPrefixTeacher:
+    """The teacher of a run, within the memory that its configuration gives."""
+    return SharedPrefixTeacher(
+        model,
+        prefixes,
+        config.max_tokens_per_pass,
+        frozen=frozen,
+        prefix_cache_bytes=config.prefix_cache_mib * 2**20,
+    )
 
 
 def _check_prefixes(model: torch.nn.Module, prefixes: Mapping[str, Sequence[int]]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from opcd.config import TrainConfig
+from opcd.evaluation.evaluate import Evaluation
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
-from opcd.evaluation.score import Scored
 from opcd.evaluation.side_by_side import SideBySide
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
@@ -129,11 +129,11 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
             f"saved. Continue:\n  opcd train --config {folder / 'config.yaml'} --resume"
         )
         return
-    if outcome.scored is not None:
-        show_scored(outcome.scored)
+    if outcome.evaluation is not None:
+        show_scorecard(outcome.evaluation)
     report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
     print(
-        f"\n{_verdict(outcome.scored)}\n"
+        f"\n{_verdict(outcome.evaluation)}\n"
         f"  model        {folder / 'final'}\n"
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
@@ -142,14 +142,14 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     )
 
 
-def _verdict(scored: Scored | None) -> str:
+def _verdict(found: Evaluation | None) -> str:
     """Whether the distilled model is better than the one before, in a line."""
-    if scored is None:
+    if found is None:
         return (
             "Trained. Whether the context was learned is not known: without test_data nothing was "
             "measured"
         )
-    base, distilled = (scored.card["contenders"][name] for name in ("base", "distilled"))
+    base, distilled = (found.card["contenders"][name] for name in ("base", "distilled"))
     _, most = base["accuracy_interval_95"]
     if distilled["accuracy"] > most:
         return "Done. The distilled model is better than base, and no longer needs the context"
@@ -176,14 +176,14 @@ def converse(models: SideBySide, message: str | None) -> None:
             return
 
 
-def show_evaluated(folder: Path, scored: Scored) -> None:
+def show_evaluated(folder: Path, found: Evaluation) -> None:
     """A scorecard and where it was written."""
-    show_scored(scored)
+    show_scorecard(found)
     print(f"\nwritten: {folder / 'scorecard.json'}, {folder / 'report.md'}")
 
 
-def show_scored(scored: Scored) -> None:
+def show_scorecard(found: Evaluation) -> None:
     """A scorecard and a few answers."""
-    print(f"\n{scorecard_table(scored.card)}\n")
-    print("\n".join(f"  {fact}" for fact in scorecard_facts(scored.card)))
-    print(f"\nTest prompts, before and after\n\n{before_after(scored.answers)}")
+    print(f"\n{scorecard_table(found.card)}\n")
+    print("\n".join(f"  {fact}" for fact in scorecard_facts(found.card)))
+    print(f"\nTest prompts, before and after\n\n{before_after(found.answers)}")

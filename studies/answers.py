@@ -8,7 +8,7 @@ from typing import Any
 
 from opcd.config import TrainConfig
 from opcd.config.settings import gather
-from opcd.evaluation.contenders import Contender, Subjects
+from opcd.evaluation.contenders import Models, both_contenders
 from opcd.evaluation.scorecard import scorecard
 from opcd.tasks.prepare import prepare
 
@@ -29,12 +29,8 @@ def main() -> int:
 def reached(config: TrainConfig, model: str) -> dict[str, Any]:
     """The columns `alone` and `prompted` of a scorecard, and the rate of each class."""
     setup = prepare(config)
-    subjects = Subjects(setup)
-    subject, cases = subjects.get(model), setup.task.test
-    contenders = [
-        Contender("alone", "without the context", subject.alone),
-        Contender("prompted", "with the context", subject.prompted),
-    ]
+    cases = setup.task.test
+    contenders = both_contenders(Models(setup), model, "now", ("alone", "prompted"))
     answers = {c.name: c.answer(cases) for c in contenders}
     columns, _ = scorecard(contenders, answers, cases, setup.task.scorer)
     for column in columns.values():

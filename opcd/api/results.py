@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.errors import InputError
-from opcd.evaluation.report import read_metrics
 from opcd.models.by_name import load_model, load_tokenizer
+from opcd.runtime.files import read_metrics
 
 
 class Evaluated:

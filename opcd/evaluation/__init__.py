@@ -1,6 +1,6 @@
 """What was gained: contenders on the same requests.
 
-score       a run's scorecard: the models before and after, without and with the context
+evaluate    the models before and after, without and with the context, on the test data
 scorecard   what contenders reached, and how sure that is
 contenders  who answers; one model in memory at a time
 agreement   the divergence to the teacher on what a student says itself

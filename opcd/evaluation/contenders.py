@@ -28,7 +28,7 @@ class Contender(NamedTuple):
     answer: Callable[[Sequence[Case]], list[Answer]]
 
 
-class Subject(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model that answers greedily, and what samples from it."""
 
     model: Any
@@ -56,18 +56,18 @@ class Subject(NamedTuple):
         return greedy_answers(self.engine, prompt_ids, self.setup)
 
 
-class Subjects:
-    """Models under test by name, one in memory at a time."""
+class Models:
+    """Those that answer, by their names or folders; one in memory at a time."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._held: tuple[str, Subject] | None = None
+        self._held: tuple[str, LoadedModel] | None = None
 
-    def get(self, name: str) -> Subject:
+    def get(self, name: str) -> LoadedModel:
         """The model of that name; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.close()
-            self._held = name, load_subject(self._setup, name)
+            self._held = name, load_for_answers(self._setup, name)
         return self._held[1]
 
     def close(self) -> None:
@@ -78,13 +78,26 @@ class Subjects:
             gc.collect()  # engines and wrappers refer to each other
 
 
-def load_subject(setup: Setup, name: str) -> Subject:
+def load_for_answers(setup: Setup, name: str) -> LoadedModel:
     """A model by its name or folder, ready to answer."""
     config = setup.config
     model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
-    return Subject(model, plan, engine, setup)
+    return LoadedModel(model, plan, engine, setup)
+
+
+def both_contenders(
+    models: Models,
+    model: str,  # its name or folder; it is loaded when it is asked
+    when: str,  # "before" or "after"
+    names: tuple[str, str],
+) -> list[Contender]:
+    """A model without the context, and with it."""
+    return [
+        Contender(names[0], f"{when}, without the context", lambda c: models.get(model).alone(c)),
+        Contender(names[1], f"{when}, with the context", lambda c: models.get(model).prompted(c)),
+    ]
 
 
 def greedy_answers(

@@ -1,6 +1,5 @@
 """The scorecard as people read it: in the terminal, and as report.md with its training curve."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,18 +31,16 @@ def scorecard_table(card: dict[str, Any]) -> str:
 
 
 def _rate_rows(columns: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A heading and a row for each contender; none without rates."""
-    counts = {name: r["n"] for c in columns.values() for name, r in c.get("rates", {}).items()}
-    if not counts:
-        return []
-    balanced = any("balanced_accuracy" in column for column in columns.values())
-    heading = [f"{name} ({n})" for name, n in counts.items()]
-    rows: list[tuple[str, ...]] = [("", *heading, *["balanced"] * balanced)]
-    for name, column in columns.items():
-        means = [column.get("rates", {}).get(rate, {}).get("mean") for rate in counts]
-        means += [column.get("balanced_accuracy")] * balanced
-        rows.append((name, *("" if x is None else f"{x:.1%}" for x in means)))
-    return rows
+    """A row for each rate, which all contenders have, and one for their mean; none without."""
+    first = next(iter(columns.values()))
+    rows: list[tuple[str, ...]] = [("", *columns)]
+    for name, rate in first.get("rates", {}).items():
+        means = [f"{column['rates'][name]['mean']:.1%}" for column in columns.values()]
+        rows.append((f"{_short(name, 40)} ({rate['n']})", *means))
+    if "balanced_accuracy" in first:
+        means = [f"{column['balanced_accuracy']:.1%}" for column in columns.values()]
+        rows.append(("balanced", *means))
+    return rows if len(rows) > 1 else []
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
@@ -59,19 +56,24 @@ def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
 
 def scorecard_facts(card: dict[str, Any]) -> list[str]:
     """What the table does not say, a sentence each."""
-    facts = []
-    if "distilled" in card["contenders"]:
+    columns = card["contenders"]
+    facts = [_gain(columns["base"], columns["prompted"])]
+    if "distilled" in columns:
         share = card["internalised"]
         facts.append(
             "internalised: the prompt gained nothing here, so there is nothing to take over"
             if share is None
             else f"internalised: {share:.1%} of what the prompt gained is now in the weights"
         )
-    cut = card["contenders"]["prompted"]["truncated_share"]
-    if cut > 0.5:
+    if cut := _shares(columns, "truncated_share", above=0.5):
         facts.append(
-            f"{cut:.0%} of the prompted answers were cut: raise max_completion_tokens, or look at "
-            f"what ends an answer there"
+            f"most answers were cut ({cut}): raise max_completion_tokens, or look at what ends an "
+            f"answer there"
+        )
+    if several := _shares(columns, "several_labels_share"):
+        facts.append(
+            f"answers that hold the right label and others of the data, which contains finds "
+            f"right ({several}): the scorers exact, choice and regex do not"
         )
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
@@ -84,13 +86,31 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
         f"tokens: mean length of an answer; cut: share that reached max_completion_tokens "
         f"({card['decoding']['max_completion_tokens']})"
     )
-    shares = {name: c.get("reasoning_share", 0) for name, c in card["contenders"].items()}
-    if any(shares.values()):
-        thought = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+    if thought := _shares(columns, "reasoning_share"):
         facts.append(f"answers with reasoning, which is not judged: {thought}")
     if "selection" in card:
         facts.append(f"checkpoint: {card['selection']['how']}")
     return facts
+
+
+def _gain(base: dict[str, Any], prompted: dict[str, Any]) -> str:
+    """Whether the prompt is worth anything, as far as the requests can tell."""
+    low, high = base["accuracy_interval_95"]
+    prompted_low, prompted_high = prompted["accuracy_interval_95"]
+    if prompted_low > high:
+        verdict = "a gain beyond both 95 % intervals: there is something to distil"
+    elif prompted_high < low:
+        verdict = "a loss beyond both 95 % intervals: mend the prompt before it is distilled"
+    else:
+        verdict = (
+            f"within what {base['n']} requests leave to chance: mend the prompt or measure on more"
+        )
+    return f"the prompt: {base['accuracy']:.1%} → {prompted['accuracy']:.1%}, {verdict}"
+
+
+def _shares(columns: dict[str, Any], share: str, above: float = 0.0) -> str:
+    found = {name: column.get(share, 0.0) for name, column in columns.items()}
+    return ", ".join(f"{name} {x:.0%}" for name, x in found.items() if x > above)
 
 
 def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
@@ -131,9 +151,13 @@ def write_report(
             f"{sum(m['update_time_s'] for m in metrics):.0f} s (without validation and saving).",
         ]
     text += ["\n## Before and after\n", "```", before_after(answers), "```\n"]
-    text += [
-        "All answers: `answers.jsonl`. All settings: `config.yaml`. Every step: `metrics.jsonl`.\n"
-    ]
+    files = {
+        "All answers": "answers.jsonl",
+        "All settings": "config.yaml",
+        "Every step": "metrics.jsonl",
+    }
+    there = [f"{what}: `{name}`." for what, name in files.items() if (folder / name).is_file()]
+    text.append(" ".join(there) + "\n")
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -169,7 +193,7 @@ def draw_curve(
         axes[2].plot(where, accuracy, "o-", color="C2")
         axes[2].set(title="validation accuracy, %", ylim=(-3, 103))
     axes[0].set(title="divergence to the teacher, nats a token", ylim=(0, None))
-    axes[1].plot(steps, [m["completion_tokens_mean"] for m in metrics], color="C1")
+    axes[1].plot(steps, [m["mean_completion_tokens"] for m in metrics], color="C1")
     axes[1].set(title="completion length, tokens", ylim=(0, None))
     for axis in axes:
         axis.set_xlabel("step")
@@ -180,20 +204,6 @@ def draw_curve(
     pyplot.close(figure)
 
 
-def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to `last_step`; a line cut off by a kill is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if last_step is None or row["step"] <= last_step:
-                rows.append(row)
-    return rows
-
-
 def _short(text: str, width: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -28,7 +28,12 @@ def scorecard(
     columns = {}
     classes = classes_of(cases)
     rows: list[dict[str, Any]] = [
-        {"prompt": list(c.example.messages), "accepted": list(c.example.answers)} for c in cases
+        {
+            **({"context": c.example.context} if c.example.context else {}),
+            "prompt": list(c.example.messages),
+            "accepted": list(c.example.answers),
+        }
+        for c in cases
     ]
     for contender in contenders:
         given = answers[contender.name]
@@ -37,6 +42,8 @@ def scorecard(
         if classes and not any(rates):
             rates = [{name: score.value} for name, score in zip(classes, scores, strict=True)]
         column = _column(given, [score.value for score in scores]) | _rates(rates)
+        if share := _several_labels_share(given, scores, cases, scorer):
+            column["several_labels_share"] = share
         columns[contender.name] = {"meaning": contender.meaning, **column}
         for row, answer, (value, own) in zip(rows, given, scores, strict=True):
             row[contender.name] = answer.text
@@ -51,12 +58,36 @@ def classes_of(cases: Sequence[Case]) -> list[str] | None:
 
     Classes are few, and each has several cases.
     """
-    if any(len(case.example.answers) != 1 for case in cases):
-        return None
-    classes = [folded(bare(case.example.answers[0])) for case in cases]
+    classes = _only_answers(cases)
     counts = Counter(classes)
     few = 1 < len(counts) <= FEW_CLASSES and min(counts.values()) >= CASES_A_CLASS
     return classes if few else None
+
+
+def _only_answers(cases: Sequence[Case]) -> list[str]:
+    """Each case's accepted answer as it is compared; [] where a case has several."""
+    if any(len(case.example.answers) != 1 for case in cases):
+        return []
+    return [folded(bare(case.example.answers[0])) for case in cases]
+
+
+def _several_labels_share(
+    answers: Sequence[Answer], scores: Sequence[Score], cases: Sequence[Case], scorer: Scorer
+) -> float:
+    """Share of the answers that `contains` finds right, and right for another label as well.
+
+    Answers are labels where each is the answer of several cases, in the mean.
+    """
+    only = _only_answers(cases)
+    if scorer.spec != "contains" or not only or len(cases) < CASES_A_CLASS * len(set(only)):
+        return 0.0
+    own = [case.example.answers for case in cases]  # of one each
+    labels = dict(zip(only, own, strict=True)).values()
+    several = 0
+    for answer, score, (right,) in zip(answers, scores, own, strict=True):
+        others = [label for label in labels if scorer(right, label).value == 0]
+        several += score.value == 1 and any(scorer(answer.text, x).value for x in others)
+    return several / len(cases)
 
 
 def accuracy(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> float:

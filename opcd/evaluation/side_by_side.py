@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.evaluation.contenders import Subject, load_subject
+from opcd.evaluation.contenders import LoadedModel, load_for_answers
 from opcd.tasks.messages import user
 from opcd.tasks.prepare import prepare
 
@@ -20,9 +20,9 @@ class SideBySide:
                 f"folder of a run that has ended"
             )
         self._setup = prepare(config)
-        self._subjects: dict[str, Subject] = {
-            "base": load_subject(self._setup, config.model),
-            "distilled": load_subject(self._setup, str(distilled)),
+        self._models: dict[str, LoadedModel] = {
+            "base": load_for_answers(self._setup, config.model),
+            "distilled": load_for_answers(self._setup, str(distilled)),
         }
 
     @property
@@ -38,15 +38,15 @@ class SideBySide:
         chat = self._setup.chats[self.contexts[0] if context is None else context]
         asked = [user(message)]
         alone, prompted = chat.student_ids(asked), chat.teacher_ids(asked)
-        for name, subject, ids in (
+        for name, model, ids in (
             ("base", "base", alone),
             ("prompted", "base", prompted),
             ("distilled", "distilled", alone),
         ):
-            (answer,) = self._subjects[subject].answers([ids])
+            (answer,) = self._models[model].answers([ids])
             yield name, answer.text
 
     def close(self) -> None:
         """Free what the engines hold."""
-        for subject in self._subjects.values():
-            subject.engine.close()
+        for model in self._models.values():
+            model.engine.close()

@@ -118,18 +118,20 @@ def load_eos_token_ids(name: str) -> list[int]:
 
 
 def check_same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    who: str = "teacher and student",
 ) -> None:
     """Raise InputError if both models do not turn the same text into the same token ids."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours, theirs = student.get_vocab(), other.get_vocab()
     text = "Distil 3,14 naïve things:\n\tdef f(x): return x  # ok 日本語 🙂"
-    same = student(text)["input_ids"] == teacher(text)["input_ids"]
+    same = student(text)["input_ids"] == other(text)["input_ids"]
     if ours != theirs or not same:
         differing = len(set(ours.items()) ^ set(theirs.items()))
         raise InputError(
-            f"teacher and student must share one tokenizer, got {len(ours)} and {len(theirs)} "
+            f"{who} must share one tokenizer, got {len(ours)} and {len(theirs)} "
             f"tokens of which {differing} entries differ ({student.name_or_path!r}, "
-            f"{teacher.name_or_path!r}); choose a teacher of the student's family"
+            f"{other.name_or_path!r}); name a model of the same family"
         )
 
 

@@ -95,3 +95,17 @@ def write_json(target: Path, value: Any) -> None:
 def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to `last_step`; a line cut off by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if last_step is None or row["step"] <= last_step:
+                rows.append(row)
+    return rows

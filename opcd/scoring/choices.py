@@ -2,16 +2,27 @@
 
 import re
 
-from opcd.scoring.texts import bare, normalised
+from opcd.scoring.texts import bare, normalised, unemphasised
 
 _CAPITALS = "A-ZΑ-ΩА-Я"
 _WORD = "A-Za-zÀ-ɏͰ-ԯ\\d_'"
 # Words of one letter, unless what follows shows that a choice is meant: A refund, but A or B
 _A_WORD = (
     "(?<=[AIOYÀÉÈΗΟАВИКОСУЯ]) "
-    "(?!(?:or|and|is|because|since|oder|und|ist|ou|et|est|o|y|e|es|или|и|ή|και) )[a-zà-ÿα-ωа-яё]"
+    "(?!(?:or|and|nor|is|because|since|oder|und|ist|ou|et|est|o|y|e|es|или|и|ή|και) )"
+    "[a-zà-ÿα-ωа-яё]"
 )
 _LETTER = rf"(?<![{_WORD}])[{_CAPITALS}](?![{_WORD}])(?!{_A_WORD})"
+_SMALL = (  # no word: what follows ends it, or it is none before others
+    rf"(?<![{_WORD}])(?:[a-zα-ωа-я](?=[)\]}}:;*\"]|\.(?: |$)|,(?! \w\b)|$)"
+    r"|[bcdfgh](?= (?!(?:or|and|oder|und|ou|et|y|e) )))"
+)
+_DENIED = re.compile(  # not A; neither (A) nor B; A is wrong
+    r"(?:\b(?i:not|isn't|nor|neither|rather than|instead of|nicht|weder|noch|no es|n'est pas|pas|"
+    r"non|não|не)\b|不是)(?: (?:the )?(?:answer|option|choice))?"
+    rf"[ *(\[\"]*{_LETTER}[*)\]\"]*(?:(?:, | or | and |/)[*(\[\"]*{_LETTER}[*)\]\"]*)*"
+    rf"|{_LETTER}[*)\]\"]* (?:isn't|is (?:not|wrong|incorrect|false))\b"
+)
 _ONLY = re.compile(r"[(\[]?([^\W\d_])[)\]]?[.):]?")  # B, (B), B. or B)
 _NAMED = re.compile(
     r"\\boxed\{|\b(?:answer|antwort|r[ée]ponse|respuesta|resposta|risposta|ответ|відповідь|"
@@ -21,11 +32,15 @@ _NAMED = re.compile(
 _ANSWER = re.compile(  # one letter, or several of which none is chosen: A or B
     rf"[^{_CAPITALS}]{{0,20}}?{_LETTER}(?:[^{_CAPITALS}]{{1,6}}{_LETTER})*"
 )
+_SMALL_ANSWER = re.compile(
+    rf"\W{{0,4}}(?:(?:is|ist|est|es|é|è|option|choice|letter)\b\W{{1,4}}){{0,2}}{_SMALL}",
+    re.MULTILINE,
+)
 _LEADING = re.compile(
-    rf"[*_(\[\"]*(?:[a-z]\)|{_LETTER}(?=[)\].:,*/]| [-/&]|$)"
+    rf"[*(\[\"]*(?:[a-zα-ωа-я](?=[)\]:*]|\.(?: |$)| - |$)|{_LETTER}(?=[)\].:,*/]| [-/&]|$)"
     rf"(?:[^{_CAPITALS}]{{1,6}}{_LETTER})*)"
 )
-_MARK = re.compile(rf"{_LETTER}(?=\)|[.:] \S)")
+_MARK = re.compile(rf"{_LETTER}(?=\)|[.:]\s\S)|(?<=(?<!\w)\()[a-z](?=\))")
 
 
 def letter(text: str) -> str | None:
@@ -39,13 +54,18 @@ def claimed(answer: str) -> set[str]:
 
     Those that it says to be the answer ("Answer: B"); else those that stand as a mark ("B) refund",
     in front of a line, or "B.", "B:" and "B)" within it); else capitals that stand alone and are no
-    word. In lower case a letter counts where it is all, or leads as "b)".
+    word. In lower case a letter counts where it is all, leads a line as "b)" or "b.", or is said to
+    be the answer. A letter that is denied ("not A") is not claimed.
     """
     if only := letter(answer):
         return {only}
-    lines = [normalised(line) for line in answer.splitlines()]
-    text = " ".join(lines)
-    named = [run for found in _NAMED.finditer(text) if (run := _ANSWER.match(text, found.end()))]
+    lines = [unemphasised(normalised(line)) for line in answer.splitlines()]
+    lines = [_DENIED.sub(" ", line).strip() for line in lines]
+    text = "\n".join(lines)
+    ends = [found.end() for found in _NAMED.finditer(text)]
+    named = [
+        run for end in ends if (run := _SMALL_ANSWER.match(text, end) or _ANSWER.match(text, end))
+    ]
     marks = [run for line in lines if (run := _LEADING.match(line))]
     for runs in (named, [*marks, *_MARK.finditer(text)]):
         if letters := {c.upper() for run in runs for c in _letters(run[0])}:
@@ -54,4 +74,4 @@ def claimed(answer: str) -> set[str]:
 
 
 def _letters(run: str) -> list[str]:
-    return re.findall(_LETTER, run) or re.findall(r"[a-z](?=\))", run)
+    return re.findall(_LETTER, run) or re.findall(_SMALL, run)

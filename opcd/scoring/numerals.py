@@ -4,9 +4,24 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from opcd.scoring.texts import unemphasised
+
 _MAX_DIGITS = 60  # of a numeral
 _MAX_POWER = 400
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_OF_FRACTION = r"\s*(?:\{([^{}]+)\}|(\d))"
+_LATEX = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\([$%])", r"\1"),
+        (r"\{([.,])\}", r"\1"),  # 1{,}000
+        (r"\\!", ""),  # 1,\!000
+        (r"\\[,:; ]|(?<=\d)~(?=\d)", " "),  # 10\,000
+        (r"\\times|\\cdot", "×"),
+        (r"\^\{([-+]?\d+)\}", r"^\1"),
+        (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),  # 1\frac12
+        (rf"\\[dt]?frac{_OF_FRACTION}{_OF_FRACTION}", r"\1\2/\3\4"),
+    )
+)
 _NUMERAL = re.compile(
     r"""
     (?:(?<![\w)\]%])(?P<sign>[-+])(?=[$€£¥₹]?[\d.]))?[$€£¥₹]?
@@ -40,7 +55,9 @@ class Numeral(NamedTuple):
 
 def numerals(text: str) -> list[Numeral]:
     """Those of a text, in its order. Digits that go on a word are none: B12, x2."""
-    text = _LATEX_FRACTION.sub(r"\1/\2", text).replace("\\%", "%")
+    text = unemphasised(text)
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
     return [_numeral(found) for found in _NUMERAL.finditer(text)]
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from statistics import fmean
@@ -36,14 +36,24 @@ class Scorer:
     # Why an accepted answer can never be found right, or None; a user's function is not asked.
     fault: Callable[[str], str | None] | None
     judges_raw: bool = False
+    _rates: dict[tuple[str, ...], list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, completion: str, answers: Sequence[str], raw: str | None = None) -> Score:
         """Score what stands behind the completion's reasoning; an unended thought gets 0.
 
         raw: the completion with its special tokens, for a scorer that asks for it.
+        Raises InputError for rates with other names than an earlier completion of the same accepted
+        answers got: means over completions would leave out what each did not reach.
         """
         answer = split_thought(completion).answer
         found = self.judge(answer or "", answers, completion if raw is None else raw)
+        now = sorted(found.rates)
+        if now != (before := self._rates.setdefault(tuple(answers), now)):
+            raise InputError(
+                f"scorer {self.spec} must name the same rates whatever the completion, got "
+                f"{before} and for {completion!r} {now}, both for {list(answers)}; give 0 to a "
+                f"rate that was not reached"
+            )
         if answer is None and not self.judges_raw:
             return Score(0.0, dict.fromkeys(found.rates, 0.0))
         return found
@@ -59,7 +69,8 @@ def load_scorer(spec: str) -> Scorer:
       around it, and thousands separators.
     - ``contains``: holds an accepted answer: as whole words, inside the line for scripts without
       spaces (in Korean at the front of a word), with its case where it is all capitals. A number
-      is held as a whole one: 42 not in -42, 42.5 or 42 %.
+      is held as a whole one: 42 not in -42, 42.5 or 42 %. An answer that names every label holds
+      the right one: the scorecard counts such answers.
     - ``number``: its last number equals the last of an accepted answer, see `numerals`.
     - ``choice``: claims the accepted letter and no other, see `choices`.
     - ``json``: is JSON, or one fence with JSON in it, and equals an accepted value: 1 is 1.0, keys
@@ -69,9 +80,9 @@ def load_scorer(spec: str) -> Scorer:
       takes the last.
     - ``python:FILE.py:function`` or ``python:module:function``: ``function(completion, answers)``
       of a file, or of an importable module, also one in the current folder. It returns a bool, 0 or
-      1, a number from 0 to 1, or a dict of such by the names of rates. With a parameter ``raw`` it
-      also gets the completion with its special tokens and its reasoning, and judges unended
-      thoughts itself.
+      1, a number from 0 to 1, or a dict of such by the names of rates, which are the same whatever
+      the completion. With a parameter ``raw`` it also gets the completion with its special tokens
+      and its reasoning, and judges unended thoughts itself.
 
     Raises InputError for a scorer that does not exist, compile or import.
     """
@@ -189,19 +200,28 @@ def _finds(pattern: re.Pattern[str], which: int, answer: str, accepted: str) -> 
 def _regex_fault(
     pattern: re.Pattern[str], right: Callable[[str, str], bool], accepted: str
 ) -> str | None:
-    """A label alone is fine where the pattern's group could hold it."""
-    group = re.compile(_group_source(pattern.pattern), pattern.flags | re.IGNORECASE)
+    """A label alone is fine where the pattern's group could hold it, or looks at what is around."""
+    source = _group_source(pattern)
+    group = re.compile(source, pattern.flags | re.IGNORECASE)
     if right(accepted, accepted) or any(group.fullmatch(t) for t in (accepted, bare(accepted))):
+        return None
+    if re.search(r"\(\?<?[=!]", source):
         return None
     found = _found(pattern, accepted)
     what = f"finds {found[0]!r} in it" if found else "finds nothing in it, and cannot yield it"
     return f"the pattern {what}; write as the answer what the pattern finds, or change the pattern"
 
 
-def _group_source(source: str) -> str:
+def _group_source(pattern: re.Pattern[str]) -> str:
     """What stands in the only group of a pattern; all of it where there is none."""
+    source, comment = pattern.pattern, r"\(\?#[^)]*\)"
+    if pattern.flags & re.VERBOSE:
+        comment += r"|#[^\n]*"
+    tokens = rf"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|{comment}|\(\?P<\w+>|\(\??|\)"
     begins: list[int | None] = []  # of the open groups; None: one that does not capture
-    for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\??|\)", source, re.S):
+    for token in re.finditer(tokens, source, re.DOTALL):
+        if re.fullmatch(comment, token[0]):
+            continue
         if token[0] == ")" and begins:
             if (begin := begins.pop()) is not None:
                 return source[begin : token.start()]
@@ -238,15 +258,19 @@ def _as_score(returned: Any, what: str) -> Score:
     named = isinstance(returned, dict)
     rates = {name: _rate(value) for name, value in (returned if named else {"": returned}).items()}
     values = {name: rate for name, rate in rates.items() if rate is not None}
-    if values and len(values) == len(rates) and all(isinstance(name, str) for name in values):
+    if values and len(values) == len(rates) and (not named or all(map(_is_name, values))):
         return Score(fmean(values.values()), values if named else {})
     if isinstance(returned, Coroutine):
         returned.close()
     raise InputError(
-        f"a scorer must return a bool, 0 or 1, a number from 0 to 1, or a dict of such by name, "
-        f"got {returned!r} from {what}; return one of these"
+        f"a scorer must return a bool, 0 or 1, a number from 0 to 1, or a dict of such by name "
+        f"(text of one line), got {returned!r} from {what}; return one of these"
         + (", from a function without async" if isinstance(returned, Awaitable) else "")
     )
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and name.strip() != ""
 
 
 def _rate(value: Any) -> float | None:

@@ -13,6 +13,8 @@ _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _ACCENTS_OF_CASE = re.compile("(?<=[α-ω])\u0301|(?<=i)\u0307")
 _BEFORE_PERCENT = re.compile(r"(?<=\d) (?=%)")
+_EMPHASIS = re.compile(r"(?<!\w)_+|_+(?!\w)")
+_AROUND_ITEMS = re.compile(r"(?<=[\[({,]) | (?=[\])},])")
 _THOUSANDS = re.compile(r"(?<![\d.,'])[1-9]\d{0,2}([,'])\d{3}(?:\1\d{3})*(?![\d,'])")
 
 _FINAL = ".!?,;:。、؟،؛۔।॥።။၊។៕։·"
@@ -46,6 +48,11 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", _ACCENTS_OF_CASE.sub("", text))
 
 
+def unemphasised(text: str) -> str:
+    """Without underscores around words: ``_42_`` is 42, and ``x_2`` stays."""
+    return _EMPHASIS.sub("", text)
+
+
 def bare(text: str) -> str:
     """Normalised, without thousands separators, final punctuation, and quotes or markup around."""
     text, before = _together(normalised(text)), None
@@ -58,9 +65,13 @@ def bare(text: str) -> str:
 def holds(text: str, phrase: str) -> bool:
     """Whether the phrase stands in the text, as words of its own where its script has spaces.
 
-    Case is ignored, but not of a phrase in capitals alone: IT is another word than it.
+    Case is ignored, but not of a phrase in capitals alone: IT is another word than it. So are the
+    spaces of a list in brackets.
     """
-    text, phrase = _together(normalised(text)), bare(phrase)
+    text, phrase = normalised(text), bare(phrase)
+    if any(bracket in phrase for bracket in "[({"):
+        text, phrase = (_AROUND_ITEMS.sub("", t) for t in (text, phrase))
+    text, phrase = _together(text), _together(phrase)
     if not phrase.isupper():
         text, phrase = folded(text), folded(phrase)
     for found in re.finditer(f"(?={re.escape(phrase)})", text):
@@ -97,6 +108,8 @@ def _runs_on(edge: str, beyond: str, rightwards: bool = False) -> bool:
     """Whether the word of the character `edge` goes on; `beyond`: the next two, outwards."""
     if rightwards and beyond[:1] in ("+", "#"):  # C++, C#, A+
         return True
+    if not (edge.isalnum() or edge == "_" or unicodedata.category(edge).startswith("M")):
+        return False
     if edge.isdecimal() and beyond[:1] in tuple(".,:/"):
         return beyond[1:].isdecimal()
     neighbour = beyond.replace("_", "")[:1] if beyond[:1] == "_" else beyond[:1]

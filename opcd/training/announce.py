@@ -50,7 +50,7 @@ def step_note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
     found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
     losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
     text = (
-        f"{', '.join(losses)}, {metrics['completion_tokens_mean']:.1f} tokens "
+        f"{', '.join(losses)}, {metrics['mean_completion_tokens']:.1f} tokens "
         f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
     )
     return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from opcd.evaluation.score import teacher_of
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
 from opcd.tasks.prepare import Setup
-from opcd.teacher import SharedPrefixTeacher
+from opcd.teacher import SharedPrefixTeacher, teacher_of
 from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
 from opcd.training.sources import OnPolicy, PartlyGuided, Source
@@ -45,7 +44,7 @@ def build_distiller(setup: Setup) -> Distiller:
         teacher_model = setup.load(config.teacher or config.model)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher = teacher_of(teacher_model, setup, frozen=frozen)
+    teacher = teacher_of(teacher_model, setup.task.prefixes, config, frozen)
     plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
     student.eval()
     with autocast(setup.device, setup.dtype):

@@ -8,7 +8,7 @@ from typing import Any
 from opcd.config import TrainConfig
 from opcd.config.settings import gather
 from opcd.errors import InputError
-from opcd.evaluation.score import Scored, score, write_scored
+from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from opcd.runtime.files import free_name, make_folder
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -21,7 +21,7 @@ def evaluate_run(
     distilled: str | None = None,
     save_to: str | None = None,
     progress: Progress | None = None,
-) -> tuple[Path, Scored]:
+) -> tuple[Path, Evaluation]:
     """Score `distilled` (default: the run's final model; "none": only base and prompted).
 
     Returns the folder that was written to, and the scorecard.
@@ -50,21 +50,26 @@ def evaluate_run(
         target = run / f"eval-{data}" if changed else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
-    target = make_folder(
-        Path(save_to) if save_to else target if target == run else free_name(target)
-    )
+    wanted = Path(save_to) if save_to else target
+    own = target == run and wanted.resolve() == run.resolve()
+    if not own and (wanted / "metrics.jsonl").is_file():
+        raise InputError(
+            f"save_to must not be the folder of a run, whose scorecard this one would replace, got "
+            f"{save_to!r}; choose another"
+        )
+    target = make_folder(wanted if save_to or target == run else free_name(target))
     for line in [*setup.prompt_lines, *notes(setup)]:
         progress.say(line)
     if changed:
         progress.say(f"note      not as in training: {', '.join(changed)}")
     try:
-        scored = score(setup, None if path == "none" else path, progress, selection)
+        found = evaluate(setup, None if path == "none" else path, progress, selection)
     except BaseException:
         with contextlib.suppress(OSError):
             target.rmdir()  # if nothing is in it
         raise
-    write_scored(target, scored, setup)
-    return target, scored
+    write_evaluation(target, found, setup)
+    return target, found
 
 
 def _check_same_prompts(

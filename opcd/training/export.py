@@ -10,7 +10,7 @@ from peft import PeftModel
 from opcd.errors import InputError
 from opcd.models.by_name import ADAPTER_CONFIG, load_model
 from opcd.models.files import ModelFiles
-from opcd.runtime.files import write_folder, write_json
+from opcd.runtime.files import read_metrics, write_folder, write_json
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import ADAPTER_WEIGHTS, checkpoint_of
 from opcd.training.model_writer import ModelWriter
@@ -29,7 +29,7 @@ def export(
     step = best["step"] or steps_done
     checkpoint = checkpoint_of(folder / "checkpoints", step)
     selection = {
-        "how": _how(best, step, steps_done),
+        "how": _how(best, step, steps_done, folder / "metrics.jsonl"),
         "step": step,
         "steps_done": steps_done,
         "fingerprint": setup.fingerprint,
@@ -102,9 +102,14 @@ def _copy_adapter(checkpoint: Path, target: Path, base: str) -> None:
     shutil.copyfile(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
 
 
-def _how(best: dict[str, Any], step: int, steps: int) -> str:
+def _how(best: dict[str, Any], step: int, steps: int, metrics: Path) -> str:
     if best["step"] is None:
         return f"step {step}, the last (no validation data)"
+    if sum("validation" in row for row in read_metrics(metrics)) == 1:
+        return (
+            f"step {step} of {steps}, the only one validated (accuracy {best['accuracy']:.1%}): "
+            f"none was chosen"
+        )
     return (
         f"step {step} of {steps}, chosen on validation data by accuracy "
         f"({best['accuracy']:.1%}), then divergence"

@@ -78,7 +78,7 @@ class Distiller:
         return {
             "step": self.steps_done,
             **metrics,
-            "completion_tokens_mean": sum(lengths) / len(lengths),
+            "mean_completion_tokens": sum(lengths) / len(lengths),
             "truncated_share": sum(e.finish == "length" for e in episodes) / len(episodes),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,

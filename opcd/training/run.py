@@ -11,11 +11,10 @@ from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.evaluation.contenders import Answer, greedy_answers
-from opcd.evaluation.report import read_metrics
-from opcd.evaluation.score import Scored, score, write_scored
+from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.files import ModelFiles
-from opcd.runtime.files import write_jsonl
+from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
@@ -42,7 +41,7 @@ class Outcome(NamedTuple):
     folder: Path
     steps_done: int
     stopped: str | None  # why it ended before it was exported; its checkpoint is saved
-    scored: Scored | None  # where there is test data, and it was not scored before
+    evaluation: Evaluation | None  # where there is test data, and not scored before
 
 
 def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Outcome:
@@ -62,9 +61,8 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         outcome, best, writer = _fit(setup, folder, resume, progress)
         if outcome.stopped:
             return outcome
-        export(
-            setup, writer, folder, best, outcome.steps_done
-        )  # what was trained is out of memory by now
+        # What was trained is out of memory by now.
+        export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
     if finished and (_is_scored(folder) or not config.test_data):
         more = "; more --steps would prolong it" if config.schedule == "constant" else ""
@@ -72,9 +70,9 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         return outcome
     if not config.test_data:
         return outcome
-    scored = score(setup, str(folder / "final"), progress, read_selection(folder))
-    write_scored(folder, scored, setup)
-    return outcome._replace(scored=scored)
+    found = evaluate(setup, str(folder / "final"), progress, read_selection(folder))
+    write_evaluation(folder, found, setup)
+    return outcome._replace(evaluation=found)
 
 
 def _is_scored(folder: Path) -> bool:

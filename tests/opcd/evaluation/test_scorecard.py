@@ -1,6 +1,7 @@
 """The scorecard's numbers."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,18 +12,29 @@ import pytest
 import torch
 
 from opcd.config import TrainConfig
+from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender, greedy_answers
-from opcd.evaluation.report import before_after, read_metrics, scorecard_facts, scorecard_table
-from opcd.evaluation.score import Scored, score
-from opcd.evaluation.scorecard import accuracy, internalised, scorecard, wilson_interval
+from opcd.evaluation.evaluate import Evaluation, evaluate
+from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
+from opcd.evaluation.scorecard import (
+    accuracy,
+    classes_of,
+    internalised,
+    scorecard,
+    wilson_interval,
+)
 from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
-from opcd.rollouts.protocol import Rollout, SamplingParams
+from opcd.passes.plan import find_plan
+from opcd.rollouts.choice import build_engine
+from opcd.rollouts.noise import HELD_OUT
+from opcd.rollouts.protocol import Rollout, SamplingParams, complete
+from opcd.runtime.files import read_metrics
 from opcd.runtime.progress import Progress
-from opcd.scoring.scorers import Score, Scorer
+from opcd.scoring.scorers import Score, Scorer, load_scorer
 from opcd.tasks.prepare import Setup, prepare
-from opcd.tasks.task import Case
+from opcd.tasks.task import Case, spread
 from opcd.training.evaluate import evaluate_run
 from opcd.training.run import train
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
@@ -52,7 +64,7 @@ def test_internalised() -> None:
 
 
 @pytest.fixture
-def scored(settings: dict, tmp_path: Path) -> Scored:
+def evaluation(settings: dict, tmp_path: Path) -> Evaluation:
     """A model that always says "a" and stops, against one that never stops."""
     setup = prepare(TrainConfig(**settings))
     distilled = load_model(setup.config.model, torch.float32)
@@ -68,12 +80,18 @@ def scored(settings: dict, tmp_path: Path) -> Scored:
         distilled.lm_head.weight[letter] = embed[newline] * 10
         distilled.lm_head.weight[eos_token_ids(distilled)[0]] = embed[letter] * 10
     distilled.save_pretrained(tmp_path / "distilled")
-    return score(setup, str(tmp_path / "distilled"), Progress())
+    return evaluate(setup, str(tmp_path / "distilled"), Progress())
 
 
-def test_scorecard(scored: Scored) -> None:
-    card, answers = scored
+def test_scorecard(evaluation: Evaluation, settings: dict) -> None:
+    card, answers = evaluation
     assert json.loads(json.dumps(card)) == card
+    assert [card[name] for name in ("context", "model", "teacher")] == [
+        settings["context"],
+        settings["model"],
+        settings["model"],
+    ]
+    assert card["distilled"].endswith("/distilled")
     names = ["base", "prompted", "distilled", "distilled_prompted"]
     assert list(card["contenders"]) == names, "in the order in which people read them"
     distilled = card["contenders"]["distilled"]
@@ -144,9 +162,13 @@ def test_rates_of_classes_are_balanced(settings: dict) -> None:
     }
     assert column["balanced_accuracy"] == pytest.approx(2 / 3)
     assert rows[2]["it_rates"] == {"others": 0.0}
-    heading, row = scorecard_table(card).splitlines()[-2:]
-    assert heading.split() == ["cats", "(1)", "others", "(3)", "balanced"]
-    assert row.split() == ["it", "100.0%", "33.3%", "66.7%"]
+    table = [line.split() for line in scorecard_table(card).splitlines()[-4:]]
+    assert table == [
+        ["it"],
+        ["cats", "(1)", "100.0%"],
+        ["others", "(3)", "33.3%"],
+        ["balanced", "66.7%"],
+    ]
 
 
 def test_few_answers_are_classes(settings: dict) -> None:
@@ -166,10 +188,61 @@ def test_few_answers_are_classes(settings: dict) -> None:
     assert found["rates"] == {"a": {"mean": 1.0, "n": 15}, "b": {"mean": 0.0, "n": 5}}
     assert found["balanced_accuracy"] == 0.5
     assert "rates" not in columns(rows[:19]), "a class of four"
+    assert "rates" not in columns(rows[:15]), "one class"
+    assert classes_of([]) is None
     spelled = [r | {"answer": "A."} if i < 7 else r for i, r in enumerate(rows)]
     assert columns(spelled)["rates"]["a"]["n"] == 15, "spellings of one label are one class"
     assert "rates" not in columns([*rows, {"prompt": "n 20", "answer": ["a", "b"]}])
     assert "rates" not in columns([r | {"answer": f"{i % 11}"} for i, r in enumerate(rows)])
+
+
+def test_names_cannot_break_a_table(settings: dict) -> None:
+    test = Path(settings["test_data"])
+    names = ["a" * 60, "two\nlines", "a|b", "\x1b[31mred"]
+    write_jsonl(test, [{"prompt": f"n {i}", "answer": names[i % 4]} for i in range(20)])
+    task = prepare(TrainConfig(**settings)).task
+    given = {"it": [Answer("a", 1, "stop", "a")] * 20}
+    columns, _ = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    table = scorecard_table({"contenders": columns}).splitlines()
+    shown = [line.removesuffix("0.0%").rstrip() for line in table[-5:-1]]
+    assert shown == ["[31mred (5)", "a" * 39 + "… (5)", "a|b (5)", "two lines (5)"]
+
+
+def test_answers_that_name_several_labels_are_counted(settings: dict) -> None:
+    """Of `contains`, which finds them right; a label within the right one is no other."""
+    test = Path(settings["test_data"])
+    labels = ["refund", "refund status", "delivery"]
+    rows = [{"prompt": f"n {i}", "answer": labels[i % 3]} for i in range(15)]
+    said = {"refund": "refund, delivery", "refund status": "Refund status.", "delivery": "refund"}
+
+    def share(rows: list[dict], scorer: str = "contains") -> float:
+        write_jsonl(test, rows)
+        cases = prepare(TrainConfig(**settings)).task.test
+        texts = [said.get(case.example.answers[0], "refund, delivery") for case in cases]
+        given = {"it": [Answer(text, 1, "stop", text) for text in texts]}
+        contender = Contender("it", "says", list)
+        columns, _ = scorecard([contender], given, cases, load_scorer(scorer))
+        return columns["it"].get("several_labels_share", 0)
+
+    assert share(rows) == pytest.approx(1 / 3)
+    assert share(rows, "regex:(refund)") == 0
+    assert share(rows[:14]) == 0, "too few of each for labels"
+    assert share([*rows, {"prompt": "n 15", "answer": ["refund", "delivery"]}]) == 0
+    said["refund"] = "refund"
+    assert share(rows) == 0
+
+
+def test_answers_name_their_context(settings: dict, tmp_path: Path) -> None:
+    contexts = {"bank": "Answer with one letter.", "shop": "Answer with two letters."}
+    (tmp_path / "contexts.json").write_text(json.dumps(contexts))
+    for name in ("prompts", "validation_data", "test_data"):
+        rows = [json.loads(line) for line in Path(settings[name]).read_text().splitlines()]
+        rows = [row | {"context": ["bank", "shop"][i % 2]} for i, row in enumerate(rows)]
+        write_jsonl(Path(settings[name]), rows)
+    task = prepare(TrainConfig(**settings | {"context": str(tmp_path / "contexts.json")})).task
+    given = {"it": [Answer("a", 1, "stop", "a")] * 4}
+    _, rows = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    assert [row["context"] for row in rows] == ["bank", "shop", "bank", "shop"]
 
 
 def test_rates_of_every_item_are_not_balanced(settings: dict) -> None:
@@ -210,6 +283,86 @@ def test_remarks_on_the_data_reach_people(
     train(replace(config, steps=1, test_data=None), progress=heard)
     wanted = "note      scorer python:scorer_of_labels:f finds 3 of 3 accepted"
     assert any(line.startswith(wanted) for line in heard.said)
+
+
+def divergence_in_full(setup: Setup, student: object, teacher: object, cases: list[Case]) -> float:
+    """Mean over all sampled tokens, by whole sequences and all logits."""
+    engine = build_engine("generate", student, 32, find_plan(student, setup.task.a_prefix))
+    params = SamplingParams(setup.config.max_completion_tokens, setup.config.temperature)
+    episodes = complete(engine, [c.prompt for c in cases], params, setup.config.seed, HELD_OUT)
+    found = []
+    for episode in episodes:
+        count = len(episode.scored_ids)
+        both = (
+            (student, episode.student_ids),
+            (teacher, [*setup.task.a_prefix, *episode.teacher_ids]),
+        )
+        ours, theirs = (
+            model(torch.tensor([ids])).logits[0, -count - 1 : -1].log_softmax(-1)
+            for model, ids in both
+        )
+        found.append((ours.exp() * (ours - theirs)).sum(-1))
+    assert len({len(kl) for kl in found}) > 1, "else a mean of means is the same"
+    return torch.cat(found).mean().item()
+
+
+@torch.no_grad()
+def test_the_divergence_is_that_of_all_tokens_of_the_prompts_to_the_teacher(settings: dict) -> None:
+    """In the scorecard and in validation."""
+    folder = Path(settings["output_dir"]).parent
+    for seed, name in enumerate(("model", "teacher")):
+        ends = list(range(1, 60))  # so that completions have several lengths
+        tiny_llama(seed, eos_token_id=ends).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        settings[name] = str(folder / name)
+    setup = prepare(TrainConfig(**settings | {"divergence_prompts": 3}))
+    base, teacher = (load_model(settings[name], torch.float32) for name in ("model", "teacher"))
+    test = setup.task.test
+    card = evaluate(setup, None, Progress()).card
+    expected = divergence_in_full(setup, base, teacher, [test[0], test[1], test[2]])
+    assert card["divergence"]["before"] == pytest.approx(expected, rel=1e-4)
+    assert card["divergence"]["prompts"] == 3
+    assert card["teacher"] == settings["teacher"]
+
+    config = TrainConfig(**settings | {"steps": 1, "test_data": None})
+    with torch.enable_grad():
+        train(config)
+    run = Path(settings["output_dir"])
+    (metrics,) = read_metrics(run / "metrics.jsonl")
+    student = load_model(str(run / "final"), torch.float32)
+    expected = divergence_in_full(setup, student, teacher, setup.task.validation)
+    assert metrics["validation"]["divergence"] == pytest.approx(expected, rel=1e-4)
+    selection = json.loads((run / "final" / "selection.json").read_text())
+    assert selection["how"].startswith("step 1 of 1, the only one validated (accuracy ")
+
+
+def test_an_evaluation_names_files_that_are_there(settings: dict, tmp_path: Path) -> None:
+    folder, _ = evaluate_run(TrainConfig(**settings), "none")
+    assert folder == tmp_path / "run" / "eval-none-test"
+    named = re.findall(r"`(\w+\.\w+)`", (folder / "report.md").read_text(encoding="utf-8"))
+    assert named == ["answers.jsonl", "config.yaml"]
+    assert all((folder / name).is_file() for name in named)
+    assert gather({}, folder / "config.yaml").model == settings["model"]
+    (folder / "metrics.jsonl").write_text("{}\n")  # as if it were a run
+    with pytest.raises(InputError, match="must not be the folder of a run, whose scorecard"):
+        evaluate_run(TrainConfig(**settings), "none", str(folder))
+
+
+def test_a_distilled_model_of_another_tokenizer_is_refused(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, with two tokens exchanged; before weights are loaded."""
+    shutil.copytree(settings["model"], tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    setup = prepare(TrainConfig(**settings))
+    monkeypatch.setattr(Setup, "load", None)  # it must not be called
+    message = "distilled model and base must share one tokenizer, got 258 and 258 tokens of which 4"
+    with pytest.raises(InputError, match=message):
+        evaluate(setup, str(tmp_path / "other"), Progress())
 
 
 def test_what_a_model_is_given_is_said_and_must_be_what_it_was_trained_on(settings: dict) -> None:
@@ -270,7 +423,7 @@ def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.Mo
     monkeypatch.setattr(Setup, "load", watched)
     copy = Path(settings["output_dir"]).parent / "copy"
     shutil.copytree(settings["model"], copy)
-    score(setup, str(copy), Progress())
+    evaluate(setup, str(copy), Progress())
     assert len(alive) == 2
     assert not any(ref() is not None for ref in alive)
 
@@ -302,26 +455,97 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
     assert accuracy(answers[:3], setup.task.test[:3], scorer) == pytest.approx(1 / 3)
 
 
-def test_what_people_read(scored: Scored) -> None:
-    card, answers = scored
+def test_what_people_read(evaluation: Evaluation) -> None:
+    card, answers = evaluation
     table = scorecard_table(card)
     assert "25.0%" in table
     assert "4.6% – 69.9%" in table
-    facts = " ".join(scorecard_facts(card))
-    assert "nothing to take over" in facts
-    assert f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}" in facts
+    assert "nothing to take over" in " ".join(scorecard_facts(card))
     shown = before_after(answers)
     assert shown.count("distilled") == 4
     assert "✓ distilled  a" in shown
 
 
-def test_a_prompt_whose_answers_are_cut_is_said(scored: Scored) -> None:
-    column = scored.card["contenders"]["prompted"]
-    for share, said in ((0.5, False), (0.96, True)):
-        column["truncated_share"] = share
-        facts = scorecard_facts(scored.card)
-        assert any("of the prompted answers were cut" in fact for fact in facts) is said
-    assert "96% of the prompted answers were cut: raise max_completion_tokens" in " ".join(facts)
+def a_card(**accuracies: float) -> dict:
+    columns = {
+        name: {
+            "meaning": "",
+            "accuracy": accuracy,
+            "accuracy_interval_95": wilson_interval(100 * accuracy, 100),
+            "n": 100,
+            "truncated_share": 0.0,
+        }
+        for name, accuracy in accuracies.items()
+    }
+    return {
+        "contenders": columns,
+        "internalised": 0.925,
+        "divergence": {"before": 1.294, "after": 0.217, "prompts": 48},
+        "prompt_tokens_saved": 678.4,
+        "decoding": {"temperature": 0.0, "max_completion_tokens": 12},
+        "data": {"part": "test", "file": "test.jsonl"},
+        "selection": {"how": "step 30 of 50"},
+    }
+
+
+def test_every_fact_has_its_number() -> None:
+    card = a_card(base=0.1, prompted=0.5, distilled=0.47, distilled_prompted=0.4)
+    columns = card["contenders"]
+    for name, share in (("base", 0.97), ("prompted", 0.5), ("distilled", 0.51)):
+        columns[name]["truncated_share"] = share
+    columns["prompted"]["reasoning_share"] = 0.25
+    columns["base"]["several_labels_share"] = 0.31
+    assert scorecard_facts(card) == [
+        "the prompt: 10.0% → 50.0%, a gain beyond both 95 % intervals: there is something to "
+        "distil",
+        "internalised: 92.5% of what the prompt gained is now in the weights",
+        "most answers were cut (base 97%, distilled 51%): raise max_completion_tokens, or look at "
+        "what ends an answer there",
+        "answers that hold the right label and others of the data, which contains finds right "
+        "(base 31%): the scorers exact, choice and regex do not",
+        "divergence to the teacher on 48 held-out prompts: 1.294 → 0.217 nats a token",
+        "prompt tokens saved a request: 678",
+        "scored on test data: test.jsonl",
+        "tokens: mean length of an answer; cut: share that reached max_completion_tokens (12)",
+        "answers with reasoning, which is not judged: prompted 25%",
+        "checkpoint: step 30 of 50",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "prompted", "verdict"),
+    [
+        (0.1, 0.5, "a gain beyond both 95 % intervals: there is something to distil"),
+        (0.5, 0.6, "within what 100 requests leave to chance: mend the prompt or measure on more"),
+        (0.5, 0.1, "a loss beyond both 95 % intervals: mend the prompt before it is distilled"),
+    ],
+)
+def test_what_a_prompt_is_worth_before_anything_is_distilled(
+    base: float, prompted: float, verdict: str
+) -> None:
+    card = a_card(base=base, prompted=prompted) | {"internalised": None}
+    card["divergence"]["after"] = None
+    facts = scorecard_facts(card)
+    assert facts[0] == f"the prompt: {base:.1%} → {prompted:.1%}, {verdict}"
+    expected = "divergence to the teacher on 48 held-out prompts: 1.294 nats a token"
+    assert facts[1] == expected
+
+
+def test_prompts_before_and_after_are_spread_over_the_file() -> None:
+    rows = [
+        {"prompt": [{"content": f"n {i}"}], "base": f"b {i}", "base_right": i % 2 == 0}
+        for i in range(12)
+    ]
+    shown = [line.split() for line in before_after(rows).splitlines()]
+    assert shown[::2] == [["n", str(i)] for i in (0, 2, 4, 7, 9)]
+    assert shown[1::2] == [["✗" if i % 2 else "✓", "base", "b", str(i)] for i in (0, 2, 4, 7, 9)]
+    assert [line.split()[1] for line in before_after(rows[:3]).splitlines()[::2]] == list("012")
+
+
+def test_spread_takes_evenly_from_the_whole_file() -> None:
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread(list(range(3)), 3) == [0, 1, 2]
+    assert spread(list(range(3)), 4) == [0, 1, 2]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ LABEL = r"regex:label=(\w+)"
         ("exact", "10³", ["103"], False),
         ("exact", "İZMİR", ["izmir"], True),
         ("exact", "sí", ["si"], False),
+        ("exact", "‘refund’", ["refund"], True),
+        *(("exact", f"don{mark}t know", ["don't know"], True) for mark in "‘’‛′´＇ʼ׳"),
+        ("exact", "don‚t know", ["don't know"], True),
+        ("exact", "dont know", ["don't know"], False),
         ("contains", "It is MUSIC, surely", ["weather", "music"], True),
         ("contains", "musical", ["music"], False),
         ("contains", "the snake_music case", ["music"], False),
@@ -46,6 +50,13 @@ LABEL = r"regex:label=(\w+)"
         ("contains", "Ask I.T. again", ["IT"], False),
         ("contains", "the grade is A+", ["A"], False),
         ("contains", "the grade is A+", ["A+"], True),
+        ("contains", "so x=[1,2,3]", ["[1,2,3]"], True),
+        ("contains", "list[1,2,3]", ["[1,2,3]"], True),
+        ("contains", "[1, 2, 3]", ["[1,2,3]"], True),
+        ("contains", "[1, 200, 300]", ["[1,200,300]"], True),
+        ("contains", "[1, 2, 3, 4]", ["[1,2,3]"], False),
+        ("contains", "[1, 23]", ["[1, 2]"], False),
+        ("contains", "it is f(x)", ["(x)"], True),
         # numbers inside
         ("contains", "costs 3.50 now", ["3.50"], True),
         ("contains", "costs 3.5 now", ["3.50"], True),
@@ -127,6 +138,20 @@ LABEL = r"regex:label=(\w+)"
         ("number", "1½ cups", ["1.5"], True),
         ("number", r"so \boxed{\frac{3}{4}}", ["0.75"], True),
         ("number", "on 24/12/2024", ["2024"], False),
+        ("number", r"\boxed{1{,}000}", ["1000"], True),
+        ("number", r"1,\!000", ["1000"], True),
+        ("number", r"10\,000 of 10~500", ["10500"], True),
+        ("number", r"10\,000", ["10000"], True),
+        ("number", r"\frac12", ["0.5"], True),
+        ("number", r"-\dfrac 1{2}", ["-0.5"], True),
+        ("number", r"1\frac{1}{2}", ["1.5"], True),
+        ("number", r"3 \times 10^{5}", ["300000"], True),
+        ("number", r"\$5", ["5"], True),
+        ("number", "_42_", ["42"], True),
+        ("number", "__42__", ["42"], True),
+        ("number", "**42**", ["42"], True),
+        ("number", "x_42", ["42"], False),
+        ("contains", "it is _42_, surely", ["42"], True),
         ("number", "vitamin B12", ["12"], False),
         ("number", "forty-two", ["42"], False),
         ("number", "9^999999999", ["9"], False),
@@ -155,6 +180,30 @@ LABEL = r"regex:label=(\w+)"
         ("choice", "答案是B。", ["B"], True),
         ("choice", "Ответ: Б", ["Б"], True),
         ("choice", "Refund", ["B"], False),
+        ("choice", "Answer: b", ["B"], True),
+        ("choice", "Answer: __B__", ["B"], True),
+        ("choice", "**Answer:** b\nIt is late.", ["B"], True),
+        ("choice", "the answer is option b.", ["B"], True),
+        ("choice", "The answer is b because it fits", ["B"], True),
+        ("choice", r"\boxed{b}", ["B"], True),
+        ("choice", "Ответ: б", ["Б"], True),
+        ("choice", "Answer: a refund", ["A"], False),
+        ("choice", "Answer: b or c", ["B"], False),
+        ("choice", "Answer, e.g. this one: B", ["B"], True),
+        ("choice", "b. Paris", ["B"], True),
+        ("choice", "(b) Paris", ["B"], True),
+        ("choice", "It is (b)", ["B"], True),
+        ("choice", "the apple(s)", ["S"], False),
+        ("choice", "b\n\nIt is late.", ["B"], True),
+        ("choice", "a. early\nb. late", ["A"], False),
+        ("choice", "A\nrefund", ["A"], True),
+        ("choice", "B, not A", ["B"], True),
+        ("choice", "Not A or C, but B", ["B"], True),
+        ("choice", "B is right, (A) is wrong", ["B"], True),
+        ("choice", "The answer is not A", ["A"], False),
+        ("choice", "The answer is not A. It is B", ["B"], True),
+        ("choice", "Neither A nor B", ["A"], False),
+        ("choice", "答案不是A，是B", ["B"], True),
         # json
         ("json", '{"b": [1, 2], "a": 1.0}', ['{"a":1,"b":[1,2.0]}'], True),
         ("json", '```json\n{"a": 1}\n```', ['{"a": 1}'], True),
@@ -214,6 +263,12 @@ def test_built_in_scorers(spec: str, completion: str, answers: list[str], right:
         (r"regex:(?:is|=) ?(?P<label>[\w()]+)[)]", "taxi", None),
         (r"regex:(?:is|=) ?(?P<label>[\w()]+)[)]", "a taxi", "finds nothing"),
         (r"regex:\w+", "two words", "finds 'two' in it"),
+        (r"regex:\w+(?=\.)", "taxi", None),
+        (r"regex:(?<=label: )\w+", "taxi", None),
+        (r"regex:label: (\w+)(?!\w)", "a taxi", "finds nothing"),
+        ("regex:(?x) label= # the (one)\n (\\w+)", "taxi", None),
+        ("regex:(?x) label=[#] (\\w+)", "a taxi", "finds nothing"),
+        (r"regex:label(?# a (one)=(\w+)", "taxi", None),
     ],
 )
 def test_answers_that_can_never_be_right(spec: str, answer: str, fault: str | None) -> None:
@@ -252,6 +307,20 @@ def test_a_thought_without_end_is_wrong_whatever_a_function_says(write_scorer: C
     score = load_scorer(f"python:{name}:polite")
     assert score("", ["x"]) == (1.0, {"polite": 1.0})
     assert score("<think>hm", ["x"]) == (0.0, {"polite": 0.0})
+
+
+def test_rates_have_the_same_names_whatever_the_completion(write_scorer: Callable) -> None:
+    """Else each would be a mean over the completions that reached it: 100 %."""
+    score = load_scorer(f"python:{write_scorer('def f(c, a): return {c or a[0]: True}')}:f")
+    assert score("", ["x"]) == (1.0, {"x": 1.0})
+    assert score("", ["y"]) == (1.0, {"y": 1.0}), "another class"
+    message = r"got \['x'\] and for 'said' \['said'\], both for \['x'\]; give 0 to a rate"
+    with pytest.raises(InputError, match=message):
+        score("said", ["x"])
+    some = load_scorer(f"python:{write_scorer('def f(c, a): return {c: 1} if c else 1', 'b')}:f")
+    assert some("", ["x"]) == (1.0, {})
+    with pytest.raises(InputError, match=r"got \[\] and for 'said' \['said'\]"):
+        some("said", ["x"])
 
 
 def test_a_module_that_is_broken(write_scorer: Callable) -> None:
@@ -293,6 +362,9 @@ def test_what_a_function_may_return(write_scorer: Callable, returned: str, score
         "{'score': 'good'}",
         "{'a': {'b': 1}}",
         "{1: 1}",
+        "{'': 1}",
+        "{' ': 1}",
+        "{'two\\nlines': 1}",
         "numpy.array([1.0])",
         "numpy.str_('yes')",
         "torch.tensor([1.0])",
@@ -320,12 +392,13 @@ def test_an_async_function_is_refused(write_scorer: Callable) -> None:
 
 
 def test_a_function_that_asks_for_the_raw_completion(write_scorer: Callable) -> None:
-    code = "def f(completion, answers, raw): return {completion or 'nothing': '<|call|>' in raw}\n"
+    code = "def f(c, a, raw): return {'calls': '<|call|>' in raw, 'says': c == 'say'}\n"
     score = load_scorer(f"python:{write_scorer(code)}:f")
-    assert score("say", ["x"], "say<|call|>") == (1.0, {"say": 1.0})
-    assert score("say", ["x"], "say<|im_end|>") == (0.0, {"say": 0.0})
-    assert score("<think>say", ["x"], "<think>say<|call|>") == (1.0, {"nothing": 1.0})
-    assert score("<|call|>", ["x"]) == (1.0, {"<|call|>": 1.0})
+    assert score("say", ["x"], "say<|call|>") == (1.0, {"calls": 1.0, "says": 1.0})
+    assert score("say", ["x"], "say<|im_end|>") == (0.5, {"calls": 0.0, "says": 1.0})
+    thought = score("<think>say", ["x"], "<think>say<|call|>")
+    assert thought == (0.5, {"calls": 1.0, "says": 0.0})
+    assert score("<|call|>", ["x"]) == (0.5, {"calls": 1.0, "says": 0.0})
 
 
 @pytest.mark.parametrize(

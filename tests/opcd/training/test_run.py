@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.cli import main
-from opcd.evaluation.report import read_metrics
 from opcd.objective import Targets
+from opcd.runtime.files import read_metrics
 from opcd.training.checkpoint import list_checkpoints
 from tests.conftest import in_groups, write_jsonl
 
