@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "init":
         from opcd.starter import write_starter
 
-        config = write_starter(Path(arguments.folder))
-        print(f"written: a small task. Distil it:\n  opcd train --config {config}")
+        written = write_starter(Path(arguments.folder))
+        print(f"written: a small task. Distil it:\n  opcd train --config {written}")
         return 0
     if arguments.command == "chat":
         return _chat(arguments)
@@ -217,7 +217,8 @@ def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None
                 metavar=_metavar(KINDS[name]),
                 default=argparse.SUPPRESS,
                 help=f"{texts[name]}{shown}".replace("%", "%%"),
-                **({"nargs": "?", "const": "true"} if KINDS[name] is bool else {}),
+                nargs="?" if KINDS[name] is bool else None,
+                const="true",
             )
 
 

@@ -50,7 +50,8 @@ def gather(
     if preset is not None:
         layers.insert(0, (f"preset {preset}", _preset(preset)))
     layers.append((caller, _located(converted(given, caller), Path.cwd())))
-    values, origins = {}, {}
+    values = {}
+    origins: dict[str, str] = {}
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)

@@ -405,7 +405,7 @@ def test_what_a_model_is_given_is_said_and_must_be_what_it_was_trained_on(settin
     _, found = evaluate_run(TrainConfig(**settings))
     assert "selection" not in found.card
     (moved / "config.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(InputError, match=r"config\.yaml must hold the settings of a run"):
+    with pytest.raises(InputError, match=r"config\.yaml must hold a configuration as YAML"):
         evaluate_run(TrainConfig(**settings))
 
 

@@ -409,8 +409,9 @@ def test_a_function_that_asks_for_the_raw_completion(write_scorer: Callable) -> 
         ("regex:(", "valid regular expression"),
         ("regex:(a)(b)", r"at most one group.*got 2"),
         ("python:no_such_module_here:f", "importable module"),
-        ("python:one.py:f", "write python:one:f"),
-        ("python:folder/one.py:", "write python:folder.one:function"),
+        ("python:one.py:f", "one.py is not there"),
+        ("python:folder/one.py:", "must name a file and a function, python:FILE.py:function"),
+        ("python:one", "must name a file and a function, python:FILE.py:function"),
         ("python:time:f", r"function of time \(built in\), which has no 'f'"),
     ],
 )

@@ -49,7 +49,7 @@ def test_fields_of_training_change_nothing(settings: dict, monkeypatch: pytest.M
     alone = set(FIELDS) - MEASURING
     assert OTHERWISE.keys() == alone
     settings |= {"steps": 1}
-    first = train(TrainConfig(**settings)).scored
+    first = train(TrainConfig(**settings)).evaluation
     curves: list[str] = []
     draw = "opcd.evaluation.report.draw_curve"
     monkeypatch.setattr(draw, lambda _, __, divergence: curves.append(divergence))
