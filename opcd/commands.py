@@ -212,13 +212,13 @@ def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None
         for name in names:
             default = getattr(TrainConfig, name, None)
             shown = "" if default is None else f" (default: {default})"
+            switch: Any = {"nargs": "?", "const": "true"} if KINDS[name] is bool else {}
             options.add_argument(
                 f"--{name}",
                 metavar=_metavar(KINDS[name]),
                 default=argparse.SUPPRESS,
                 help=f"{texts[name]}{shown}".replace("%", "%%"),
-                nargs="?" if KINDS[name] is bool else None,
-                const="true",
+                **switch,
             )
 
 
