@@ -128,8 +128,9 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
     name = type(lm).__name__
     if not prefix.only_attention:
         raise UnsupportedModelError(
-            f"{name} must consist of attention alone to be packed, but has recurrent layers, whose "
-            f"state would pass from one sequence of a row to the next"
+            f"{name} must cache keys and values alone to be packed, but keeps other states "
+            f"({', '.join(prefix.other_layers)}), which would pass from one sequence of a row to "
+            f"the next"
         )
     if not getattr(lm, "_supports_attention_backend", False):
         raise UnsupportedModelError(
@@ -196,7 +197,7 @@ def _attend(
     new = [x[0].transpose(0, 1) for x in (query, key, value)]
     with torch.autocast(device, enabled=False):  # or scores and merge would be rounded
         out = packed_pass.attend(layer, new[0], new[1], new[2], shape)
-    return out[None], None
+    return out[None].contiguous(), None  # some models view it
 
 
 def _check_layer(
