@@ -85,6 +85,7 @@ class _SequencesPass:
         return prefix_attention(operands, self._packing, shape, self.backends[layer])
 
 
+@torch.compiler.disable
 def packed_pass(
     model: torch.nn.Module,
     input_ids: Tensor,  # (1, N), sequences one after another, as `packing` has them
@@ -97,11 +98,12 @@ def packed_pass(
     `store` is given each layer's keys and values of these tokens, without those of prefixes.
 
     Raises UnsupportedModelError if the model does not attend through `AttentionInterface`, or asks
-    for something that packed attention does not know.
+    for something that packed attention does not know. A compiled body runs uncompiled: attention is
+    Python here, and every packing would be compiled anew.
     """
     first = [0 if prefix is None else len(prefix) for prefix in prefixes]
     this = _SequencesPass(packing, prefixes, store)
-    with packed_attention(model):
+    with packed_attention(model), torch.compiler.set_stance("force_eager"):
         output = transformer(model)(
             input_ids=input_ids,
             position_ids=packing.positions(first)[None],

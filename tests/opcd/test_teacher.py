@@ -419,6 +419,18 @@ def test_gradients_through_the_packed_row_equal_those_of_each_sequence_alone(
         assert (a - e).norm() <= 2 * noise
 
 
+def test_a_packed_pass_leaves_a_compiled_body_uncompiled() -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+
+    def never(*_: object) -> Any:
+        raise AssertionError("every packing would be compiled anew")
+
+    model.model.compile(backend=never)
+    assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, expected)
+
+
 def test_threads_leave_the_attention_as_it_was() -> None:
     model = tiny_llama()
     teacher = SharedPrefixTeacher(model, PREFIX)
