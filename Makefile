@@ -6,6 +6,7 @@
 # make bench-compare   the same, held against what is stored for this device; RUN=file.json takes a run
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-export   exports read by transformers 4.57, in an environment of its own
+# make test-models   every causal LM of transformers that can be built tiny
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3
@@ -43,6 +44,7 @@ kernels: $(call READY,dev)
 	$(BIN)/python -m benchmarks.compiled_kernels
 
 test-models: $(call READY,dev)
+	rm -f build/models-sweep.json
 	$(BIN)/python -m tests.models_sweep
 
 test-export: $(call READY,test) $(ELSEWHERE)/export.ok

@@ -66,7 +66,9 @@ def test_the_notebook(settings: dict, capsys: pytest.CaptureFixture) -> None:
 def test_the_guide_for_trainers_from_top_to_bottom(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    model, needs, loop, accumulation, module, trainer, lora, autocast = snippets(GUIDE)
+    parts = snippets(GUIDE)
+    model, needs, loop, accumulation, module, micro_batches, _, trainer, lora, *mixed = parts
+    autocast, scaler, compiled = mixed
     names: dict = {}
     for code in (model, needs, loop):
         run(code, settings, names)
@@ -90,7 +92,9 @@ def test_the_guide_for_trainers_from_top_to_bottom(
 
     run(module, settings, names)
     assert names["out"].loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
-    names["student"].zero_grad()
+    run(micro_batches, settings, names)
+    difference = names["added_up"] - names["accumulated"]
+    assert difference.norm() < 1e-5 * names["accumulated"].norm()
 
     run(trainer, settings, names)
     history = names["trainer"].state.log_history
@@ -102,37 +106,73 @@ def test_the_guide_for_trainers_from_top_to_bottom(
     run(autocast, settings, names)
     assert names["out"].loss > 0
 
+    expected = gradients_of_the_guide(names)
+    run(scaler, settings, names)
+    found = names["unscaled"]
+    assert (found - expected["lm_head.weight"]).norm() < 5e-3 * found.norm()
+    assert names["scaler"].get_scale() == 2**16
+    expected = gradients_of_the_guide(names)
+    # Inductor would take a minute.
+    run(compiled.replace("dynamic=True", 'dynamic=True, backend="aot_eager"'), settings, names)
+    for name, p in names["student"].named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
+    assert names["student"].model._compiled_call_impl is not None
 
-def trained_weights(folder: str, rank: int, ranks: int, port: int = 0) -> None:
-    """The guide's Trainer in one of several processes, on the same examples in all; its weights."""
+
+def gradients_of_the_guide(names: dict) -> dict[str, torch.Tensor]:
+    """Of the guide's StudentLoss on all of its sequences, in fp32."""
+    targets = names["shared"].score(
+        names["prompts"], names["completions"], completion_mask=names["mask"]
+    )
+    names["student"].zero_grad()
+    names["loss"](names["ids"], targets, completion_mask=names["scored"]).loss.backward()
+    found = {name: p.grad.clone() for name, p in names["student"].named_parameters()}
+    names["student"].zero_grad()
+    return found
+
+
+def trained_weights(recipe: str, folder: str, rank: int, ranks: int, port: int = 0) -> None:
+    """A recipe in one of several processes, on the same examples in all; its weights."""
     os.chdir(folder)
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "localhost", **{k: str(v) for k, v in place.items()}}
-    model, needs, _, _, module, trainer, *_ = snippets(GUIDE)
-    names: dict = {}
-    each = trainer.replace("train_batch_size=2", f"train_batch_size={2 // ranks}")
+    model, needs, _, _, module, *_ = snippets(GUIDE)
+    code = snippets(GUIDE)[6 if recipe == "accelerate" else 7]
     # Adam makes a step of what rounding left of a gradient.
-    each = each.replace("report_to=[]", 'report_to=[], optim="sgd", learning_rate=0.1')
-    assert "sgd" in each
-    assert f"train_batch_size={2 // ranks}," in each
-    for code in (model, needs, module, each):
-        exec(compile(code, "snippet", "exec"), names)
+    if recipe == "accelerate":
+        code = code.replace("AdamW(loss.parameters(), lr=1e-3)", "SGD(loss.parameters(), lr=0.1)")
+        assert "SGD" in code
+    else:
+        code = code.replace("train_batch_size=2", f"train_batch_size={2 // ranks}")
+        code = code.replace("report_to=[]", 'report_to=[], optim="sgd", learning_rate=0.1')
+        assert "sgd" in code
+        assert f"train_batch_size={2 // ranks}," in code
+    names: dict = {}
+    for part in (model, needs, module, code):
+        exec(compile(part, "snippet", "exec"), names)
+    if recipe == "accelerate":
+        assert names["accelerator"].num_processes == ranks
     torch.save(names["student"].state_dict(), f"{ranks}-{rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()
         os._exit(0)  # gloo's threads now and then abort a process that takes leave of them
 
 
-def in_two_processes(rank: int, folder: str, port: int) -> None:
-    trained_weights(folder, rank, 2, port)
+def in_one_process(_: int, recipe: str, folder: str) -> None:
+    trained_weights(recipe, folder, 0, 1)  # accelerate keeps its state as long as a process lives
 
 
-def test_the_trainer_of_the_guide_in_two_processes(tmp_path: Path) -> None:
-    """A recipe that calls the model's body beside its wrapper would train two models."""
+def in_two_processes(rank: int, recipe: str, folder: str, port: int) -> None:
+    trained_weights(recipe, folder, rank, 2, port)
+
+
+@pytest.mark.parametrize("recipe", ["trainer", "accelerate"])
+def test_a_recipe_of_the_guide_in_two_processes(recipe: str, tmp_path: Path) -> None:
+    """One that calls the model's body beside its wrapper would train two models."""
     port = 29_000 + os.getpid() % 2000  # which another run of these tests does not take
-    trained_weights(str(tmp_path), 0, 1)
-    torch.multiprocessing.spawn(in_two_processes, (str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(in_one_process, (recipe, str(tmp_path)), nprocs=1)
+    torch.multiprocessing.spawn(in_two_processes, (recipe, str(tmp_path), port), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, weight in one.items():
         assert torch.equal(first[name], second[name]), name

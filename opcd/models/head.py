@@ -15,6 +15,7 @@ from opcd.models.lm import causal_lm, evaluating, transformer, vocabulary_rows
 SAMPLE = 2048  # of the vocabulary
 LARGEST = 200.0  # logits of the trial: every cap shows
 SMALL = 1e-3  # of the largest logit: what rounding may make in fp32
+TRIAL_TOKENS = 8
 
 
 class Head(NamedTuple):
@@ -58,6 +59,7 @@ def head_of(model: torch.nn.Module) -> Head:
         )
     output = _output(lm)
     if lm not in _KNOWN:
+        _check_causal(lm)
         _KNOWN[lm] = _measure(lm, output)
     before, behind, softcap = _KNOWN[lm]
     bias = getattr(output, "bias", None)
@@ -133,6 +135,30 @@ def _measure(lm: Any, output: Any) -> _Transform:
     return found
 
 
+@torch.no_grad()
+def _check_causal(lm: Any) -> None:
+    """Raise InputError if later tokens change the hidden states of those before them."""
+    ids = _trial_ids(lm)
+    with evaluating(lm), torch.autocast(ids.device.type, enabled=False):
+        body = transformer(lm)
+        whole, part = (
+            body(input_ids=x, use_cache=False).last_hidden_state[0].double()
+            for x in (ids, ids[:, : TRIAL_TOKENS - 3])
+        )
+    changes = (whole[: len(part)] - part).norm(dim=-1) / part.norm(dim=-1).clamp_min(1e-30)
+    # The median: rounding may send single tokens to other experts.
+    if changes.median().item() > (SMALL if lm.dtype == torch.float32 else 100 * SMALL):
+        raise InputError(
+            f"the model must be causal, but later tokens change the hidden states of earlier ones "
+            f"in {type(lm).__name__}; this architecture is not supported"
+        )
+
+
+def _trial_ids(lm: Any) -> Tensor:  # (1, TRIAL_TOKENS)
+    ids = torch.arange(2, 2 + TRIAL_TOKENS, device=lm.get_input_embeddings().weight.device)
+    return ids[None] * (vocabulary_rows(lm) // (TRIAL_TOKENS + 3))
+
+
 def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, the head's input and output, and logits, in fp64, (T, …) each.
 
@@ -149,7 +175,7 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def made(_module: Any, _args: Any, result: Tensor) -> None:
         seen["output"] = result
 
-    ids = torch.arange(2, 10, device=output.weight.device)[None] * (vocabulary_rows(lm) // 11)
+    ids = _trial_ids(lm)
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm))
         stack.enter_context(torch.autocast(ids.device.type, enabled=False))
@@ -157,10 +183,10 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stack.callback(output.register_forward_hook(made).remove)
         hidden = transformer(lm)(input_ids=ids, use_cache=False).last_hidden_state
         logits = lm(input_ids=ids, use_cache=False).logits
-    if len(seen) < 3:
+    if len(seen) < 3 or seen["output"].shape[:-1] != ids.shape or logits.shape[:-1] != ids.shape:
         raise InputError(
-            f"{type(lm).__name__} must use its output head in a pass, but did not; this "
-            f"architecture is not supported"
+            f"{type(lm).__name__} must use its output head once for each token in a pass, but did "
+            f"not; this architecture is not supported"
         )
     hidden = (hidden * seen["factor"])[0].double()
     return hidden, seen["input"][0].double(), seen["output"][0].double(), logits[0].double()

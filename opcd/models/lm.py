@@ -86,7 +86,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
         for rope in _ropes(config)
         if rope.get("rope_type") == "dynamic"
     ]
-    if named is None:
+    if named is None or named < 1:
         return None
     return min([max([named, *stretched]), *fixed])
 

@@ -1,6 +1,7 @@
 """Hidden states of many sequences, what they share computed once.
 
 plan          START HERE: packed, padded or in full: the fastest way that is exact on a model
+agreement     whether two ways of a pass agree: their difference beside the dtype's noise
 hidden        the hidden states that predict scored tokens: one pass
 packed        many sequences in one row, through any model's own layers
 sequences     token ids as trainers hold them, to lists

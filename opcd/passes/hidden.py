@@ -111,7 +111,7 @@ def _padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
     cache = prefix.expand(len(rows), passes=1) if prefix is not None else None
     output = transformer(model)(
         input_ids=uploaded(input_ids, lm.device),
-        position_ids=positions[None],
+        position_ids=positions.expand(len(rows), -1),
         past_key_values=cache,
         use_cache=cache is not None,
     )

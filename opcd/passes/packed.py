@@ -85,6 +85,7 @@ class _SequencesPass:
         return prefix_attention(operands, self._packing, shape, self.backends[layer])
 
 
+@torch.compiler.disable
 def packed_pass(
     model: torch.nn.Module,
     input_ids: Tensor,  # (1, N), sequences one after another, as `packing` has them
@@ -97,11 +98,12 @@ def packed_pass(
     `store` is given each layer's keys and values of these tokens, without those of prefixes.
 
     Raises UnsupportedModelError if the model does not attend through `AttentionInterface`, or asks
-    for something that packed attention does not know.
+    for something that packed attention does not know. A compiled body runs uncompiled: attention is
+    Python here, and every packing would be compiled anew.
     """
     first = [0 if prefix is None else len(prefix) for prefix in prefixes]
     this = _SequencesPass(packing, prefixes, store)
-    with packed_attention(model):
+    with packed_attention(model), torch.compiler.set_stance("force_eager"):
         output = transformer(model)(
             input_ids=input_ids,
             position_ids=packing.positions(first)[None],
@@ -128,8 +130,9 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
     name = type(lm).__name__
     if not prefix.only_attention:
         raise UnsupportedModelError(
-            f"{name} must consist of attention alone to be packed, but has recurrent layers, whose "
-            f"state would pass from one sequence of a row to the next"
+            f"{name} must cache keys and values alone to be packed, but keeps other states "
+            f"({', '.join(prefix.other_layers)}), which would pass from one sequence of a row to "
+            f"the next"
         )
     if not getattr(lm, "_supports_attention_backend", False):
         raise UnsupportedModelError(
@@ -196,7 +199,7 @@ def _attend(
     new = [x[0].transpose(0, 1) for x in (query, key, value)]
     with torch.autocast(device, enabled=False):  # or scores and merge would be rounded
         out = packed_pass.attend(layer, new[0], new[1], new[2], shape)
-    return out[None], None
+    return out[None].contiguous(), None  # some models view it
 
 
 def _check_layer(

@@ -2,20 +2,22 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opcd.errors import InputError
-from opcd.models.head import head_of
 from opcd.models.lm import causal_lm, max_positions, vocabulary_rows
-from opcd.objective import head_divergence
+from opcd.passes.agreement import Agreement
 from opcd.passes.hidden import Row, completion_rows, scored_hidden
 from opcd.passes.packed import packing_backends
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix, worthwhile_prefix
 
 log = logging.getLogger(__name__)
+
+TRIAL = (24, 40)  # tokens that are scored in either sequence
 
 
 class Plan(NamedTuple):
@@ -47,37 +49,39 @@ def find_plan(
 ) -> Plan:
     """Score two short sequences in every way, from the slowest up, and stop where one differs.
 
-    A difference counts that is beyond the dtype's noise, in nats a token under the model's head.
+    A difference counts that is beyond the noise of the model in its dtype, see `Agreement`.
     `record` hands out the recorded prefix; without it one is recorded for the test alone.
     """
     ids = list(prefix_ids)
-    pool = ids
-    if len(set(ids)) < 8:  # tokens that differ, or a leak between sequences would not show
-        vocabulary = vocabulary_rows(model)
-        pool = [(ids[0] + k) % vocabulary for k in range(8)]
-    trials = [(pool[-1:], pool[:3]), (pool[-5:-2], pool[:7])]
-    room = (max_positions(causal_lm(model).config) or 2**31) - len(ids)
-    prompts = [prompt[: max(1, room - len(done))] for prompt, done in trials]
-    completions = [
-        done[: max(1, room - len(prompt))]
-        for prompt, (_, done) in zip(prompts, trials, strict=True)
-    ]
-    full = scored_hidden(model, completion_rows([[*ids, *p] for p in prompts], completions))
+    prompts, completions = _trial(model, ids)
+    whole = completion_rows([[*ids, *prompt] for prompt in prompts], completions)
+    try:
+        full = scored_hidden(model, whole)
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # whatever a model's code says to a batch with its positions
+        raise UnsupportedModelError(
+            f"{type(causal_lm(model)).__name__} must make a pass over a batch of sequences, given "
+            f"their positions, but fails with {' '.join(str(error).split())[:200]!r}; check that "
+            f"it runs by itself; if it does, this architecture is not supported"
+        ) from error
     rows = "padded rows"
     try:
         prefix = record() if record is not None else SharedPrefix(model, ids)
         behind = completion_rows(prompts, completions, prefix)
         scored_hidden(model, behind)  # what it changes in the prefix would show in the second pass
         padded = scored_hidden(model, behind)
+        agreement = Agreement(model, full, behind, padded)
+        wrong = agreement.wrong(padded)
     except UnsupportedModelError as error:
         return Plan("recompute", rows, str(error))
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # what a model's code says to a cache that begins with a prefix
         return Plan("recompute", rows, " ".join(str(error).split())[:200])
-    if wrong := _disagreement(model, padded, full):
+    if wrong:
         return Plan("recompute", rows, f"behind the recorded prefix {wrong}")
-    states = "" if prefix.only_attention else ", recurrent states copied"
+    states = "" if prefix.only_attention else ", other states copied"
     slower = Plan("padded", f"{rows}, expanded DynamicCache{states}", "")
     try:
         backends = packing_backends(model, prefix)
@@ -88,11 +92,28 @@ def find_plan(
         raise
     except Exception as error:  # or what a kernel or the model's own attention refuses
         return slower._replace(reason=" ".join(str(error).split())[:200])
-    if wrong := _disagreement(model, packed, full):
+    if wrong := agreement.wrong(packed):
         log.warning("sequences are padded, not packed: in a packed row %s", wrong)
         return slower._replace(reason=f"in a packed row {wrong}")
-    gap = _divergence(model, packed, full)
+    gap = agreement.gap(packed)
     return Plan("packed", backends, f"a full pass gives the same to {gap:.1g} nats a token")
+
+
+def _trial(
+    model: torch.nn.Module, prefix_ids: list[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Two prompts and completions of the prefix's own tokens, as long as the model has room."""
+    pool = prefix_ids
+    if len(set(pool)) < 8:  # tokens that differ, or a leak between sequences would not show
+        vocabulary = vocabulary_rows(model)
+        pool = [(pool[0] + k) % vocabulary for k in range(8)]
+    room = (max_positions(causal_lm(model).config) or 2**31) - len(prefix_ids)
+    prompts = [prompt[: max(1, room - TRIAL[0])] for prompt in (pool[-1:], pool[-5:-2])]
+    completions = [
+        [*islice(cycle(pool), max(1, min(length, room - len(prompt))))]
+        for prompt, length in zip(prompts, TRIAL, strict=True)
+    ]
+    return prompts, completions
 
 
 def planned_hidden(
@@ -108,19 +129,3 @@ def planned_hidden(
         return scored_hidden(model, rows, packed=True, shared=worthwhile_prefix(prompts))
     prefix = common_prefix(model, prompts) if plan.shares_prefix else None
     return scored_hidden(model, [row.behind(prefix) for row in rows])
-
-
-def _divergence(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> float:
-    head = head_of(model)
-    return head_divergence(hidden, head, expected, head).per_token.max().item()
-
-
-def _disagreement(model: torch.nn.Module, hidden: Tensor, expected: Tensor) -> str | None:
-    found = _divergence(model, hidden, expected)
-    bound = 1e-4 if causal_lm(model).dtype == torch.float32 else 0.05
-    if found <= bound:
-        return None
-    return (
-        f"two short sequences differ from full passes by {found:.2g} nats a token, more than "
-        f"{bound:g}"
-    )

@@ -65,11 +65,16 @@ class SharedPrefix:
 
     @property
     def only_attention(self) -> bool:
-        """Whether no layer carries a recurrent state.
+        """Whether no layer keeps anything else, such as a recurrent state.
 
         One would leak between sequences in a packed row, and its copies do not keep the graph.
         """
         return all(map(_is_attention, self._cache.layers))
+
+    @property
+    def other_layers(self) -> list[str]:
+        """Kinds of layers of the cache that hold something else."""
+        return sorted({type(x).__name__ for x in self._cache.layers if not _is_attention(x)})
 
     @property
     def attention_layers(self) -> set[int]:

@@ -12,12 +12,16 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
+    CpmAntConfig,
+    CpmAntForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -27,17 +31,18 @@ from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.models.lm import rope_differs
 from opcd.objective import head_divergence
+from opcd.passes.agreement import rounding
 from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.packed import packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.plan import Plan, planned_hidden
-from opcd.passes.prefix import SharedPrefix
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
 from opcd.passes.prefix_cache import PrefixCache
 from opcd.passes.staleness import StalePrefixError, WeightsWatch
 from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
-from tests.opcd.architectures import ARCHITECTURES, build
+from tests.opcd.architectures import ARCHITECTURES, COMMON, build
 
 PREFIX = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [20, 21]]
@@ -155,9 +160,77 @@ def test_packed_rows_that_leak_are_not_used(
     monkeypatch.setattr(Packing, "__init__", broken)
     teacher = SharedPrefixTeacher(model, PREFIX)
     assert teacher.plan.mode == "padded"
-    assert "more than 0.0001" in teacher.plan.reason
+    assert "more than the 1e-06 that rounding explains" in teacher.plan.reason
     assert "padded, not packed" in caplog.text
     assert divergence(model, teacher.score(PROMPTS, COMPLETIONS).hidden, alone(model)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_lost_value_in_forty_is_noticed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expand = SharedPrefix.expand
+
+    def broken(self: SharedPrefix, batch_size: int, passes: int | None = None) -> Any:
+        cache: Any = expand(self, batch_size, passes)
+        cache.layers[0].values = cache.layers[0].values.clone()
+        cache.layers[0].values[:, :, 0] = 0
+        return cache
+
+    monkeypatch.setattr(SharedPrefix, "expand", broken)
+    plan = SharedPrefixTeacher(tiny_llama().to(dtype), PREFIX).plan
+    assert plan.mode == "recompute"
+    assert "that rounding explains" in plan.reason
+
+
+@pytest.mark.parametrize("seed", [4, 25, 36])  # rounding sends a token to other experts
+def test_a_right_model_is_not_refused_for_its_noise(seed: int) -> None:
+    torch.manual_seed(seed)
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**COMMON | experts)).eval().bfloat16()
+    assert SharedPrefixTeacher(model, PREFIX).plan.mode == "packed"
+
+
+def test_the_noise_is_that_of_autocast() -> None:
+    model = tiny_llama()
+    assert rounding(model) == 2**-23
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rounding(model) == 2**-7
+        assert SharedPrefixTeacher(model, PREFIX).plan.mode == "packed"
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64}
+    model = CpmAntForCausalLM(CpmAntConfig(vocab_size=258, num_hidden_layers=2, **sizes)).eval()
+    with pytest.raises(InputError, match="must be causal, but later tokens change"):
+        SharedPrefixTeacher(model, PREFIX)
+    with pytest.raises(InputError, match="must be causal, but later tokens change"):
+        head_of(model)
+
+
+def test_a_head_that_predicts_several_tokens_at_a_time_is_refused() -> None:
+    torch.manual_seed(0)
+    names = ("encoder_attention_heads", "decoder_attention_heads")
+    sizes = {"hidden_size": 32, "decoder_ffn_dim": 64, "num_decoder_layers": 2}
+    heads = {f"num_{name}": 4 for name in names}
+    model = ProphetNetForCausalLM(ProphetNetConfig(vocab_size=258, **sizes, **heads)).eval()
+    with pytest.raises(InputError, match="must use its output head once for each token"):
+        SharedPrefixTeacher(model, PREFIX)
+
+
+def test_a_model_that_fails_on_a_batch_says_so() -> None:
+    model = tiny_llama()
+
+    def fail(_module: Any, _args: Any, options: dict) -> None:
+        assert options["position_ids"].shape == options["input_ids"].shape
+        raise IndexError("no batches here")
+
+    known = head_of(model)
+    model.model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match="fails with 'no batches here'"):
+        SharedPrefixTeacher(model, PREFIX)
+    assert head_of(model) == known
 
 
 def test_a_layer_that_goes_its_own_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +417,18 @@ def test_gradients_through_the_packed_row_equal_those_of_each_sequence_alone(
     for a, b, e in zip(found, alone_, exact, strict=True):
         noise = (b - e).norm() if low else 1e-5 * e.norm()
         assert (a - e).norm() <= 2 * noise
+
+
+def test_a_packed_pass_leaves_a_compiled_body_uncompiled() -> None:
+    model = tiny_llama()
+    teacher = SharedPrefixTeacher(model, PREFIX)
+    expected = teacher.score(PROMPTS, COMPLETIONS).hidden
+
+    def never(*_: object) -> Any:
+        raise AssertionError("every packing would be compiled anew")
+
+    model.model.compile(backend=never)
+    assert torch.equal(teacher.score(PROMPTS, COMPLETIONS).hidden, expected)
 
 
 def test_threads_leave_the_attention_as_it_was() -> None:
