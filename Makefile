@@ -7,16 +7,21 @@
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-export   exports read by transformers 4.57, in an environment of its own
 # make test-models   every causal LM of transformers that can be built tiny
+# make test-oldest   the tests with the lowest versions that are promised, but torch's
+# make test-newest   the tests with the newest versions there are, but torch's
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ELSEWHERE := .venv-export
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+TORCH := torch==2.13.0
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
-.PHONY: demo test check fix bench bench-compare kernels test-export test-models test-gpu clean
+.PHONY: demo test check fix bench bench-compare kernels test-export test-models test-oldest test-newest test-gpu clean
 
 demo: $(call READY,train)
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
@@ -53,9 +58,23 @@ test-export: $(call READY,test) $(ELSEWHERE)/export.ok
 	$(BIN)/python -m tests.export_elsewhere write build/exported
 	$(ELSEWHERE)/bin/python tests/export_elsewhere.py read build/exported
 
+# TORCH=torch==2.8.0 takes the oldest one too, and its gigabytes
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/versions.py > $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) -c $(OLDEST)/lowest.txt -e ".[test]"
+	$(OLDEST)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) \
+	    -e ".[test]"
+	$(NEWEST)/bin/python -m pip freeze
+	$(NEWEST)/bin/python -m pytest -m "not gpu" $(ARGS)
+
 $(ELSEWHERE)/export.ok:
 	$(if $(filter $(VENV)/bin,$(BIN)),$(PYTHON),$(BIN)/python) -m venv $(ELSEWHERE)
-	$(ELSEWHERE)/bin/python -m pip install --quiet torch==2.13.0
+	$(ELSEWHERE)/bin/python -m pip install --quiet $(TORCH)
 	$(ELSEWHERE)/bin/python -m pip install --quiet "transformers==4.57.*"
 	touch $@
 
@@ -73,4 +92,4 @@ $(VENV)/%.ok: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ELSEWHERE) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(ELSEWHERE) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

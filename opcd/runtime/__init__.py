@@ -4,6 +4,7 @@ batches      sequences to batches that hold little padding
 console      output that arrives on any terminal, and never ends a run
 files        files and folders that are complete or absent
 interrupts   how Ctrl-C and the end of a job reach a run
+memory       how much a run has taken
 progress     what a run tells whoever started it
 stopwatch    times of a device's work, without waiting between its parts
 strict_json  what Python's JSON reader takes and the format does not have

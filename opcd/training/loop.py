@@ -22,6 +22,7 @@ from opcd.models.lm import autocast
 from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
 from opcd.runtime.batches import batches_by_tokens
+from opcd.runtime.memory import peak_memory
 from opcd.runtime.stopwatch import Stopwatch
 from opcd.runtime.upload import uploaded
 from opcd.student_loss import StudentLoss
@@ -79,12 +80,15 @@ class Distiller:
             "step": self.steps_done,
             **metrics,
             "mean_completion_tokens": sum(lengths) / len(lengths),
+            "longest_completion": max(lengths),
             "truncated_share": sum(e.finish == "length" for e in episodes) / len(episodes),
+            "eos_share": sum(e.finish == "stop" for e in episodes) / len(episodes),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,
             "update_time_s": update_s,
             "step_time_s": step_s,
             "completion_tokens_per_s": sum(lengths) / step_s,
+            "peak_memory_bytes": peak_memory(self._device),
         }
 
     def rollout(self) -> list[Episode]:
@@ -101,9 +105,11 @@ class Distiller:
         config = self.config
         lengths = scored_tokens(episodes)
         weights = token_weights(lengths, config)
-        totals = torch.zeros(4, device=self._device)  # loss, Σ entropy, Σ of own and guided tokens
+        # Loss, Σ entropy, Σ of own and of guided tokens, Σ of both KL where they are computed.
+        totals = torch.zeros(6, device=self._device)
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
+        nan = torch.tensor(math.nan, device=self._device)
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
@@ -119,11 +125,12 @@ class Distiller:
                     out.loss.detach(),
                     out.student_entropy.sum(),
                     *self._by_origin(arguments[0], out),
+                    *(nan if kl is None else kl.sum() for kl in (out.reverse_kl, out.forward_kl)),
                 ]
             )
         self.student.eval()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        loss, entropy, own, guided, grad_norm = [*totals.tolist(), norm.item()]
+        loss, entropy, own, guided, reverse, forward, grad_norm = [*totals.tolist(), norm.item()]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise InputError(
@@ -144,6 +151,11 @@ class Distiller:
             "loss": loss,
             "divergence": own / count_own if count_own else None,
             **({"guided_loss": guided / count_guided} if count_guided else {}),
+            **{
+                name: total / sum(lengths)
+                for name, total in (("reverse_kl", reverse), ("forward_kl", forward))
+                if not math.isnan(total)
+            },
             "student_entropy": entropy / sum(lengths),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,

@@ -222,7 +222,7 @@ def test_a_finished_run_keeps_what_it_needs(
     assert main(["train", "--config", config, "--resume"]) == 0
     assert (run / "scorecard.json").read_text() == card
     assert "finished before" not in capsys.readouterr().out
-    monkeypatch.setattr("opcd.training.run.score", None)  # and now this neither
+    monkeypatch.setattr("opcd.training.run.evaluate", None)  # and now this neither
     assert main(["train", "--config", config, "--resume"]) == 0
     printed = capsys.readouterr().out
     assert "this run was finished before: nothing is left to do" in printed
@@ -476,7 +476,7 @@ def test_a_finished_run_can_be_prolonged(
     run = Path(settings["output_dir"])
     prolong = ["train", "--config", config, "--resume", "--steps=8"]
     with monkeypatch.context() as killed:
-        killed.setattr("opcd.training.run.score", None)
+        killed.setattr("opcd.training.run.evaluate", None)
         with pytest.raises(TypeError):
             main(prolong)
     assert len(losses(run)) == 8
