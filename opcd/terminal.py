@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opcd.config import TrainConfig
-from opcd.evaluation.evaluate import Evaluation
+from opcd.evaluation.evaluate import Evaluation, read_scorecard
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.side_by_side import SideBySide
 from opcd.runtime.interrupts import Interrupts
@@ -133,7 +133,7 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         show_scorecard(outcome.evaluation)
     report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
     print(
-        f"\n{_verdict(outcome.evaluation)}\n"
+        f"\n{_verdict(folder)}\n"
         f"  model        {folder / 'final'}\n"
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
@@ -142,14 +142,15 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     )
 
 
-def _verdict(found: Evaluation | None) -> str:
+def _verdict(run: Path) -> str:
     """Whether the distilled model is better than the one before, in a line."""
-    if found is None:
+    card = read_scorecard(run)
+    if card is None:
         return (
             "Trained. Whether the context was learned is not known: without test_data nothing was "
             "measured"
         )
-    base, distilled = (found.card["contenders"][name] for name in ("base", "distilled"))
+    base, distilled = (card["contenders"][name] for name in ("base", "distilled"))
     _, most = base["accuracy_interval_95"]
     if distilled["accuracy"] > most:
         return "Done. The distilled model is better than base, and no longer needs the context"

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.errors import InputError
+from opcd.evaluation.evaluate import read_scorecard
 from opcd.models.by_name import load_model, load_tokenizer
 from opcd.runtime.files import read_metrics
 
@@ -23,8 +24,7 @@ class Evaluated:
     @property
     def scorecard(self) -> dict[str, Any] | None:
         """What scorecard.json holds; None where there was no test data."""
-        file = self.folder / "scorecard.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_scorecard(self.folder)
 
     @property
     def answers(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A run's models before and after, without and with the context, on its test data."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,14 @@ def evaluate(
     if selection is not None:
         card["selection"] = selection
     return Evaluation(card, rows)
+
+
+def read_scorecard(folder: Path) -> dict[str, Any] | None:
+    """The scorecard in a folder; None where there is none that can be read."""
+    try:
+        return json.loads((folder / "scorecard.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:

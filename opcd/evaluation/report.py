@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.config import TrainConfig
+from opcd.runtime.files import shown
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
@@ -81,7 +82,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
         f"{before:.3f}" + (f" → {after:.3f}" if after is not None else "") + " nats a token"
     )
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
-    facts.append(f"scored on test data: {card['data']['file']}")
+    facts.append(f"scored on test data: {shown(card['data']['file'])}")
     facts.append(
         f"tokens: mean length of an answer; cut: share that reached max_completion_tokens "
         f"({card['decoding']['max_completion_tokens']})"
@@ -135,7 +136,7 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
 ) -> None:
     """Write report.md, and curve.png where there are metrics."""
-    text = [f"# {config.context} → {config.model}\n", "## Scorecard\n"]
+    text = [f"# {shown(config.context)} → {config.model}\n", "## Scorecard\n"]
     text += ["```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     if metrics:

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, whenever the process is killed."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,13 @@ def _doomed(folder: Path) -> Path:
     doomed = folder.with_name(f".removing-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     return doomed
+
+
+def shown(path: str) -> str:
+    """A path for people: from the current folder, where it lies in it."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def folder_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergence_to, own_side
 from opcd.evaluation.contenders import Answer, greedy_answers
-from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
+from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_jsonl
@@ -77,10 +77,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
 
 def _is_scored(folder: Path) -> bool:
     """Whether a finished run's report is there, of the model in final/ and not of one before."""
-    try:
-        card = json.loads((folder / "scorecard.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
+    card = read_scorecard(folder) or {}
     return (folder / "report.md").is_file() and card.get("selection") == read_selection(folder)
 
 
