@@ -69,6 +69,12 @@ class SharedPrefixTeacher:
                 "make the teacher of a model that is not sharded: it needs no gradients and no "
                 "optimizer"
             )
+        if any(p.is_meta for p in model.parameters()):
+            raise InputError(
+                "the teacher's weights must lie on a device, got some on 'meta', where accelerate "
+                "leaves what it offloads; load the model onto one device, quantised if it is too "
+                "large"
+            )
         if isinstance(frozen, AbstractContextManager):
             raise InputError(
                 f"frozen must be a function that makes a context manager, got a "

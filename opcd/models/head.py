@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm, evaluating, transformer, vocabulary_rows
@@ -72,10 +73,17 @@ def _output(lm: Any) -> Any:
     name, output = type(lm).__name__, lm.get_output_embeddings()
     if output is None:
         raise InputError(f"{name} must have an output head (get_output_embeddings), got none")
-    if not isinstance(getattr(output, "weight", None), Tensor):
+    weight = getattr(output, "weight", None)
+    if not isinstance(weight, Tensor) or _is_packed(weight):
+        kind = type(output) if not isinstance(weight, Tensor) else type(weight.data)
         raise InputError(
-            f"the head of {name} must hold its weight as a tensor, got {type(output).__name__}; "
+            f"the head of {name} must hold its weight as a tensor of numbers, got {kind.__name__}; "
             f"leave the head out of what is quantised"
+        )
+    if weight.is_meta:
+        raise InputError(
+            f"the head of {name} must lie on a device, got one on 'meta'; load the model onto one "
+            f"device, without offloading"
         )
     if isinstance(output, BaseTunerLayer) and not output.disable_adapters:
         raise InputError(
@@ -86,6 +94,12 @@ def _output(lm: Any) -> Any:
     return output
 
 
+def _is_packed(weight: Tensor) -> bool:
+    """Whether it is quantised: made of other tensors, and not sharded, or of whole numbers."""
+    made = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
+    return made or not weight.is_floating_point()
+
+
 @torch.no_grad()
 def _measure(lm: Any, output: Any) -> _Transform:
     hidden, head_input, every_output, every_logit = _trial(lm, output)
@@ -93,9 +107,9 @@ def _measure(lm: Any, output: Any) -> _Transform:
     rows = torch.arange(0, width, max(1, width // SAMPLE), device=hidden.device)
     head_output, logits = every_output[:, rows], every_logit[:, rows]
     rounding = SMALL if output.weight.dtype == torch.float32 else 20 * SMALL
-    product = head_input @ output.weight[rows].double().T
+    product = head_input @ _exact(output.weight[rows]).T
     if (bias := getattr(output, "bias", None)) is not None:
-        product = product + bias[rows].double()
+        product = product + _exact(bias[rows])
     numbers = sorted({1.0, *_numbers(lm.config.get_text_config().to_dict())})
     scales = sorted({*numbers, *(1 / x for x in numbers)}, key=lambda x: abs(x - 1))
 
@@ -142,7 +156,7 @@ def _check_causal(lm: Any) -> None:
     with evaluating(lm), torch.autocast(ids.device.type, enabled=False):
         body = transformer(lm)
         whole, part = (
-            body(input_ids=x, use_cache=False).last_hidden_state[0].double()
+            _exact(body(input_ids=x, use_cache=False).last_hidden_state[0])
             for x in (ids, ids[:, : TRIAL_TOKENS - 3])
         )
     changes = (whole[: len(part)] - part).norm(dim=-1) / part.norm(dim=-1).clamp_min(1e-30)
@@ -172,7 +186,7 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seen["factor"], seen["input"] = factor, args[0] * factor
         return (seen["input"], *args[1:])
 
-    def made(_module: Any, _args: Any, result: Tensor) -> None:
+    def keep(_module: Any, _args: Any, result: Tensor) -> None:
         seen["output"] = result
 
     ids = _trial_ids(lm)
@@ -180,7 +194,7 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stack.enter_context(evaluating(lm))
         stack.enter_context(torch.autocast(ids.device.type, enabled=False))
         stack.callback(output.register_forward_pre_hook(enlarged).remove)
-        stack.callback(output.register_forward_hook(made).remove)
+        stack.callback(output.register_forward_hook(keep).remove)
         hidden = transformer(lm)(input_ids=ids, use_cache=False).last_hidden_state
         logits = lm(input_ids=ids, use_cache=False).logits
     if len(seen) < 3 or seen["output"].shape[:-1] != ids.shape or logits.shape[:-1] != ids.shape:
@@ -188,8 +202,13 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             f"{type(lm).__name__} must use its output head once for each token in a pass, but did "
             f"not; this architecture is not supported"
         )
-    hidden = (hidden * seen["factor"])[0].double()
-    return hidden, seen["input"][0].double(), seen["output"][0].double(), logits[0].double()
+    hidden, given, made = hidden * seen["factor"], seen["input"], seen["output"]
+    return _exact(hidden[0]), _exact(given[0]), _exact(made[0]), _exact(logits[0])
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In fp64, which not every device has."""
+    return x.cpu().double()
 
 
 def _numbers(settings: dict[str, Any]) -> Iterator[float]:

@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opcd.errors import InputError
 
@@ -62,7 +63,17 @@ def used_weights(model: torch.nn.Module) -> Iterator[Tensor]:
     idle: set[int] = set()
     for module in model.modules():
         idle.update(id(p) for part in _idle_parts(module) for p in part)
-    return (p.detach() for p in model.parameters() if id(p) not in idle and p.numel())
+    used = (p for p in model.parameters() if id(p) not in idle)
+    return (part.detach() for p in used for part in _parts(p))
+
+
+def _parts(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors of numbers that a weight is made of: several where it is quantised."""
+    if is_traceable_wrapper_subclass(weight):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _parts(getattr(weight, name))
+    elif weight.numel():
+        yield weight
 
 
 def _idle_parts(module: torch.nn.Module) -> Iterator[Iterator[Tensor]]:
@@ -96,7 +107,9 @@ def _marks(model: torch.nn.Module) -> list[Any]:
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in used:  # stacked by kind: a launch for many, not one or two for each
         samples.setdefault((p.device, p.dtype), []).append(p[tuple(n // 2 for n in p.shape)])
-    numbers = [torch.stack(same).double().view(torch.int64).tolist() for same in samples.values()]
+    numbers = [
+        torch.stack(same).cpu().double().view(torch.int64).tolist() for same in samples.values()
+    ]
     return marks + numbers
 
 

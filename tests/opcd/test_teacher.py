@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
     CpmAntConfig,
     CpmAntForCausalLM,
@@ -855,6 +857,36 @@ def test_a_quantised_head_is_refused() -> None:
     model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear}, torch.qint8)
     with pytest.raises(InputError, match="leave the head out of what is quantised"):
         SharedPrefixTeacher(model, PREFIX)
+
+
+def test_quantised_layers_are_weights_and_a_quantised_head_is_refused() -> None:
+    """Of tensors that are made of others, as torchao's are."""
+    model = tiny_llama()
+    expected = alone(model)
+    up = model.model.layers[0].mlp.up_proj
+    packed = TwoTensor(up.weight.detach(), up.weight.detach().clone())
+    up.weight = torch.nn.Parameter(packed, requires_grad=False)
+    inner: Any = up.weight
+    watch = WeightsWatch(model)
+    assert not watch.changed()
+    inner.b[3, 4] += 1
+    assert watch.changed()
+    inner.b[3, 4] -= 1
+    assert divergence(model, expected, alone(model)) < 1e-6
+
+    model.lm_head.weight = torch.nn.Parameter(
+        TwoTensor(model.lm_head.weight.detach(), model.lm_head.weight.detach()), requires_grad=False
+    )
+    with pytest.raises(InputError, match="got TwoTensor; leave the head out of what is quantised"):
+        SharedPrefixTeacher(model, PREFIX)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    with pytest.raises(InputError, match="where accelerate leaves what it offloads"):
+        SharedPrefixTeacher(model, PREFIX)
+    with pytest.raises(InputError, match="the head of LlamaForCausalLM must lie on a device"):
+        head_of(model)
 
 
 def test_a_prefix_may_be_a_tensor() -> None:
