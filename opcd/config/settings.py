@@ -1,21 +1,21 @@
 """Settings as people give them: in a YAML file, on the command line, from Python."""
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from opcd.config.fields import FIELDS, GROUPS, TrainConfig
 from opcd.config.presets import PRESETS
 from opcd.errors import InputError
 from opcd.runtime.files import write_text
-from opcd.runtime.strict_yaml import read_yaml
+from opcd.runtime.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from opcd.runtime.user_code import located
 
 FORMAT = 1  # of the file
+WRITTEN = "# Written by opcd: the settings of this run."
 KINDS = {name: get_type_hints(TrainConfig)[name] for name in FIELDS}
 INPUT_FILES = (
     *("context", "prompts", "validation_data", "test_data"),
@@ -95,16 +95,36 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write every field, resolved, and behind each where its value came from."""
-    lines = [f"format: {FORMAT}"]
+    """Write every field, resolved, and behind each where its value came from.
+
+    Input files beside `path` or below are named from there, so that the folder may move.
+    """
+    lines = [WRITTEN, f"format: {FORMAT}"]
     for group in GROUPS:
         lines.append(f"\n{group}:")
         for name in (name for name, its in FIELDS.items() if its == group):
-            value = yaml.safe_dump({name: getattr(config, name)}, width=10_000).rstrip("\n")
+            value = dump_yaml({name: _from(path.parent, name, config)}).rstrip("\n")
             origin = f"  # {config.origins[name]}" if name in config.origins else ""
             lines += [f"  {line}" for line in value.split("\n")]
             lines[-1] += origin
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _from(folder: Path, name: str, config: TrainConfig) -> Any:
+    """A field's value, an input's path from `folder` where it lies in it."""
+    value = getattr(config, name)
+    if name in (*INPUT_FILES, *MODELS) and value and Path(value).is_absolute():
+        with contextlib.suppress(ValueError):
+            return Path(value).relative_to(folder.absolute()).as_posix()
+    return value
+
+
+def written_here(path: Path) -> bool:
+    """Whether `write_config` wrote a file, and no person."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(WRITTEN)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def converted(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -119,7 +139,7 @@ def did_you_mean(name: str, known: Any) -> str:
     """A hint at the nearest known name."""
     if name in RENAMED:
         return f"; it is {RENAMED[name]} now"
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -133,13 +153,14 @@ def _converted(name: str, value: Any, source: str) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     try:
         return _as(kind, value)
-    except (ValueError, TypeError, yaml.YAMLError):
+    except (ValueError, TypeError, KeyError):
         if get_origin(kind) is Literal:
             options = get_args(kind)
             words = f"one of {', '.join(options)}"
             hint = did_you_mean(str(value), options)
         else:
-            words, hint = WORDS.get(kind, "a mapping, like {enable_thinking: false}"), ""
+            words = WORDS.get(kind, "a mapping, like {enable_thinking: false}")
+            hint = "; put it in quotes" if kind is str and isinstance(value, (int, float)) else ""
         words += " or null" if optional else ""
         raise InputError(f"{source}: {name} must be {words}, got {value!r:.80}{hint}") from None
 
@@ -151,11 +172,11 @@ def _as(kind: Any, value: Any) -> Any:
             raise ValueError
         return value
     if kind is str:
-        if isinstance(value, (bool, dict, list)) or value is None:
+        if not isinstance(value, str):
             raise TypeError
-        return str(value)
+        return value
     if get_origin(kind) is dict:
-        value = yaml.safe_load(value) if isinstance(value, str) else value
+        value = parse_yaml(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
             raise TypeError
         return value
@@ -186,8 +207,11 @@ def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in INPUT_FILES:
         if isinstance(path := values.get(name), str) and path.strip():
             found[name] = str((folder / Path(path).expanduser()).absolute())
-    if (scorer := str(values.get("scorer", ""))).startswith("python:"):
-        found["scorer"] = "python:" + located(scorer.removeprefix("python:"), folder)
+    for name in ("scorer", "trackers"):
+        if name in values:
+            found[name] = ",".join(_code(part, folder) for part in values[name].split(","))
+    if values.get("output_dir", "").startswith("~"):
+        found["output_dir"] = str(Path(values["output_dir"]).expanduser())
     for name in MODELS:
         if isinstance(path := values.get(name), str) and path.strip():
             local = folder / Path(path).expanduser()
@@ -196,8 +220,14 @@ def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def _preset(name: str) -> Mapping[str, Any]:
-    if name not in PRESETS:
+def _code(name: str, folder: Path) -> str:
+    """``python:FILE.py:function`` with the file as it is found from `folder`."""
+    kind, colon, target = name.strip().partition(":")
+    return f"python:{located(target, folder)}" if kind == "python" and colon else name
+
+
+def _preset(name: Any) -> Mapping[str, Any]:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(
             f"preset must be one of {', '.join(PRESETS)}, got {name!r}"
             f"{did_you_mean(str(name), PRESETS)}"
@@ -229,7 +259,7 @@ def _grouped(content: Mapping[Any, Any]) -> str:
         name = RENAMED.get(name, name).partition(" ")[0]
         groups.setdefault(FIELDS.get(name, name), {})[name] = value
     ordered = {name: groups[name] for name in GROUPS if name in groups}
-    return yaml.safe_dump({"format": FORMAT} | ordered, sort_keys=False).rstrip("\n")
+    return dump_yaml({"format": FORMAT} | ordered).rstrip("\n")
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""YAML in which nothing is lost or guessed: no key twice, no dates, 1e-4 is a number."""
+"""YAML in which nothing is lost or guessed: no key twice, 1e-4 is a number, a date and 010 are text."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,26 @@ BACKSLASH = (
 )
 
 
+TAG = "tag:yaml.org,2002:"
+SPELLED = "!spelled"  # what older YAML takes for true and false, and JSON and YAML 1.2 do not
+RESOLVERS = (
+    (TAG + "null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    (TAG + "bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (TAG + "int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        TAG + "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+        list("-+.0123456789"),
+    ),
+    (TAG + "float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    (SPELLED, r"(?i:yes|no|on|off)", list("yYnNoO")),
+)
+
+
 class _Loader(yaml.SafeLoader):
     """Scalars as the JSON schema of YAML 1.2 reads them, with comments and bare words."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # yaml's own, per class
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -28,17 +46,35 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _refuse_spelled(loader: Any, node: Any) -> Any:
+    raise yaml.constructor.ConstructorError(
+        None, None, f"{node.value}: write true or false, or the word in quotes", node.start_mark
     )
+
+
+for _kind in (_Loader, _Dumper):
+    for _tag, _pattern, _first in RESOLVERS:
+        _kind.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(SPELLED, _refuse_spelled)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises ValueError, in words, for one that holds none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise ValueError(_reason(error)) from error
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML that `parse_yaml` reads as the same value; one line where it is no mapping or list."""
+    return yaml.dump(value, Dumper=_Dumper, width=10_000, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -51,9 +87,9 @@ def read_yaml(path: Path, what: str) -> Any:
             reason = f"bytes that are no UTF-8 ({error.reason} at {error.start}); save it as UTF-8"
         raise InputError(f"{path} must hold {what}, got none: {reason}") from error
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{path} must hold {what} as YAML, got {_reason(error)}") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path} must hold {what} as YAML, got {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -106,6 +106,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if config.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
         configs.append(load_config(config.teacher))
+        _check_rows(*(c.get_text_config().vocab_size for c in configs))
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     template = Template(tokenizer, config.chat_template_args, _day(config))
@@ -152,6 +153,15 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         *_remarks(resolved, chats.values(), task),
     ]
     return Setup(resolved, task, chats, stop_ids, tokenizer, device, dtype, completions, remarks)
+
+
+def _check_rows(student: int, teacher: int) -> None:
+    """Raise InputError if the student can sample a token that the teacher has no embedding for."""
+    if student > teacher:
+        raise InputError(
+            f"the teacher must have an embedding for every token of the student, got {teacher} and "
+            f"{student} rows; choose a teacher with as many rows, padding included"
+        )
 
 
 def _day(config: TrainConfig) -> date:

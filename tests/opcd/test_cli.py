@@ -171,6 +171,18 @@ def test_a_teacher_with_another_tokenizer(
     assert "share one tokenizer" in message
 
 
+def test_a_teacher_with_fewer_rows_than_the_student_can_sample(
+    settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """Models of one family pad their vocabularies to different sizes."""
+    for name, rows in (("few", 258), ("many", 384)):
+        tiny_llama(vocab_size=rows).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    settings |= {"model": str(tmp_path / "many"), "teacher": str(tmp_path / "few")}
+    capsys.readouterr()
+    assert "every token of the student, got 258 and 384 rows" in refused(settings, capsys)
+
+
 def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture) -> None:
     run = Path(settings["output_dir"])
     (run / "checkpoints" / "step-000002").mkdir(parents=True)
