@@ -15,7 +15,6 @@ _HOMES = {
     "Stopped": "opcd.api.distill",
     "SharedPrefixTeacher": "opcd.teacher",
     "StudentLoss": "opcd.student_loss",
-    "TrainConfig": "opcd.config",
     "distill": "opcd.api.distill",
     "evaluate": "opcd.api.distill",
 }
@@ -26,7 +25,6 @@ __all__ = [
     "SharedPrefixTeacher",
     "Stopped",
     "StudentLoss",
-    "TrainConfig",
     "__version__",
     "distill",
     "evaluate",
@@ -35,7 +33,6 @@ __all__ = [
 if TYPE_CHECKING:
     from opcd.api.distill import Stopped, distill, evaluate
     from opcd.api.results import Distilled, Evaluated
-    from opcd.config import TrainConfig
     from opcd.errors import InputError
     from opcd.student_loss import StudentLoss
     from opcd.teacher import SharedPrefixTeacher

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from opcd.config.settings import KINDS, did_you_mean, gather
 from opcd.errors import InputError
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+PRESET_HELP = "; ".join(
+    f"{name} ({', '.join(f'{field} {value}' for field, value in values.items())})"
+    for name, values in PRESETS.items()
+)
+OTHER_NAMES = {"distill": "train", "distil": "train", "evaluate": "eval", "new": "init"}
 BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
 
   opcd init my-task                             write a small task that runs as it is
@@ -28,6 +34,8 @@ BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """What the command line says. Raises InputError for what it must not."""
+    if argv and argv[0] in OTHER_NAMES:
+        raise InputError(f"there is no command {argv[0]}; did you mean {OTHER_NAMES[argv[0]]}?")
     return _parser().parse_args([_underscored(word) for word in argv])
 
 
@@ -40,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         from opcd.starter import write_starter
 
         written = write_starter(Path(arguments.folder))
-        print(f"written: a small task. Distil it:\n  opcd train --config {written}")
+        command = f"opcd train --config {shlex.quote(str(written))}"
+        print(f"written: a small task. Distil it:\n  {command}")
         return 0
     if arguments.command == "chat":
         return _chat(arguments)
@@ -63,13 +72,14 @@ def _load() -> None:
 
 
 def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.evaluation.evaluate import read_scorecard
     from opcd.terminal import Terminal, show_trained
     from opcd.training.run import train
 
     with _scorecard_alone(arguments) as show, Terminal() as terminal:
         outcome = train(config, arguments.resume, terminal)
-    show(outcome.evaluation)
-    if not arguments.json:
+    show(read_scorecard(outcome.folder))
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         show_trained(outcome, config)
     return 128 + terminal.caught if outcome.stopped and terminal.caught else 0
 
@@ -80,8 +90,8 @@ def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
 
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
         folder, found = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
-    show(found)
-    if not arguments.json:
+    show(found.card)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         show_evaluated(folder, found)
     return 0
 
@@ -94,7 +104,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from opcd.terminal import converse
 
     with contextlib.closing(SideBySide(config, run / "final")) as models:
-        converse(models, arguments.message)
+        converse(models, arguments.message, arguments.context_name)
     return 0
 
 
@@ -102,9 +112,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _scorecard_alone(arguments: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
     """With --json, standard output gets the scorecard and nothing else; yields what prints it."""
 
-    def show(found: Any) -> None:
+    def show(card: Any) -> None:
         if arguments.json:
-            print(json.dumps(found.card if found is not None else None, indent=2))
+            print(json.dumps(card, indent=2))
 
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         yield show
@@ -164,7 +174,7 @@ def _parser() -> _Parser:
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
-        sub.add_argument("--preset", help=f"settings to start from: {', '.join(PRESETS)}")
+        sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
         sub.add_argument("--json", action="store_true", help="print the scorecard and nothing else")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
@@ -189,6 +199,9 @@ def _parser() -> _Parser:
     )
     chat.add_argument("run", metavar="RUN", help="folder of the run")
     chat.add_argument("--message", help="ask this alone, in place of a conversation")
+    chat.add_argument(
+        "--context", dest="context_name", metavar="NAME", help="which, where the run has several"
+    )
     init = commands.add_parser(
         "init",
         help="Write a small task that runs as it is.",
@@ -211,7 +224,7 @@ def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None
         texts = {p.arg_name: " ".join((p.description or "").split()) for p in described.params}
         for name in names:
             default = getattr(TrainConfig, name, None)
-            shown = "" if default is None else f" (default: {default})"
+            shown = f" (default: {default})" if default not in (None, "") else ""
             switch: Any = {"nargs": "?", "const": "true"} if KINDS[name] is bool else {}
             options.add_argument(
                 f"--{name}",

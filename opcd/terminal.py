@@ -1,5 +1,6 @@
 """What a person at a terminal sees of a run, and how Ctrl-C reaches it."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from opcd.config import TrainConfig
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.side_by_side import SideBySide
+from opcd.runtime.files import shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
@@ -54,7 +56,8 @@ class Terminal(Progress):
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """See Progress.begin."""
-        self._phase = (_Bar if sys.stderr.isatty() else _Lines)(what, total, done)
+        at_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._phase = (_Bar if at_terminal else _Lines)(what, total, done)
 
     def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
         """See Progress.part."""
@@ -71,6 +74,19 @@ class Terminal(Progress):
         """The name of a signal that came."""
         caught = self._interrupts.caught
         return caught.name if caught else None
+
+
+class Silent(Terminal):
+    """Catches signals, and prints nothing of a run."""
+
+    def say(self, text: str) -> None:
+        """See Progress.say."""
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """See Progress.begin."""
+
+    def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
+        """See Progress.part."""
 
 
 class _Bar:
@@ -120,26 +136,33 @@ def _duration(seconds: float) -> str:
 
 def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     """How a run ended, and what to do next."""
-    folder = outcome.folder
+    folder = Path(shown(str(outcome.folder)))
+    again = f"opcd train --config {_quoted(folder / 'config.yaml')} --resume"
+    left = config.steps - outcome.steps_done
     if outcome.stopped:
-        last = outcome.steps_done == config.steps
-        left = ", the last: to export and score it" if last else ""
+        last = "" if left else ", the last: to export and score it"
         print(
-            f"stopped by {outcome.stopped} after step {outcome.steps_done}{left}; checkpoint "
-            f"saved. Continue:\n  opcd train --config {folder / 'config.yaml'} --resume"
+            f"stopped by {outcome.stopped} after step {outcome.steps_done}{last}; checkpoint "
+            f"saved. Continue:\n  {again}"
         )
         return
     if outcome.evaluation is not None:
         show_scorecard(outcome.evaluation)
     report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
+    print(f"\n{_verdict(folder)}")
+    if left:
+        print(f"  {left} of {config.steps} steps are left. Continue:\n    {again}")
     print(
-        f"\n{_verdict(folder)}\n"
         f"  model        {folder / 'final'}\n"
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
-        f"  try it       opcd chat {folder}\n"
-        f"  score again  opcd eval --config {folder / 'config.yaml'}"
+        f"  try it       opcd chat {_quoted(folder)}\n"
+        f"  score again  opcd eval --config {_quoted(folder / 'config.yaml')}"
     )
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _verdict(run: Path) -> str:
@@ -160,7 +183,7 @@ def _verdict(run: Path) -> str:
     )
 
 
-def converse(models: SideBySide, message: str | None) -> None:
+def converse(models: SideBySide, message: str | None, context: str | None = None) -> None:
     """Ask all models the same: one message, or what a person types until the end of input."""
     if message is None:
         print("One message a line; an empty line ends.")
@@ -171,7 +194,7 @@ def converse(models: SideBySide, message: str | None) -> None:
             return
         if not text.strip():
             return
-        for name, answer in models.ask(text):
+        for name, answer in models.ask(text, context):
             print(f"  {name:<10} {answer}")
         if message is not None:
             return

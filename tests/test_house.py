@@ -21,7 +21,8 @@ FLOORS = (
     {"rollouts", "starter", "student_loss", "tasks", "teacher"},
     {"evaluation"},
     {"training"},
-    {"api", "terminal"},
+    {"terminal"},
+    {"api"},
     {"commands"},
     {"cli"},
 )
@@ -33,7 +34,8 @@ def room_of(file: Path) -> str:
 
 
 def files() -> list[Path]:
-    return [f for f in sorted(OPCD.rglob("*.py")) if f != OPCD / "__init__.py"]
+    package = {OPCD / "__init__.py", OPCD / "__main__.py"}
+    return [f for f in sorted(OPCD.rglob("*.py")) if f not in package]
 
 
 def imports(file: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """The Python interface: distil a context into a model, or score one."""
 
 import contextlib
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opcd.api.inputs import write_context, write_model, write_rows
+from opcd.api.inputs import Inputs
 from opcd.api.results import Distilled, Evaluated
+from opcd.config.fields import FIELDS, MEASURING
 from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.models.by_name import load_model
-from opcd.runtime.files import make_folder
-from opcd.runtime.interrupts import Interrupts
+from opcd.runtime.files import free_name, make_folder
 from opcd.runtime.progress import Progress
+from opcd.terminal import Silent, Terminal
+from opcd.training.checkpoint import list_checkpoints
 from opcd.training.evaluate import evaluate_run
 from opcd.training.run import train
+
+log = logging.getLogger(__name__)
 
 Context = str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 Rows = Path | Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any]]
@@ -30,11 +35,14 @@ class Stopped(KeyboardInterrupt):
     """A run was interrupted, and saved: distil again with its `folder` and `resume=True`."""
 
     def __init__(self, folder: Path, step: int, why: str) -> None:
-        super().__init__(
-            f"stopped by {why} after step {step}; checkpoint saved. Continue with "
-            f"output_dir={str(folder)!r}, resume=True"
+        super().__init__(folder, step, why)
+        self.folder, self.step, self.why = folder, step, why
+
+    def __str__(self) -> str:
+        return (
+            f"stopped by {self.why} after step {self.step}; checkpoint saved. Continue with "
+            f"output_dir={str(self.folder)!r}, resume=True"
         )
-        self.folder = folder
 
 
 def distill(
@@ -51,6 +59,7 @@ def distill(
     in_place: bool = False,
     on_step: Callback | None = None,
     on_validation: Callback | None = None,
+    quiet: bool = False,
     **settings: Any,
 ) -> Distilled:
     """Move a context into a model's weights, and measure it where there is `test_data`.
@@ -66,35 +75,38 @@ def distill(
     output_dir: the run's folder, as `opcd train` writes it; without one a temporary folder, which
         is there as long as the returned object.
     on_step, on_validation: called with a step's metrics, and after a validation with the same and
-        "validation" in it; a string that is returned ends the run, saved, with `Stopped`.
+        "validation" in it. True ends training, with a model; a string ends it as an interrupt
+        does, with `Stopped`.
+    quiet: print neither the run's plan and notes nor its progress.
     settings: fields of the configuration, see `opcd train --help`.
 
     Ctrl-C lets a step finish, saves, and raises `Stopped` (in the main thread). Raises InputError
     for whatever does not fit, before weights are loaded where that can be known.
     """
+    for callback in (on_step, on_validation):
+        if callback is not None and not callable(callback):
+            raise InputError(f"a callback must be a function, got {callback!r}")
+    if in_place and not isinstance(model, PreTrainedModel):
+        raise InputError("in_place needs a loaded model, got a name; leave it out")
+    parts = {"prompts": prompts, "validation_data": validation_data, "test_data": test_data}
     with _folder(output_dir) as (folder, kept), _as_found():
-        given = _given(folder, model, tokenizer, context, settings, resume)
-        if in_place and not isinstance(model, torch.nn.Module):
-            raise InputError("in_place needs a loaded model, got a name; leave it out")
-        for name, rows in (
-            ("prompts", prompts),
-            ("validation_data", validation_data),
-            ("test_data", test_data),
-        ):
-            if rows is not None:
-                given[name] = write_rows(rows, folder / "inputs" / f"{name}.jsonl", name)
-        config = gather(given, preset=preset, caller="Python")
-        with Interrupts(print) as interrupts:
-            told = _Told(interrupts, on_step, on_validation)
-            outcome = train(config, resume, told)
+        inputs = Inputs(folder / "inputs")
+        with (Silent if quiet else Terminal)() as shown:
+            told = _Told(shown, on_step, on_validation)
+            try:
+                given = _given(inputs, folder, model, tokenizer, context, parts, settings)
+                outcome = train(gather(given, preset=preset, caller="Python"), resume, told)
+            except InputError:
+                if not told.began:
+                    inputs.discard()
+                raise
         if outcome.stopped:
             raise Stopped(folder, outcome.steps_done, outcome.stopped)
-        distilled = Distilled(folder, kept)
-        if in_place:
-            assert isinstance(model, PreTrainedModel)
-            model.load_state_dict(load_model(str(folder / "final"), "auto").state_dict())
-            distilled = Distilled(folder, kept, model)
-        return distilled
+        if not in_place:
+            return Distilled(folder, kept)
+        assert isinstance(model, PreTrainedModel)
+        model.load_state_dict(load_model(str(folder / "final"), "auto").state_dict())
+        return Distilled(folder, kept, model)
 
 
 def evaluate(
@@ -102,39 +114,64 @@ def evaluate(
     context: Context,
     test_data: Rows,
     *,
-    distilled: str | Path | None = None,
+    distilled: str | Path | Distilled | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     preset: str | None = None,
+    quiet: bool = False,
     **settings: Any,
 ) -> Evaluated:
     """Score a model without and with the context, and one `distilled` from it where it is named.
 
     Arguments are those of `distill`. Raises InputError for whatever does not fit.
     """
-    with _folder(output_dir) as (folder, kept), _as_found():
-        given = _given(folder, model, tokenizer, context, settings, resume=False)
-        given["test_data"] = write_rows(
-            test_data, folder / "inputs" / "test_data.jsonl", "test_data"
+    training = sorted(name for name in settings if name in FIELDS and name not in MEASURING)
+    if training:
+        raise InputError(
+            f"{', '.join(training)}: for training, and nothing to do in evaluate; leave it out"
         )
-        config = gather(given, preset=preset, caller="Python")
-        name = "none" if distilled is None else str(distilled)
-        where, _ = evaluate_run(config, name, str(folder / "scored"))
+    name = str(distilled.folder / "final" if isinstance(distilled, Distilled) else distilled)
+    with _folder(output_dir) as (folder, kept), _as_found():
+        inputs = Inputs(folder / "inputs")
+        with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
+            try:
+                parts = {"test_data": test_data}
+                given = _given(inputs, folder, model, tokenizer, context, parts, settings)
+                config = gather(given, preset=preset, caller="Python")
+                target = free_name(folder / "scored")
+                where, _ = evaluate_run(
+                    config, "none" if distilled is None else name, str(target), shown
+                )
+            except InputError:
+                inputs.discard()
+                raise
         return Evaluated(where, kept)
 
 
 class _Told(Progress):
-    """Hands metrics to callbacks, and ends a run that they or a signal want to end."""
+    """Shows a run, hands its metrics to callbacks, and ends it where they or a signal want it."""
 
     def __init__(
-        self, interrupts: Interrupts, on_step: Callback | None, on_validation: Callback | None
+        self, shown: Progress, on_step: Callback | None, on_validation: Callback | None
     ) -> None:
-        self._interrupts = interrupts
+        self._shown = shown
         self._on_step, self._on_validation = on_step, on_validation
         self._why: str | None = None
+        self._enough = False
+        self.began = False
+
+    def say(self, text: str) -> None:
+        """See Progress.say."""
+        self._shown.say(text)
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """See Progress.begin."""
+        self.began = True
+        self._shown.begin(what, total, done)
 
     def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
         """See Progress.part."""
+        self._shown.part(note, metrics)
         if metrics is None:
             return
         for callback, wanted in (
@@ -143,28 +180,37 @@ class _Told(Progress):
         ):
             said = callback(metrics) if callback is not None and wanted else None
             self._why = said if isinstance(said, str) else self._why
+            self._enough |= said is True
+
+    def end(self) -> None:
+        """See Progress.end."""
+        self._shown.end()
 
     def stop(self) -> str | None:
         """See Progress.stop."""
-        caught = self._interrupts.caught
-        return caught.name if caught else self._why
+        return self._shown.stop() or self._why
+
+    def enough(self) -> bool:
+        """See Progress.enough."""
+        return self._enough
 
 
 def _given(
+    inputs: Inputs,
     folder: Path,
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     context: Context,
+    parts: Mapping[str, Rows | None],
     settings: Mapping[str, Any],
-    resume: bool,
 ) -> dict[str, Any]:
-    """Settings, with what is no file written to the run's folder."""
-    inputs = folder / "inputs"
+    """Settings, with what is no file written as one."""
     return {
         **{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
         "output_dir": str(folder),
-        "model": write_model(model, tokenizer, inputs / "model", keep=resume),
-        "context": write_context(context, inputs),
+        "context": inputs.context(context),
+        **{name: inputs.rows(rows, name) for name, rows in parts.items() if rows is not None},
+        "model": inputs.model(model, tokenizer),
     }
 
 
@@ -172,18 +218,19 @@ def _given(
 def _folder(
     output_dir: str | Path | None,
 ) -> Iterator[tuple[Path, tempfile.TemporaryDirectory[str] | None]]:
-    """The run's folder; a temporary one goes with an error."""
+    """The run's folder; a temporary one stays where an error leaves something to continue."""
     if output_dir is not None:
-        yield make_folder(Path(output_dir)), None
+        yield make_folder(Path(output_dir).expanduser()), None
         return
     kept = tempfile.TemporaryDirectory(prefix="opcd-")
     try:
         yield Path(kept.name), kept
-    except Stopped:
-        kept._finalizer.detach()  # type: ignore[attr-defined]  # it can be continued
-        raise
     except BaseException:
-        kept.cleanup()
+        if list_checkpoints(Path(kept.name) / "checkpoints"):
+            kept._finalizer.detach()  # type: ignore[attr-defined]
+            log.warning("the run is kept in %s: output_dir=..., resume=True go on", kept.name)
+        else:
+            kept.cleanup()
         raise
 
 
@@ -193,7 +240,11 @@ def _as_found() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     state, threads = random.getstate(), torch.get_num_threads()
     try:
-        with torch.random.fork_rng(list(devices)), torch.enable_grad():
+        with (
+            torch.random.fork_rng(list(devices)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         random.setstate(state)

@@ -17,8 +17,10 @@ from opcd.runtime.files import read_metrics
 class Evaluated:
     """A scorecard, and the folder that holds it."""
 
-    def __init__(self, folder: Path, kept: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: str | Path, kept: tempfile.TemporaryDirectory[str] | None = None
+    ) -> None:
+        self.folder = Path(folder).expanduser()
         self._kept = kept  # a temporary folder is there as long as this object
 
     @property
@@ -47,16 +49,21 @@ class Evaluated:
 
 
 class Distilled(Evaluated):
-    """A distilled model, and what is known of it."""
+    """A distilled model, and what is known of it; ``Distilled(folder)`` opens a run again."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         kept: tempfile.TemporaryDirectory[str] | None = None,
         model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(folder, kept)
         self._model = model
+        if not (self.folder / "final").is_dir():
+            raise InputError(
+                f"the folder must be that of a run with a model, got {str(self.folder)!r}; a run "
+                f"that was interrupted goes on with resume=True"
+            )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -77,7 +84,7 @@ class Distilled(Evaluated):
 
     def save(self, folder: str | Path) -> Path:
         """Copy the model to `folder`, which must not be there yet; returns its path."""
-        target = Path(folder)
+        target = Path(folder).expanduser()
         if target.exists():
             raise InputError(f"the folder must not be there yet, got {str(target)!r}; name another")
         shutil.copytree(self.folder / "final", target)

@@ -31,10 +31,15 @@ class SideBySide:
         return list(self._setup.chats)
 
     def ask(self, message: str, context: str | None = None) -> Iterator[tuple[str, str]]:
-        """Each contender's name and answer, as it comes; `context` defaults to the first one.
+        """Each contender's name and answer, as it comes; `context` names one of several.
 
         Raises InputError for a message that does not fit the model.
         """
+        if (context is None and len(self.contexts) > 1) or context not in (None, *self.contexts):
+            raise InputError(
+                f"context must be one of {', '.join(self.contexts)}, got {context!r}; pass "
+                f"--context NAME"
+            )
         chat = self._setup.chats[self.contexts[0] if context is None else context]
         asked = [user(message)]
         alone, prompted = chat.student_ids(asked), chat.teacher_ids(asked)

@@ -80,7 +80,7 @@ def _output(lm: Any) -> Any:
             f"the head of {name} must hold its weight as a tensor of numbers, got {kind.__name__}; "
             f"leave the head out of what is quantised"
         )
-    if weight.is_meta:
+    if weight.is_meta and (hasattr(output, "_hf_hook") or lm not in _KNOWN):
         raise InputError(
             f"the head of {name} must lie on a device, got one on 'meta'; load the model onto one "
             f"device, without offloading"

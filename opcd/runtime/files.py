@@ -114,6 +114,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if not isinstance(row, dict) or "step" not in row:  # nobody's that trains here
+                continue
             if last_step is None or row["step"] <= last_step:
                 rows.append(row)
     return rows

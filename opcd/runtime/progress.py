@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Progress:
-    """What a run tells, and the one thing it asks; this one is silent and never stops a run."""
+    """What a run tells, and what it asks; this one is silent and never stops a run."""
 
     def say(self, text: str) -> None:
         """Lines for people."""
@@ -21,3 +21,7 @@ class Progress:
     def stop(self) -> str | None:
         """Asked after every step: why the run should end here, or None to go on."""
         return None
+
+    def enough(self) -> bool:
+        """Asked after every step: whether training should end here, with a model."""
+        return False

@@ -1,4 +1,4 @@
-"""YAML in which nothing is lost or guessed: no key twice, 1e-4 is a number, a date and 010 are text."""
+"""YAML in which nothing is lost or guessed: keys stand once, 1e-4 is a number, a date is text."""
 
 import re
 from pathlib import Path

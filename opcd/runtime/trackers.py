@@ -1,11 +1,14 @@
 """Where a run's metrics go beside metrics.jsonl: TensorBoard, or a function of the user's."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from opcd.errors import InputError
 from opcd.runtime.user_code import load_function
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -62,11 +65,19 @@ def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def log_all(trackers: Sequence[Tracker], metrics: Mapping[str, Any]) -> None:
-    """Hand a step's metrics to every tracker."""
+def log_all(trackers: list[Tracker], metrics: Mapping[str, Any]) -> None:
+    """Hand a step's metrics to every tracker; one that raises is said, and gets no more."""
     values = numbers(metrics)
-    for tracker in trackers:
-        tracker.log(metrics["step"], values)
+    trackers[:] = [tracker for tracker in trackers if _logged(tracker, metrics["step"], values)]
+
+
+def _logged(tracker: Tracker, step: int, values: Mapping[str, float]) -> bool:
+    try:
+        tracker.log(step, values)
+    except Exception as error:  # whatever the user's own raises
+        log.warning("a tracker is left out from here on: %s: %s", type(error).__name__, error)
+        return False
+    return True
 
 
 def _open(name: str, folder: Path) -> Tracker:

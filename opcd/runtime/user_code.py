@@ -1,9 +1,10 @@
 """Functions of a user's own: ``module:function`` or ``path/to/file.py:function``."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ def load_function(target: str, what: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise InputError(
             f"{what} must name an importable module, got {type(error).__name__}: {error}; name "
-            f"the file, python:path/to/{place.split('.')[-1]}.py:{name}, or install it"
+            f"its file, python:path/to/file.py:{name}, or install it"
             if not place.endswith(".py")
             else f"{what} must name a file that can be imported, got {type(error).__name__}: "
             f"{error}; correct it"
@@ -58,20 +59,25 @@ def _from_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up
-    folder = str(path.parent.resolve())  # files beside it can be imported
-    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with _importable(str(path.parent.resolve())):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(folder)
     return module
 
 
 def _by_name(name: str) -> ModuleType:
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
+    with _importable(str(Path.cwd())):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules in `folder` can be imported within it."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

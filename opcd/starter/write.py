@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opcd.errors import InputError
 from opcd.runtime.files import make_folder
+from opcd.runtime.strict_yaml import dump_yaml
 
 TASK = ("context.json", "prompts.jsonl", "validation.jsonl", "test.jsonl")
 CONFIG = """\
@@ -48,5 +49,6 @@ def write_starter(folder: Path) -> Path:
     for name in TASK:
         (folder / name).write_bytes((task / name).read_bytes())
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(output_dir=(folder / "run").as_posix()), encoding="utf-8")
+    output_dir = dump_yaml(str(folder.absolute() / "run")).splitlines()[0]
+    config.write_text(CONFIG.format(output_dir=output_dir), encoding="utf-8")
     return config

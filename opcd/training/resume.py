@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.config import TrainConfig
-from opcd.config.settings import gather
+from opcd.config.settings import gather, written_here
 from opcd.errors import InputError
 from opcd.runtime.files import make_folder
 from opcd.runtime.progress import Progress
@@ -28,6 +28,11 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
             raise InputError(
                 f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
                 f"to continue it, or choose another output_dir"
+            )
+        if saved.exists() and not written_here(saved):
+            raise InputError(
+                f"output_dir must not hold a config.yaml of yours, which the run's own would "
+                f"replace, got {str(folder)!r}; choose another output_dir"
             )
         return make_folder(folder)
     if not saved.is_file():

@@ -137,8 +137,13 @@ def _fit(
                         best = {"step": step, **found}
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 log_all(trackers, metrics)
-                progress.part(step_note(metrics, best), metrics)
+                try:
+                    progress.part(step_note(metrics, best), metrics)
+                except Exception:  # of a callback
+                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
+                    raise
                 stopped = progress.stop()
+                last = last or progress.enough()
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     saved.add(step)

@@ -1,6 +1,8 @@
 """The Python interface: what goes in, what comes out, and what is left as it was."""
 
 import inspect
+import json
+import pickle
 import random
 import signal
 import threading
@@ -52,21 +54,29 @@ class Rows:
         return iter(TEST)
 
 
+class Readable(list):
+    """An open file is iterable, too."""
+
+    def read(self) -> str:
+        return ""
+
+
 def test_the_public_names() -> None:
     """A change here is a change for users: see docs/python.md."""
     assert opcd.__all__ == sorted(
         [
             *("Distilled", "Evaluated", "InputError", "SharedPrefixTeacher", "Stopped"),
-            *("StudentLoss", "TrainConfig", "__version__", "distill", "evaluate"),
+            *("StudentLoss", "__version__", "distill", "evaluate"),
         ]
     )
     assert list(inspect.signature(opcd.distill).parameters) == [
         *("model", "context", "prompts", "tokenizer", "validation_data", "test_data"),
-        *("output_dir", "preset", "resume", "in_place", "on_step", "on_validation", "settings"),
+        *("output_dir", "preset", "resume", "in_place", "on_step", "on_validation", "quiet"),
+        "settings",
     ]
     assert list(inspect.signature(opcd.evaluate).parameters) == [
         *("model", "context", "test_data", "distilled", "tokenizer", "output_dir", "preset"),
-        "settings",
+        *("quiet", "settings"),
     ]
     for name in opcd.__all__:
         assert getattr(opcd, name).__doc__
@@ -202,6 +212,104 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def run(folder: Path | None, **change: object) -> opcd.Distilled:
+    given = {
+        "model": tiny_llama(),
+        "context": CONTEXT,
+        "prompts": PROMPTS,
+        "tokenizer": tiny_tokenizer(),
+        "output_dir": folder,
+        "test_data": TEST,
+        "quiet": True,
+    }
+    return opcd.distill(**given | SHORT | change)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_what_a_run_has_read_is_never_overwritten(tmp_path: Path) -> None:
+    first = run(tmp_path / "run")
+    before = contents(first.folder)
+    for change in (
+        {"context": "Another."},
+        {"context": "Another.", "resume": True},
+        {"model": tiny_llama(5), "resume": True},
+        {"prompts": [*PROMPTS, "m"], "resume": True},
+    ):
+        with pytest.raises(opcd.InputError):
+            run(tmp_path / "run", **change)
+        assert contents(first.folder) == before
+    found = opcd.evaluate(
+        tiny_llama(),
+        "Another.",
+        TEST[:2],
+        tokenizer=tiny_tokenizer(),
+        distilled=first,
+        output_dir=tmp_path / "run",
+        dtype="float32",
+        quiet=True,
+    )
+    assert found.folder == tmp_path / "run" / "scored"
+    assert before.items() <= contents(first.folder).items()
+
+
+def test_a_run_may_move(tmp_path: Path) -> None:
+    settings = {"steps": 1, "schedule": "constant"}
+    run(tmp_path / "run", **settings)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    longer = run(tmp_path / "moved", **settings | {"steps": 2}, resume=True)
+    assert [row["step"] for row in longer.metrics] == [1, 2]
+    again = opcd.Distilled(str(tmp_path / "moved"))
+    assert again.scorecard == longer.scorecard
+    with pytest.raises(opcd.InputError, match="must be that of a run with a model"):
+        opcd.Distilled(tmp_path)
+
+
+def test_a_callback_may_have_enough(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", on_step=lambda metrics: metrics["step"] == 2)
+    assert [row["step"] for row in found.metrics] == [1, 2]
+    assert found.scorecard["contenders"]["distilled"]["n"] == 4
+
+
+def test_what_can_be_continued_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(metrics: dict) -> None:
+        raise RuntimeError("of the user's own")
+
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        run(None, on_step=broken)
+    kept = Path(caplog.messages[-1].removeprefix("the run is kept in ").split(":")[0])
+    assert [f.name for f in (kept / "checkpoints").iterdir()] == ["step-000001"]
+    assert [row["step"] for row in run(kept, resume=True).metrics] == [1, 2, 3]
+
+
+def test_plan_and_notes_are_shown(capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": word, "zzz": 1} for word in PROMPTS]
+    run(None, prompts=rows, quiet=False, test_data=None)
+    shown = capsys.readouterr().out
+    assert "zzz" in shown
+    assert "distil 3/3" in shown
+    run(None, prompts=rows, test_data=None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_context_from_a_file_of_messages_among_others(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}]
+    (tmp_path / "bank.json").write_text(json.dumps(messages))
+    words = {"bank": "abc", "shop": "def"}
+    rows = [{"prompt": w, "context": c} for c, letters in words.items() for w in letters]
+    contexts = {"bank": tmp_path / "bank.json", "shop": "Be kind."}
+    run(tmp_path / "run", context=contexts, prompts=rows, test_data=None)
+    (file,) = (tmp_path / "run" / "inputs").glob("context-*.json")
+    assert json.loads(file.read_text()) == {"bank": messages, "shop": "Be kind."}
+
+
+def test_stopped_travels_between_processes() -> None:
+    stopped = pickle.loads(pickle.dumps(opcd.Stopped(Path("run"), 3, "SIGINT")))
+    assert str(stopped).startswith("stopped by SIGINT after step 3; checkpoint saved")
+
+
 def test_evaluate(model_dir: Path) -> None:
     found = opcd.evaluate(model_dir, CONTEXT, TEST, max_completion_tokens=4, dtype="float32")
     assert list(found.scorecard["contenders"]) == ["base", "prompted"]
@@ -223,6 +331,12 @@ def test_evaluate(model_dir: Path) -> None:
         ({"context": 3}, "context must be text, a list of messages or a pathlib.Path, got int"),
         ({"context": Path("none.md")}, "none.md', which is not there"),
         ({"prompts": "prompts.jsonl"}, "prompts must be a list of requests, or the pathlib.Path"),
+        ({"prompts": ["context.md"]}, r"prompts\[0\] must be the text itself, got 'context.md'"),
+        ({"prompts": Readable()}, "or the pathlib.Path of a file, got Readable"),
+        ({"prompts": ["a\ud800"]}, "must be text, got half a character"),
+        ({"on_step": "print"}, "a callback must be a function, got 'print'"),
+        ({"teacher": tiny_llama()}, "teacher must be text or null, got LlamaForCausalLM"),
+        ({"scorer": len}, "scorer must be text, got <built-in function len>"),
         ({"prompts": [3]}, r"prompts\[0\] must be a string, messages or a dict, got int"),
         ({"prompts": []}, "must not be empty"),
         ({"model": 3}, "model must be a name, a folder or a transformers model, got int"),

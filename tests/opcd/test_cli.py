@@ -189,6 +189,16 @@ def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture
     assert "pass --resume" in refused(settings, capsys)
 
 
+def test_a_folder_with_a_configuration_of_ones_own(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    Path(settings["output_dir"]).mkdir()
+    own = Path(settings["output_dir"]) / "config.yaml"
+    own.write_text(in_groups(settings))
+    assert "must not hold a config.yaml of yours" in refused(settings, capsys)
+    assert own.read_text() == in_groups(settings)
+
+
 def test_a_folder_that_cannot_be_written(
     settings: dict, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -250,6 +260,8 @@ def test_evaluation_without_a_distilled_model_or_test_data(
         (["eval", "--gradient_checkpointing"], "--gradient_checkpointing is for training"),
         (["eval", "--resume"], "there is no option --resume"),
         (["train"], "output_dir and context must be given"),
+        (["train", "--gradient_checkpointing", "yes"], "must be true or false, got 'yes'"),
+        (["evaluate"], "there is no command evaluate; did you mean eval?"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "loose"], "there is no option loose"),
         (["train", "--config"], "--config: expected one argument"),
@@ -290,6 +302,10 @@ def test_no_command_says_what_to_do_first(capsys: pytest.CaptureFixture) -> None
         ("data: [", "in line 1"),
         ("data:\n\tcontext: x", "in line 2"),
         ('data: {context: "C:\\Users\\me.md"}', "write the path with '/', or in single quotes"),
+        ("preset: [laptop]", "preset must be one of laptop, one-gpu, lora, got ['laptop']"),
+        ("data: {1: x}", "there is no field 1"),
+        ("models: {model: 1e3}", "model must be text, got 1000.0; put it in quotes"),
+        ("models: {chat_template_args: {a: no}}", "no: write true or false, or the word in quotes"),
         ("preset: fast", "preset must be one of laptop, one-gpu, lora, got 'fast'"),
     ],
 )

@@ -35,6 +35,19 @@ def test_a_users_own_gets_every_step(settings: dict, tmp_path: Path) -> None:
     assert end == "closed"
 
 
+def test_one_that_raises_ends_no_run(
+    settings: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "own.py").write_text(
+        LOGGING.replace("print(json.dumps([step", "1 / 0; print(([step")
+    )
+    settings |= {"steps": 2, "test_data": None, "trackers": f"python:{tmp_path}/own.py:Tracker"}
+    assert train(TrainConfig(**settings)).steps_done == 2
+    assert caplog.messages == [
+        "a tracker is left out from here on: ZeroDivisionError: division by zero"
+    ]
+
+
 def test_numbers_alone_are_logged() -> None:
     metrics = {
         "step": 3,

@@ -11,9 +11,9 @@ from opcd.tasks.task import read_task_files
 
 
 def test_it_is_a_task_that_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = tmp_path / "my task"
+    folder = tmp_path / "my: task #1"
     assert main(["init", str(folder)]) == 0
-    assert f"opcd train --config {folder / 'config.yaml'}" in capsys.readouterr().out
+    assert f"opcd train --config '{folder / 'config.yaml'}'" in capsys.readouterr().out
     config = gather({}, folder / "config.yaml")
     assert config.output_dir == str(folder / "run")
     assert config.learning_rate == 1e-4
