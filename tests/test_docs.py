@@ -43,9 +43,12 @@ def test_the_readme_shows_the_loss_and_the_teacher(settings: dict) -> None:
     assert len(names["scored"].hidden) == 5
 
 
-def test_the_page_about_python(settings: dict) -> None:
-    distilling, tracker = snippets(ROOT / "docs" / "python.md")
-    assert len(run(distilling, settings, {})["distilled"].metrics) == 1
+def test_the_page_about_python(settings: dict, capsys: pytest.CaptureFixture) -> None:
+    distilling, asking, tracker = snippets(ROOT / "docs" / "python.md")
+    names = run(distilling, settings, {})
+    assert len(names["distilled"].metrics) == 1
+    exec(compile(asking, "snippet", "exec"), names)
+    assert capsys.readouterr().out.endswith("\n")
     Path("my_tracker.py").write_text(tracker)
     run(tracker, settings, {})["make"](Path()).log(1, {"loss": 0.5})
 
