@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # An adapter: a model that is too large to train whole.
     "lora": {
         "lora_rank": 16,
-        "learning_rate": 3e-4,
+        "learning_rate": 1e-3,
         "schedule": "linear",
     },
 }

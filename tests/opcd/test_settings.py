@@ -32,7 +32,7 @@ def test_what_counts_and_where_it_came_from(tmp_path: Path) -> None:
     assert config.origins["context"] == "task.yaml"
     assert "warmup_steps" not in config.origins
     lora = gather({}, tmp_path / "task.yaml", preset="lora")
-    assert (lora.lora_rank, lora.learning_rate) == (16, 3e-4)
+    assert (lora.lora_rank, lora.learning_rate) == (16, 1e-3)
 
 
 @pytest.mark.parametrize(
