@@ -8,6 +8,7 @@ from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.agreement import OwnSide, divergence_to, own_side
 from opcd.evaluation.contenders import Answer, Contender, Models, both_contenders
+from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import internalised, scorecard
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
@@ -78,6 +79,7 @@ def evaluate(
         "scorer": config.scorer,
         "decoding": {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens},
         "data": {"part": "test", "file": config.test_data},
+        "measured_by": measured_by(setup),
     }
     if selection is not None:
         card["selection"] = selection
@@ -93,13 +95,16 @@ def read_scorecard(folder: Path) -> dict[str, Any] | None:
 
 
 def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
-    """scorecard.json, answers.jsonl and report.md with its curve; settings where no run's are."""
+    """scorecard.json, answers.jsonl and report.md with its curve; settings where no run's are.
+
+    The scorecard comes last: where it is, the others are its own.
+    """
     metrics = read_metrics(folder / "metrics.jsonl")
     if not metrics:
         write_config(setup.config, folder / "config.yaml")
-    write_json(folder / "scorecard.json", found.card)
     write_jsonl(folder / "answers.jsonl", found.answers)
     write_report(folder, found.card, found.answers, setup.config, metrics)
+    write_json(folder / "scorecard.json", found.card)
 
 
 def _check_same_kind(setup: Setup, distilled: str) -> None:

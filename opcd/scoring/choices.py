@@ -17,11 +17,12 @@ _SMALL = (  # no word: what follows ends it, or it is none before others
     rf"(?<![{_WORD}])(?:[a-zα-ωа-я](?=[)\]}}:;*\"]|\.(?: |$)|,(?! \w\b)|$)"
     r"|[bcdfgh](?= (?!(?:or|and|oder|und|ou|et|y|e) )))"
 )
-_DENIED = re.compile(  # not A; neither (A) nor B; A is wrong
+_DENIED = re.compile(  # not A; neither (A) nor B; A is wrong; A? No
     r"(?:\b(?i:not|isn't|nor|neither|rather than|instead of|nicht|weder|noch|no es|n'est pas|pas|"
     r"non|não|не)\b|不是)(?: (?:the )?(?:answer|option|choice))?"
     rf"[ *(\[\"]*{_LETTER}[*)\]\"]*(?:(?:, | or | and |/)[*(\[\"]*{_LETTER}[*)\]\"]*)*"
     rf"|{_LETTER}[*)\]\"]* (?:isn't|is (?:not|wrong|incorrect|false))\b"
+    rf"|{_LETTER}[*)\]\"]*\? *(?i:no|nope|nein|non|não|нет)\b"  # A? No.
 )
 _ONLY = re.compile(r"[(\[]?([^\W\d_])[)\]]?[.):]?")  # B, (B), B. or B)
 _NAMED = re.compile(
@@ -40,13 +41,20 @@ _LEADING = re.compile(
     rf"[*(\[\"]*(?:[a-zα-ωа-я](?=[)\]:*]|\.(?: |$)| - |$)|{_LETTER}(?=[)\].:,*/]| [-/&]|$)"
     rf"(?:[^{_CAPITALS}]{{1,6}}{_LETTER})*)"
 )
+_OPTION = re.compile(  # option b; option a is right
+    rf"\b(?i:option|choice|letter)[ *(\[\"]{{1,3}}(?:{_SMALL}|[a-z](?= (?:is|fits|because)\b))"
+)
 _MARK = re.compile(rf"{_LETTER}(?=\)|[.:]\s\S)|(?<=(?<!\w)\()[a-z](?=\))")
 
 
 def letter(text: str) -> str | None:
-    """The letter, in capitals, that a text is and nothing else; None for another text."""
+    """The letter, in capitals, that a text is and nothing else; None for another text.
+
+    Letters are those that claims are looked for with: Latin, Greek and Cyrillic ones.
+    """
     found = _ONLY.fullmatch(bare(text))
-    return found[1].upper() if found else None
+    capital = found[1].upper() if found else ""
+    return capital if re.fullmatch(f"[{_CAPITALS}]", capital) else None
 
 
 def claimed(answer: str) -> set[str]:
@@ -54,8 +62,9 @@ def claimed(answer: str) -> set[str]:
 
     Those that it says to be the answer ("Answer: B"); else those that stand as a mark ("B) refund",
     in front of a line, or "B.", "B:" and "B)" within it); else capitals that stand alone and are no
-    word. In lower case a letter counts where it is all, leads a line as "b)" or "b.", or is said to
-    be the answer. A letter that is denied ("not A") is not claimed.
+    word. In lower case a letter counts where it is all, leads a line as "b)" or "b.", is called an
+    option ("option b"), or is said to be the answer. A letter that is denied ("not A", "A? No") is
+    not claimed.
     """
     if only := letter(answer):
         return {only}
@@ -70,7 +79,8 @@ def claimed(answer: str) -> set[str]:
     for runs in (named, [*marks, *_MARK.finditer(text)]):
         if letters := {c.upper() for run in runs for c in _letters(run[0])}:
             return letters
-    return set(re.findall(_LETTER, text))
+    options = {run[0][-1].upper() for run in _OPTION.finditer(text)}
+    return options | set(re.findall(_LETTER, text))
 
 
 def _letters(run: str) -> list[str]:

@@ -35,6 +35,16 @@ _NUMERAL = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+# What may stand around an accepted number: units, currency, a sentence, LaTeX that sets it.
+_SETTING = re.compile(
+    r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|it|rm)|left|right|displaystyle)(?![a-zA-Z])"
+    r"|\^\{?\\circ\}?|\\[()\[\]]|(?<=[A-Za-z}])\^[-+]?\d|\*\*"  # 90^\circ, \[ \], cm^2
+)
+_MATHEMATICS = re.compile(
+    r"[\\^√π∞∑∏∫±×÷·*<>≤≥≠≈+~|!]|\b(?:sqrt|log|ln|exp|sin|cos|tan|pi|mod)\b"
+    r"|\b(?:dozen|hundred|thousand|million|billion|trillion)\b",
+    re.IGNORECASE,
+)
 _MARKS = ((",", "."), (".", ","), ("'", "."), ("'", ","), (" ", "."), (" ", ","))
 
 
@@ -55,10 +65,21 @@ class Numeral(NamedTuple):
 
 def numerals(text: str) -> list[Numeral]:
     """Those of a text, in its order. Digits that go on a word are none: B12, x2."""
-    text = unemphasised(text)
-    for pattern, plain in _LATEX:
-        text = pattern.sub(plain, text)
-    return [_numeral(found) for found in _NUMERAL.finditer(text)]
+    return [_numeral(found) for found in _NUMERAL.finditer(_plain(text))]
+
+
+def is_one_number(text: str) -> bool:
+    """Whether a text holds one number, maybe in a sentence or with its unit, and no mathematics
+    beyond it: not 3π, 6 - 5i or x = 7, y = 2. Of a worked solution counts what ``####`` marks."""
+    text = _plain(text.rpartition("####")[2])
+    found = [*_NUMERAL.finditer(text)]
+    if len(found) != 1:
+        return False
+    front, back = text[: found[0].start()], text[found[0].end() :]
+    variable = re.match(r" ?[inxyz](?!\w)", back)
+    return not variable and not any(
+        _MATHEMATICS.search(_SETTING.sub(" ", side)) for side in (front, back)
+    )
 
 
 def only_numeral(text: str) -> Numeral | None:
@@ -68,6 +89,13 @@ def only_numeral(text: str) -> Numeral | None:
         return None
     numeral = _numeral(found)
     return numeral if numeral.readings else None
+
+
+def _plain(text: str) -> str:
+    text = unemphasised(text)
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def _numeral(found: re.Match[str]) -> Numeral:

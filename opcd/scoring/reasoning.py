@@ -3,14 +3,25 @@
 import re
 from typing import NamedTuple
 
-# Tokens that mark a thought off; a tokenizer may hold them as special ones.
-MARKS = {"<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>", "<|message|>"}
-
-_BEGIN = re.compile(r"\A\s*(<think(ing)?>|\[THINK\]|<\|channel\|>(?!final))", re.IGNORECASE)
-_END = re.compile(
-    r"</think(ing)?>|\[/THINK\]|<\|channel\|>final[^\n]*?<\|message\|>", re.IGNORECASE
+# What begins and ends a thought.
+PAIRS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
 )
-_OPENED = re.compile(r"(<think(ing)?>|\[THINK\])\s*\Z", re.IGNORECASE)
+# Tokens that mark a thought off; a tokenizer may hold them as special ones.
+MARKS = {mark for pair in PAIRS for mark in pair} | {"<|channel>", "<|channel|>", "<|message|>"}
+
+_OPENS, _CLOSES = ("|".join(map(re.escape, marks)) for marks in zip(*PAIRS, strict=True))
+_BEGIN = re.compile(rf"\A\s*(?:{_OPENS}|<\|channel\|>(?!final))", re.IGNORECASE)
+_END = re.compile(rf"{_CLOSES}|<\|channel\|>final[^\n]*?<\|message\|>", re.IGNORECASE)
+_OPENED = re.compile(rf"(?:{_OPENS})\s*\Z", re.IGNORECASE)
 
 
 class Parts(NamedTuple):
@@ -23,8 +34,7 @@ class Parts(NamedTuple):
 def split_thought(completion: str) -> Parts:
     """Cut at the last end of a thought; its beginning may stand in the prompt.
 
-    Known are ``<think>…</think>`` (also ``<thinking>``), ``[THINK]…[/THINK]`` and channels, of
-    which ``<|channel|>final<|message|>`` begins the answer.
+    Known are `PAIRS` and channels, of which ``<|channel|>final<|message|>`` begins the answer.
     """
     ends = [*_END.finditer(completion)]
     thought = completion[: ends[-1].start()] if ends else ""

@@ -1,13 +1,16 @@
 """When an answer counts: built-in scorers, and a function of the user's."""
 
+import hashlib
 import inspect
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ from opcd.errors import InputError
 from opcd.runtime.strict_json import no_constant, unique_keys
 from opcd.runtime.user_code import load_function
 from opcd.scoring.choices import claimed, letter
-from opcd.scoring.numerals import numerals, only_numeral
+from opcd.scoring.numerals import is_one_number, numerals, only_numeral
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import bare, folded, holds, normalised
 
@@ -36,7 +39,16 @@ class Scorer:
     # Why an accepted answer can never be found right, or None; a user's function is not asked.
     fault: Callable[[str], str | None] | None
     judges_raw: bool = False
+    source: str = ""  # of the file with the user's function
     _rates: dict[tuple[str, ...], list[str]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def identity(self) -> str:
+        """What tells scorers apart: of a user's function its name and the text of its file."""
+        if not self.source:
+            return self.spec
+        digest = hashlib.sha256(self.source.encode()).hexdigest()
+        return f"python:{self.spec.rpartition(':')[2]} of {digest}"
 
     def __call__(self, completion: str, answers: Sequence[str], raw: str | None = None) -> Score:
         """Score what stands behind the completion's reasoning; an unended thought gets 0.
@@ -71,13 +83,13 @@ def load_scorer(spec: str) -> Scorer:
       spaces (in Korean at the front of a word), with its case where it is all capitals. A number
       is held as a whole one: 42 not in -42, 42.5 or 42 %. An answer that names every label holds
       the right one: the scorecard counts such answers.
-    - ``number``: its last number equals the last of an accepted answer, see `numerals`.
+    - ``number``: its last number equals the accepted one, see `numerals`.
     - ``choice``: claims the accepted letter and no other, see `choices`.
     - ``json``: is JSON, or one fence with JSON in it, and equals an accepted value: 1 is 1.0, keys
       have no order, nothing else may stand around it.
     - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
       answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
-      takes the last.
+      takes the last. Case matters in the pattern, and ``.`` ends at a line's end.
     - ``python:FILE.py:function`` or ``python:module:function``: ``function(completion, answers)``
       of a file, or of an importable module, also one in the current folder. It returns a bool, 0 or
       1, a number from 0 to 1, or a dict of such by the names of rates, which are the same whatever
@@ -159,13 +171,30 @@ def _fault(right: Callable[[str, str], bool], what: str, accepted: str) -> str |
     return None if right(split_thought(accepted).answer or "", accepted) else what
 
 
+def _number_fault(accepted: str) -> str | None:
+    what = "it ends in no number; write one, or take another scorer"
+    if fault := _fault(_same_number, what, accepted):
+        return fault
+    if is_one_number(normalised(split_thought(accepted).answer or "")):
+        return None
+    return (
+        "it is more than one number, and only a number would be compared; write that alone, or "
+        "take the scorer exact, json or python:FILE.py:function"
+    )
+
+
 _BUILT_IN: dict[str, tuple[Callable[[str, str], bool], Callable[[str], str | None]]] = {
-    name: (right, partial(_fault, right, what))
+    name: (right, what if callable(what) else partial(_fault, right, what))
     for name, right, what in (
         ("exact", _equals, "it does not equal itself; leave reasoning out"),
         ("contains", _contains, "it is not found in itself; leave reasoning out"),
-        ("number", _same_number, "it ends in no number; write one, or take another scorer"),
-        ("choice", _same_choice, "it is not one letter; write B, or take the scorer exact"),
+        ("number", _same_number, _number_fault),
+        (
+            "choice",
+            _same_choice,
+            "it is not one letter of the Latin, Greek or Cyrillic alphabet; write B, or take the "
+            "scorer exact",
+        ),
         ("json", _same_json, "it is no JSON; correct it, or take the scorer exact"),
     )
 }
@@ -173,7 +202,7 @@ _BUILT_IN: dict[str, tuple[Callable[[str, str], bool], Callable[[str], str | Non
 
 def _compile(kind: str, source: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(source, re.DOTALL)
+        pattern = re.compile(source)
     except re.error as error:
         raise InputError(
             f"scorer {kind}:PATTERN must be a valid regular expression, got {source!r}: {error}; "
@@ -244,7 +273,14 @@ def _python_scorer(spec: str, target: str) -> Scorer:
             ) from error
         return _as_score(returned, f"{spec} for {answer!r} and {list(accepted)}")
 
-    return Scorer(spec, judge, None, wants_raw)
+    return Scorer(spec, judge, None, wants_raw, _source(target))
+
+
+def _source(target: str) -> str:
+    """The text of the file that a function was loaded from; "" where there is none to read."""
+    place = target.rpartition(":")[0]
+    file = place if place.endswith(".py") else getattr(sys.modules[place], "__file__", None) or ""
+    return Path(file).read_text("utf-8", "replace") if file.endswith(".py") else ""
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:

@@ -77,7 +77,7 @@ class Setup(NamedTuple):
     @property
     def selection_fingerprint(self) -> str:
         """Digest of what a checkpoint is chosen by: validation prompts, answers and scorer."""
-        text = self.task.validation_digest + self.config.scorer
+        text = self.task.validation_digest + self.task.scorer.identity
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:

@@ -81,12 +81,6 @@ class Task:
         return hashlib.sha256(json.dumps(prefixes + prompts + named).encode()).hexdigest()
 
     @property
-    def prompts_digest(self) -> str:
-        """What both models are trained on, wherever the shared prefix ends."""
-        rows = [[*p.student_ids, -1, *self.prompted_ids(p)] for p in self.train]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-    @property
     def validation_digest(self) -> str:
         """What a checkpoint is chosen by: validation prompts and their accepted answers."""
         rows = [

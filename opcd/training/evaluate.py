@@ -1,7 +1,7 @@
 """A run's model, or another one, scored on test data."""
 
 import contextlib
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ from opcd.config import TrainConfig
 from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
-from opcd.runtime.files import free_name, make_folder
+from opcd.evaluation.measured import OF_THE_FORM, measured_by, other_fields
+from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.announce import notes
@@ -38,15 +39,14 @@ def evaluate_run(
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
     saved = gather({}, run / "config.yaml") if distilled is None else config
-    setup = prepare(saved.measured_as(config))
+    setup = prepare(_without_lost_prompts(saved.measured_as(config), saved, progress))
     data, config = Path(config.test_data).stem, setup.config
     selection: dict[str, Any] | None = None
-    changed: list[str] = []
+    changed = ""
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
     if distilled is None:
         selection = read_selection(run) or None
-        changed = [name for name in saved.differing_fields(config) if name != "output_dir"]
-        _check_same_prompts(selection or {}, setup, changed, run)
+        changed = _changed(selection or {}, setup, saved, run)
         target = run / f"eval-{data}" if changed else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
@@ -61,7 +61,7 @@ def evaluate_run(
     for line in [*setup.prompt_lines, *notes(setup)]:
         progress.say(line)
     if changed:
-        progress.say(f"note      not as in training: {', '.join(changed)}")
+        progress.say(f"note      {changed}")
     try:
         found = evaluate(setup, None if path == "none" else path, progress, selection)
     except BaseException:
@@ -72,17 +72,37 @@ def evaluate_run(
     return target, found
 
 
-def _check_same_prompts(
-    selection: dict[str, Any], setup: Setup, changed: Sequence[str], run: Path
-) -> None:
-    """Raise InputError if a run's model would be given other prompts than it was trained on."""
-    trained_on = selection.get("prompts_digest")  # not kept by runs of before
-    if trained_on in (None, setup.task.prompts_digest):
-        return
-    others = f"other values for {', '.join(changed)}" if changed else "other files"
-    raise InputError(
-        f"a run's model must be given prompts as it was trained on them, but context, training "
-        f"prompts or chat template give other token ids than in training, with {others} than in "
-        f"{run / 'config.yaml'}; restore them, or try the model on others with --distilled "
-        f"{run / 'final'}"
-    )
+def _without_lost_prompts(
+    config: TrainConfig, saved: TrainConfig, progress: Progress
+) -> TrainConfig:
+    """With the training prompts, which test requests must not be among, if they are there."""
+    prompts = config.prompts or saved.prompts
+    if prompts and not Path(prompts).is_file():
+        progress.say(
+            f"note      {shown(prompts)} is not there: whether test requests were trained on is "
+            f"not checked"
+        )
+        prompts = None
+    return replace(config, prompts=prompts)
+
+
+def _changed(selection: dict[str, Any], setup: Setup, saved: TrainConfig, run: Path) -> str:
+    """What is not as in training, for people; "" where everything is.
+
+    Raises InputError if a run's model would be given prompts of another form.
+    """
+    before, now = selection.get("measured_by"), measured_by(setup)
+    if before is None:
+        return "not known to be as in training: what the run was measured by was not kept"
+    if before["form"] != now["form"]:
+        differing = saved.differing_fields(setup.config)
+        named = ", ".join(name for name in differing if name in {*OF_THE_FORM, "model"})
+        others = f"other values for {named}" if named else "other files"
+        raise InputError(
+            f"a run's model must be given prompts as it was trained on them, but context or chat "
+            f"template put other tokens around a request than in training, with {others} than in "
+            f"{run / 'config.yaml'}; restore them, or try the model on others with --distilled "
+            f"{run / 'final'}"
+        )
+    changed = other_fields(before, now, saved, setup.config)
+    return f"not as in training: {', '.join(changed)}" if changed else ""

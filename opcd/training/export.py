@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from opcd.errors import InputError
+from opcd.evaluation.measured import measured_by
 from opcd.models.by_name import ADAPTER_CONFIG, load_model
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_folder, write_json
@@ -33,7 +34,7 @@ def export(
         "step": step,
         "steps_done": steps_done,
         "fingerprint": setup.fingerprint,
-        "prompts_digest": setup.task.prompts_digest,
+        "measured_by": measured_by(setup),
         "selection_fingerprint": setup.selection_fingerprint,
         "data": config.validation_data,
         "validation": best,

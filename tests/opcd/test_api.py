@@ -195,6 +195,8 @@ def test_a_callback_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+
     def interrupt(metrics: dict) -> None:
         signal.raise_signal(signal.SIGINT)
 
@@ -209,7 +211,7 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
             **SHORT,
         )
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def run(folder: Path | None, **change: object) -> opcd.Distilled:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opcd.scoring.reasoning import opened_thought, split_thought
+from opcd.scoring.reasoning import PAIRS, opened_thought, split_thought
 
 CHANNEL = "<|channel|>"
 
@@ -26,6 +26,8 @@ CHANNEL = "<|channel|>"
             "analysis<|message|>why?assistant",
             "[1]",
         ),
+        *((f"{opens}why?{closes}\na refund", "why?", "a refund") for opens, closes in PAIRS),
+        *((f"{opens}a refund", f"{opens}a refund", None) for opens, _ in PAIRS),
         ("", "", ""),
     ],
 )

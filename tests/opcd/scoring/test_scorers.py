@@ -204,6 +204,13 @@ LABEL = r"regex:label=(\w+)"
         ("choice", "The answer is not A. It is B", ["B"], True),
         ("choice", "Neither A nor B", ["A"], False),
         ("choice", "答案不是A，是B", ["B"], True),
+        ("choice", "option b", ["B"], True),
+        ("choice", "Option b is correct", ["B"], True),
+        ("choice", "Option a is correct", ["A"], True),
+        ("choice", "an option a day", ["A"], False),
+        ("choice", "Option A is late, option b is not", ["B"], False),
+        ("choice", "A? No. B.", ["B"], True),
+        ("choice", "A? No.\nB? Yes.", ["B"], True),
         # json
         ("json", '{"b": [1, 2], "a": 1.0}', ['{"a":1,"b":[1,2.0]}'], True),
         ("json", '```json\n{"a": 1}\n```', ['{"a": 1}'], True),
@@ -223,6 +230,10 @@ LABEL = r"regex:label=(\w+)"
         (r"regex:\d+", "not 41 but 42", ["42"], False),
         (r"regex-last:\d+", "not 41 but 42", ["42"], True),
         (r"regex-last:\d*", "not 41 but 42.", ["42"], True),
+        (r"regex:Label: (.*)", "Label: taxi\nas it is late", ["taxi"], True),
+        (r"regex:(?s)Label: (.*)", "Label: taxi\nat once", ["taxi at once"], True),
+        (r"regex:Label: (.*)", "label: taxi", ["taxi"], False),
+        (r"regex:(?i)label: (.*)", "Label: Taxi", ["taxi"], True),
         # reasoning
         ("exact", "<think>a refund?</think>\n\nrefund", ["refund"], True),
         ("exact", "hm, a refund?\n</think>\nrefund", ["refund"], True),
@@ -252,7 +263,24 @@ def test_built_in_scorers(spec: str, completion: str, answers: list[str], right:
         ("exact", "<think>refund", "does not equal itself"),
         ("number", "$42", None),
         ("number", "many", "ends in no number"),
+        *(
+            ("number", alone, None)
+            for alone in (
+                *("#### 42", "40 + 2 = 42\n#### 42", "The answer is 42.", "€3,50", "5 km", "5m²"),
+                *(r"5\text{ cm}^2", r"\boxed{\frac12}", r"90^\circ", "1.5 × 10³", "x = 5", "**4**"),
+                *("50 percent", "3 1/2", "12 345,5", r"\$1{,}000", r"\(-3\)", "10 m/s^2"),
+            )
+        ),
+        *(
+            ("number", more, "more than one number")
+            for more in (
+                *(r"\sqrt{3}", r"3\pi", r"\frac{\pi}{4}", r"\log_3 2", "6-5i", "x=7, y=2", "2, 3"),
+                *("3π", "√3", "5!", "2^x", "5x", "2x²", "±5", "x > 5", "3 million", "2024-01-05"),
+            )
+        ),
         ("choice", "(B)", None),
+        *(("choice", sign, None) for sign in "bБΩ"),
+        *(("choice", sign, "not one letter of the Latin") for sign in "ب甲가アकกב"),
         ("choice", "B) refund", "not one letter"),
         ("json", "[1]", None),
         ("json", "{'a': 1}", "no JSON"),
@@ -321,6 +349,22 @@ def test_rates_have_the_same_names_whatever_the_completion(write_scorer: Callabl
     assert some("", ["x"]) == (1.0, {})
     with pytest.raises(InputError, match=r"got \[\] and for 'said' \['said'\]"):
         some("said", ["x"])
+
+
+def test_what_tells_scorers_apart(write_scorer: Callable, tmp_path: Path) -> None:
+    """A function's name and the text of its file, wherever that lies."""
+    code = "def f(c, a): return True\n"
+    (tmp_path / "other").mkdir()
+    one, other = tmp_path / "file.py", tmp_path / "other" / "name.py"
+    for file in (one, other):
+        file.write_text(code)
+    specs = (f"{one}:f", f"{other}:f", f"{write_scorer(code)}:f")
+    identities = {load_scorer(f"python:{spec}").identity for spec in specs}
+    assert len(identities) == 1
+    other.write_text(code.replace("True", "False"))
+    assert load_scorer(f"python:{other}:f").identity not in identities
+    assert load_scorer("python:math:pow").identity == "python:math:pow"
+    assert load_scorer("regex:a").identity == "regex:a"
 
 
 def test_a_module_that_is_broken(write_scorer: Callable) -> None:

@@ -5,6 +5,7 @@ import pytest
 from opcd.errors import InputError
 from opcd.models.by_name import check_same_tokenizer
 from opcd.passes.prefix import shared_prefix_length
+from opcd.scoring.reasoning import split_thought
 from opcd.tasks.chat import Chat
 from opcd.tasks.data import Example
 from opcd.tasks.limits import check_lengths
@@ -184,6 +185,23 @@ def test_special_tokens_are_kept_where_they_mean_something() -> None:
     assert chat.decode(ids) == "[THINK]hm, é[/THINK] yes"
     assert chat.decode_raw(ids) == "[THINK]hm, é[/THINK]<call> yes<|im_end|>"
     assert chat.decode([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("special", "completion"),
+    [
+        (
+            ["<|START_THINKING|>", "<|END_THINKING|>"],
+            "<|START_THINKING|>no?<|END_THINKING|>yes",
+        ),
+        (["<|channel>", "<channel|>"], "<|channel>thought\nno?<channel|>yes"),
+    ],
+)
+def test_marks_that_are_special_tokens_end_a_thought(special: list[str], completion: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    text = Chat(Template(tokenizer), CONTEXT).decode(tokenizer(completion)["input_ids"])
+    assert split_thought(text).answer == "yes"
 
 
 def test_a_thought_that_the_template_opens_is_seen_as_one() -> None:

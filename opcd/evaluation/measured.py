@@ -1,0 +1,88 @@
+"""What a scorecard was measured by, as digests of contents, wherever their files lie."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opcd.config import TrainConfig
+from opcd.config.fields import FIELDS
+from opcd.errors import InputError
+from opcd.tasks.chat import Chat
+from opcd.tasks.messages import Message, assistant, system, user
+from opcd.tasks.prepare import Setup
+
+# Fields that are compared by what comes of them: what stands around a request, or a digest.
+OF_THE_FORM = {
+    *("context", "context_placement", "without_context", "today"),
+    *("chat_template", "chat_template_args"),
+}
+DIGESTED = {"model", "teacher", "test_data", "scorer"}
+NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data"}
+PROBES: tuple[list[Message], ...] = (
+    [user("What is zebra 7?")],
+    [system("The customer is Ms Ng."), user("What is zebra 7?")],
+    [user("What is zebra 7?"), assistant("It is zebra 8."), user("And zebra 9?")],
+)
+MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
+PIECES, PIECE_BYTES = 16, 65_536  # of a model's file, spread over it: weights may be large
+
+
+def measured_by(setup: Setup) -> dict[str, str | None]:
+    """Digests of models, test rows with their accepted answers, scorer, and the form of prompts.
+
+    The form is what stands around requests, without and with each context, and what ends answers.
+    """
+    config, task = setup.config, setup.task
+    form = {name: [_prompts(chat, probe) for probe in PROBES] for name, chat in setup.chats.items()}
+    rows = [[c.example.messages, sorted(c.example.answers), c.example.context] for c in task.test]
+    model = _model_digest(config.model)
+    return {
+        "form": _digest([form, sorted(setup.stop_ids)]),
+        "model": model,
+        "teacher": _model_digest(config.teacher) if config.teacher else model,
+        "test_data": _digest(rows) if rows else None,
+        "scorer": task.scorer.identity,
+    }
+
+
+def other_fields(
+    before: Mapping[str, Any],  # as `measured_by` gave it
+    now: Mapping[str, Any],
+    saved: TrainConfig,
+    config: TrainConfig,
+) -> list[str]:
+    """The fields by which two measurements of prompts of one form differ."""
+    by_value = set(saved.differing_fields(config)) - OF_THE_FORM - DIGESTED - NOT_MEASURED_BY
+    by_content = {name for name in DIGESTED if before.get(name) != now[name]}
+    return [name for name in FIELDS if name in by_value | by_content]
+
+
+def _prompts(chat: Chat, request: list[Message]) -> list[list[int]] | None:
+    """A request's prompts, for student and teacher; None where the template does not take it."""
+    try:
+        return [chat.student_ids(request), chat.teacher_ids(request)]
+    except InputError:
+        return None
+
+
+def _model_digest(name: str) -> str:
+    """The name of one that is no folder; else a digest of its files, of large ones in pieces."""
+    if not Path(name).is_dir():
+        return name
+    found = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix not in MODEL_FILES or not path.is_file():
+            continue
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for i in range(PIECES):
+                file.seek(i * max(PIECE_BYTES, size // PIECES))
+                found.update(file.read(PIECE_BYTES))
+    return found.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
