@@ -53,6 +53,7 @@ def read_completions(
     texts: list[tuple[str, str]] = []
     unused: list[str] = []
     endless: list[str] = []
+    key: int | None
     forms, notes, columns = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, "guided_completions"):
         if _from_a_run(record) and "rule" in record:

@@ -166,7 +166,12 @@ def _no_request(record: Record, source: str) -> str:
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    requests = {*REQUESTS}
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and bool(row.keys() & requests) for row in value)
+    )
 
 
 def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
@@ -237,7 +242,7 @@ def _check_row(value: Any, name: str, source: str) -> None:
     )
     if column:
         raise InputError(
-            f'{source}: "{name}" must be one request, text or messages, got {str(value)[:60]!r}; '
+            f'{source}: "{name}" must be one request, text or messages, got {str(value)[:60]}; '
             f'write a table row by row: {{"prompt": "...", "answer": "..."}}'
         )
 

@@ -326,6 +326,12 @@ BAD = {
         "d.json:1: a file must hold nothing but its rows, got an object with lists of rows as "
         "train and test; write the list that is meant into a file of its own",
     ),
+    "turns under a name of their own": (
+        "d.jsonl",
+        lines({"contents": [{"role": "user", "parts": [{"text": "Sky?"}]}]}),
+        'd.jsonl:1: must have "prompt" (the user\'s message) or "messages", got keys '
+        "['contents']; add \"prompt\"",
+    ),
     "one conversation": (
         "d.json",
         json.dumps([user("Sky?"), assistant("Blue")]),
@@ -422,14 +428,14 @@ BAD = {
     "a table by columns": (
         "d.json",
         json.dumps({"prompt": {"0": "Sky?" * 30}, "answer": {"0": "Blue"}}),
-        "d.json:1: \"prompt\" must be one request, text or messages, got \"{'0': 'Sky?Sky?Sky?Sky?"
-        'Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?S"; write a table row by row: {"prompt": "...", '
+        "d.json:1: \"prompt\" must be one request, text or messages, got {'0': 'Sky?Sky?Sky?Sky?"
+        'Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?S; write a table row by row: {"prompt": "...", '
         '"answer": "..."}',
     ),
     "a table by lists": (
         "d.json",
         '{"prompt": ["Sky?", "Sea?"], "answer": ["Blue", "Green"]}',
-        "d.json:1: \"prompt\" must be one request, text or messages, got \"['Sky?', 'Sea?']\"; "
+        "d.json:1: \"prompt\" must be one request, text or messages, got ['Sky?', 'Sea?']; "
         'write a table row by row: {"prompt": "...", "answer": "..."}',
     ),
     "two columns of answers": (
