@@ -328,9 +328,9 @@ BAD = {
     ),
     "turns under a name of their own": (
         "d.jsonl",
-        lines({"contents": [{"role": "user", "parts": [{"text": "Sky?"}]}]}),
+        lines({"id": 1, "contents": [{"role": "user", "parts": [{"text": "Sky?"}]}]}),
         'd.jsonl:1: must have "prompt" (the user\'s message) or "messages", got keys '
-        "['contents']; add \"prompt\"",
+        "['contents', 'id']; add \"prompt\"",
     ),
     "one conversation": (
         "d.json",
