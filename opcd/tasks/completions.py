@@ -60,6 +60,8 @@ def read_completions(
             _check_contexts(record, task, source)
             continue
         ids = record.get("completion_token_ids")
+        if ids is not None:
+            _check_ids(ids, source, tokenizer)
         if _from_a_run(record):
             key, text = _key_of(record, source), str(record.get("completion", ""))
         else:
@@ -70,9 +72,7 @@ def read_completions(
             notes.update([*row.notes, *found_there])
             forms[row.form] += 1
             columns |= {*row.unused} - {"completion_token_ids"}
-        if ids is not None:
-            _check_ids(ids, source, tokenizer)
-        elif not text.strip():
+        if ids is None and not text.strip():
             raise InputError(
                 f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
                 f"got keys {sorted(record)}"
@@ -132,7 +132,7 @@ def _check_one(ids: Any, row: Row, stop_ids: Sequence[int], source: str) -> None
             f"{source}: a row must have one completion, got {row.origin} and "
             f'"completion_token_ids"; remove the one that is not meant'
         )
-    if isinstance(ids, list) and ids and all(i in stop_ids for i in ids):
+    if ids is not None and all(i in stop_ids for i in ids):
         raise InputError(
             f"{source}: a completion must hold an answer, got what ends it alone; write one"
         )
