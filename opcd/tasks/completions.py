@@ -1,6 +1,7 @@
 """Completions of training prompts from a file: another model's, or another run's."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
-from opcd.tasks.data import Example, strip_context
-from opcd.tasks.formats import REQUESTS, read_row
+from opcd.tasks.data import Example, row_remarks, strip_context
+from opcd.tasks.formats import REQUESTS, Row, read_row
 from opcd.tasks.messages import Message
 from opcd.tasks.records import Record, read_records
 from opcd.tasks.special_tokens import special_token_remarks
@@ -52,15 +53,26 @@ def read_completions(
     texts: list[tuple[str, str]] = []
     unused: list[str] = []
     endless: list[str] = []
+    key: int | None
+    forms, notes, columns = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, "guided_completions"):
         if _from_a_run(record) and "rule" in record:
             _check_contexts(record, task, source)
             continue
-        key, text = _read(record, source, keys, chats)
         ids = record.get("completion_token_ids")
         if ids is not None:
             _check_ids(ids, source, tokenizer)
-        elif not text.strip():
+        if _from_a_run(record):
+            key, text = _key_of(record, source), str(record.get("completion", ""))
+        else:
+            row = read_row(record, source, {"completion"})
+            messages, found_there = _without_context(row, chats, source)
+            key, text = keys.get((_words(messages), row.context)), row.completion
+            _check_one(ids, row, stop_ids, source)
+            notes.update([*row.notes, *found_there])
+            forms[row.form] += 1
+            columns |= {*row.unused} - {"completion_token_ids"}
+        if ids is None and not text.strip():
             raise InputError(
                 f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
                 f"got keys {sorted(record)}"
@@ -83,6 +95,7 @@ def read_completions(
                 f"prompt out of the training prompts"
             )
     remarks = [
+        *(row_remarks(path, forms, notes, columns) if forms else []),
         *_counted(path, unused, "left out, of no training prompt"),
         *_counted(path, endless, "as token ids without an end, which none is added to"),
         *special_token_remarks(texts, tokenizer),
@@ -95,24 +108,34 @@ def _from_a_run(record: Record) -> bool:
     return not set(REQUESTS) & set(record) and bool({"key", "rule"} & set(record))
 
 
-def _read(
-    record: Record,
-    source: str,
-    keys: Mapping[tuple[str, str], int],  # by the words of a request and its context's name
-    chats: Mapping[str, Chat],
-) -> tuple[int | None, str]:
-    """The key of the training prompt that a row completes, if it does, and the text."""
-    if _from_a_run(record):
-        if type(record["key"]) is not int:
-            raise InputError(
-                f'{source}: "key" must be a number of a run\'s guided.jsonl, got '
-                f'{record["key"]!r:.80}; write the request as "prompt" in its place'
-            )
-        return record["key"], str(record.get("completion", ""))
-    row = read_row(record, source, {"completion"})
+def _key_of(record: Record, source: str) -> int:
+    """The key of the training prompt that a line of a run's guided.jsonl completes."""
+    if type(key := record.get("key")) is not int:
+        raise InputError(
+            f'{source}: "key" must be a number of a run\'s guided.jsonl, got {key!r:.80}; write '
+            f'the request as "prompt" in its place'
+        )
+    return key
+
+
+def _without_context(
+    row: Row, chats: Mapping[str, Chat], source: str
+) -> tuple[list[Message], list[str]]:
     context = chats[row.context].context if row.context in chats else []
-    messages, _ = strip_context(row.messages, context, source)
-    return keys.get((_words(messages), row.context)), row.completion
+    return strip_context(row.messages, context, source)
+
+
+def _check_one(ids: Any, row: Row, stop_ids: Sequence[int], source: str) -> None:
+    """Raise InputError for a row of two completions, or of an end alone."""
+    if ids is not None and row.completion.strip():
+        raise InputError(
+            f"{source}: a row must have one completion, got {row.origin} and "
+            f'"completion_token_ids"; remove the one that is not meant'
+        )
+    if ids is not None and all(i in stop_ids for i in ids):
+        raise InputError(
+            f"{source}: a completion must hold an answer, got what ends it alone; write one"
+        )
 
 
 def _tokenized(text: str, example: Example, chats: Mapping[str, Chat], source: str) -> list[int]:

@@ -1,10 +1,11 @@
 """Contexts: what only the teacher sees, as chat messages."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.tasks.formats import REQUESTS
+from opcd.tasks.formats import ANSWERS, COMPLETIONS, REQUESTS, SYSTEMS
 from opcd.tasks.messages import (
     NO_TOOLS,
     ROLES,
@@ -12,12 +13,16 @@ from opcd.tasks.messages import (
     Message,
     check_unicode,
     read_messages,
+    tools_in,
 )
 from opcd.tasks.records import parse_json, read_text
 
 TEXTS = (".txt", ".md")
-# What parts of one conversation are called; no names of contexts.
-PARTS = {*ROLES, *SHAREGPT_ROLES, *REQUESTS, "role", "content", "input", "instructions"}
+# What parts of one conversation or prompt are called; no names of contexts.
+PARTS = {*ROLES, *SHAREGPT_ROLES, *REQUESTS, *SYSTEMS, *ANSWERS, *COMPLETIONS}
+PARTS |= {"role", "content", "context", "contexts", "input", "instructions", "name", "description"}
+PARTS |= {"text", "title", "persona", "prompts", "system_message", "demonstrations", "examples"}
+NAMED = 8  # contexts of a note
 
 
 def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
@@ -37,6 +42,7 @@ def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
         )
     text = read_text(path, "context")
     if suffix in TEXTS:
+        _check_no_messages(text, path)
         return {"": [_system(text, path)]}, []
     value = parse_json(text, path, "context")
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
@@ -55,7 +61,7 @@ def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
             f"{path}: a context must be a list of messages, got one message alone; put it in "
             f"brackets: [{{...}}]"
         )
-    if parts := sorted(PARTS & set(value)):
+    if parts := sorted(name for name in value if _plain(name) in PARTS):
         raise InputError(
             f"{path}: several contexts must have names of their own, got {', '.join(parts)}, as "
             f'parts of one are called; write one as [{{"role": "system", "content": "..."}}, ...] '
@@ -67,18 +73,47 @@ def read_contexts(path: str) -> tuple[dict[str, list[Message]], list[str]]:
             f'names {sorted(value)}; write {{"name": [messages], ...}}'
         )
     found = {name: _context(given, f"{path}: {name}") for name, given in value.items()}
-    remarks = [remark for _, remarks in found.values() for remark in remarks]
+    names = ", ".join(list(found)[:NAMED]) + (", ..." if len(found) > NAMED else "")
+    contexts = f"{len(found)} context{'s' if len(found) > 1 else ''}"
+    remarks = [f"{Path(path).name}: {contexts}, which rows name: {names}"]
+    remarks += [remark for _, said in found.values() for remark in said]
     return {name: messages for name, (messages, _) in found.items()}, remarks
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _check_no_messages(text: str, path: str) -> None:
+    """Raise InputError for a text file of JSON with messages, which a template would quote."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    parts = [value, [value], *value.values()] if isinstance(value, dict) else [value]
+    if any(_are_messages(part) for part in parts):
+        raise InputError(
+            f"{path}: a text file must be one system message, got JSON with chat messages; name "
+            f"the file .json"
+        )
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and (m.keys() & {"role", "from"}) for m in value)
+        and any(m.keys() & {"content", "value"} for m in value)
+    )
 
 
 def _request(body: dict[str, Any], path: str) -> tuple[list[Message], list[str]]:
     """The context of a request: its messages up to the last one, which is the request itself."""
-    for key in ("tools", "functions", "tool_choice"):
-        if body.get(key):
-            raise InputError(
-                f'{path}: a context must be text, got a request with "{key}": {NO_TOOLS}; remove '
-                f"it if the prompt works without"
-            )
+    if key := tools_in(body):
+        raise InputError(
+            f'{path}: a context must be text, got a request with "{key}": {NO_TOOLS}; remove it if '
+            f"the prompt works without"
+        )
     given = body["messages"]
     if body.get("system"):  # where Anthropic's requests have it
         given = [{"role": "system", "content": body["system"]}, *given]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
+from opcd.scoring.texts import folded, normalised
 from opcd.tasks.formats import LABELS, Row, guess, read_row
 from opcd.tasks.messages import Message, split_system
 from opcd.tasks.records import read_records
@@ -68,7 +69,7 @@ def read_examples(
         notes.update([*row.notes, *found, *said])
         forms[row.form] += 1
         unused.update(row.unused)
-    return examples, _remarks(path, forms, notes, unused)
+    return examples, row_remarks(path, forms, notes, unused)
 
 
 def strip_context(
@@ -76,30 +77,51 @@ def strip_context(
 ) -> tuple[list[Message], list[str]]:
     """A request without the context that stands in front of it, and what was found.
 
-    Taken out is the whole context, or its system message alone, white space aside.
+    Taken out are the context's system message and its demonstrations, each as a whole and white
+    space aside; a system message of the request's own stays.
 
-    Raises InputError for a system message that holds the context and more: the student would see
-    the context.
+    Raises InputError for a request that begins with some of the demonstrations, and for a system
+    message that holds the context and more: the student would see them.
     """
-    size = len(context)
-    if 0 < size < len(messages) and all(map(_same, messages, context)):
-        what = "the system message is the context and" if size == 1 else "the whole context"
-        return list(messages[size:]), [f"{what} was taken out"]
-    own = messages[0]["role"] == "system"
+    instructions, demonstrations = split_system(context)
+    own, rest = split_system(messages)
+    front = [own] if own else []
+    shown = len(demonstrations)
+    taken = 0 < shown < len(rest) and all(map(_same, rest, demonstrations))
+    if taken:
+        rest = rest[shown:]
+    _check_begins(rest, demonstrations, source)
+    known = own is not None and instructions is not None and _same(own, instructions)
+    if taken and (known or not (own or instructions)):
+        return rest, ["the whole context was taken out"]
+    if known:
+        whose = "the context's" if demonstrations else "the context"
+        return rest, [f"the system message is {whose} and was taken out"]
     notes = ["a system message of its own stays with the request"] if own else []
-    if not context or context[0]["role"] != "system":
-        return list(messages), notes
-    if own and _same(messages[0], context[0]):
-        return list(messages[1:]), ["the system message is the context's and was taken out"]
-    instructions = _spaced(context[0]["content"])
-    if own and instructions in _spaced(messages[0]["content"]):
+    notes += ["the context's demonstrations were taken out"] if taken else []
+    if not instructions:
+        return [*front, *rest], notes
+    text = _spaced(instructions["content"])
+    if own and text in _spaced(own["content"]):
         raise InputError(
             f"{source}: a row's system message must not hold the context, which the student must "
             f"not see, got all of it and more; keep only what is this request's own"
         )
-    if any(instructions in _spaced(m["content"]) for m in messages):
+    if any(text in _spaced(m["content"]) for m in rest):
         notes.append("the context's text stands in the request as well, where the student sees it")
-    return list(messages), notes
+    return [*front, *rest], notes
+
+
+def _check_begins(turns: Sequence[Message], demonstrations: Sequence[Message], source: str) -> None:
+    """Raise InputError for a request whose first exchange is one of the demonstrations."""
+    size = 1 if turns[0]["role"] == "assistant" else 2
+    for i in range(len(demonstrations) - size + 1) if len(turns) > size else ():
+        if all(map(_same, turns[:size], demonstrations[i : i + size])):
+            raise InputError(
+                f"{source}: a request must begin with all demonstrations of its context, in their "
+                f"order, which are then taken out, or with none, which the student would see, got "
+                f"{turns[0]['content'][:40]!r} alone or in another place; remove it from the row"
+            )
 
 
 def check_contexts(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -> None:
@@ -209,10 +231,10 @@ def _turns(messages: Sequence[Message]) -> Turns:
 
 
 def _normalised(text: str) -> str:
-    return _spaced(text.casefold())
+    return folded(normalised(text))
 
 
-@lru_cache(maxsize=64)  # a long context is compared with every row
+@lru_cache(maxsize=4096)  # a long context is compared with every row
 def _spaced(text: str) -> str:
     return " ".join(text.split())
 
@@ -240,7 +262,7 @@ def _left_out(row: Row) -> list[str]:
     return [f"{row.origin} left out"] if row.origin else []
 
 
-def _remarks(path: str, forms: Counter[str], notes: Counter[str], unused: set[str]) -> list[str]:
+def row_remarks(path: str, forms: Counter[str], notes: Counter[str], unused: set[str]) -> list[str]:
     """One line on how a file was read; none if its rows are plain and wholly used."""
     count = forms.total()
     said = [note if n == count else f"{note} ({n} of {count})" for note, n in notes.items()]

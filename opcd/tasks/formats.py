@@ -5,11 +5,19 @@ last) and batch rows (``body``), TRL's (``prompt`` and ``completion`` as message
 (``conversations``), Alpaca's (``instruction``, ``input``, ``output``), and ``question``.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
-from opcd.tasks.messages import NO_TOOLS, Message, check_unicode, read_messages
+from opcd.tasks.messages import (
+    NO_TOOLS,
+    Conversation,
+    Message,
+    check_unicode,
+    is_answer,
+    read_messages,
+    tools_in,
+)
 from opcd.tasks.records import Record
 
 REQUESTS = (
@@ -47,7 +55,6 @@ PERHAPS = {
     "prompt": ("text", "content", "message", "user_message", "user", "sentence", "utterance"),
     "answer": ("intent", "category", "class", "output_text", "result"),
 }
-TOOLS = {"tools", "functions", "function_call", "tool_choice", "tool_calls"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos"}
 # Settings of a request that are not its text.
 BATCH = {"custom_id", "method", "url"}
@@ -78,10 +85,7 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
     _check_columns(given, source, wanted)
     found = [name for name in REQUESTS if name in given]
     if not found:
-        raise InputError(
-            f'{source}: must have "prompt" (the user\'s message) or "messages", got keys '
-            f"{sorted(record)}; {guess('prompt', record)}"
-        )
+        raise InputError(_no_request(record, source))
     if len(found) > 1:
         raise InputError(
             f"{source}: the request must stand in one column, got {' and '.join(found)}; remove "
@@ -89,10 +93,8 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
         )
     name = found[0]
     answered = [key for key in COMPLETIONS if str(given.get(key, "")).strip()]
-    form, messages, notes = _request(name, given, source)
-    last = ""
-    if messages[-1]["role"] == "assistant":
-        last = messages.pop()["content"]
+    form, (messages, notes), last = _request(name, given, source, "completion" in wanted)
+    if last is not None:
         form = form or "OpenAI"
         answered.append(LAST_MESSAGE)
     origin = " and ".join(name if name == LAST_MESSAGE else f'"{name}"' for name in answered)
@@ -115,7 +117,7 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
         form = "OpenAI"
     answers, spelled = _answers(given, source) if "answer" in wanted else _no_answers(given)
     context = given.get("context", "")
-    if not isinstance(context, str) or ("context" in given and not context.strip()):
+    if not isinstance(context, str) or (context and not context.strip()):
         raise InputError(
             f'{source}: "context" must be the name of one, got {context!r:.80}; leave it out where '
             f"there is one context alone"
@@ -129,17 +131,54 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
 
 def guess(wanted: str, record: Record) -> str:
     """What to do about a column that is missing."""
+    names: Iterable[str] = REQUESTS if wanted == "prompt" else (*ANSWERS, *COMPLETIONS)
+    for name in record:
+        if name.strip().lower() in set(names) - set(record):
+            return f'rename "{name}" to "{name.strip().lower()}"'
     for name in PERHAPS[wanted]:
         if record.get(name):
             return f'rename "{name}" to "{wanted}" if it is that'
     return f'add "{wanted}"'
 
 
+def _no_request(record: Record, source: str) -> str:
+    """What is wrong with a row in whose columns no request stands."""
+    if {"role", "content"} <= set(record) or {"from", "value"} <= set(record):
+        return (
+            f"{source}: a row must be a whole conversation, got one message of it; write "
+            f'{{"messages": [...]}} around its messages'
+        )
+    if isinstance(record.get("response"), dict):
+        return (
+            f"{source}: a row must hold its request, got a result of a batch; put what it answers "
+            f'into {{"messages": [...]}} of the batch\'s row with the same custom_id'
+        )
+    lists = [key for key, value in record.items() if _is_rows(value)]
+    if lists:
+        return (
+            f"{source}: a file must hold nothing but its rows, got an object with lists of rows as "
+            f"{' and '.join(lists)}; write the list that is meant into a file of its own"
+        )
+    return (
+        f'{source}: must have "prompt" (the user\'s message) or "messages", got keys '
+        f"{sorted(record)}; {guess('prompt', record)}"
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    requests = {*REQUESTS}
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and bool(row.keys() & requests) for row in value)
+    )
+
+
 def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
     """Raise InputError for columns whose meaning is not supported, or clear only with a name."""
+    if key := tools_in(given):
+        raise InputError(f'{source}: a row must be text, got "{key}": {NO_TOOLS}; remove it')
     for key, value in given.items():
-        if key in TOOLS and value:
-            raise InputError(f'{source}: a row must be text, got "{key}": {NO_TOOLS}; remove it')
         if key in MEDIA and value:
             raise InputError(
                 f'{source}: a row must be text, got "{key}", and images and sounds are not '
@@ -158,49 +197,77 @@ def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
             )
 
 
-def _request(name: str, given: Record, source: str) -> tuple[str, list[Message], list[str]]:
-    """Whose form it is, its messages, and how they were read."""
+def _request(
+    name: str, given: Record, source: str, completed: bool
+) -> tuple[str, Conversation, str | None]:
+    """Whose form it is, its messages, how they were read, and what the last one answers.
+
+    That is judged only where a completion is wanted.
+    """
     value = given[name]
     if name == "instruction":
-        return _alpaca(value, given.get("input", ""), source)
+        return "Alpaca", _alpaca(value, given.get("input", ""), source), None
     if name in ("prompt", "question") and not isinstance(value, list):
         notes = [] if name == "prompt" else ['"question" is the prompt']
-        return "", [{"role": "user", "content": _text(value, name, source)}], notes
+        _check_row(value, name, source)
+        text = _text(value, name, source)
+        return "", Conversation([{"role": "user", "content": text}], notes), None
+    form = {"prompt": "TRL", "messages": "", "question": "", "body": "OpenAI batch"}
+    body = value if name == "body" else {}
     if name == "body":
         if not isinstance(value, dict) or "messages" not in value:
             raise InputError(
                 f'{source}: "body" must be a request with "messages", got {str(value)[:60]!r}'
             )
-        if key := next((key for key in TOOLS if value.get(key)), None):
+        if key := tools_in(value):
             raise InputError(
                 f'{source}: a request must be text, got "{key}": {NO_TOOLS}; leave that row out'
             )
-        messages, notes = read_messages(value["messages"], source)
-        return "OpenAI batch", _with_system(messages, value, source), notes
+        value = value["messages"]
+    _check_row(value, name, source)
+    last = None
+    if not completed and isinstance(value, list) and len(value) > 1 and is_answer(value[-1]):
+        value, last = value[:-1], ""
     messages, notes = read_messages(value, source)
-    form = {"prompt": "TRL", "messages": "", "question": ""}.get(name, "ShareGPT")
-    return form, messages, notes
+    if last is None and messages[-1]["role"] == "assistant":
+        last = messages.pop()["content"]
+    read = Conversation(_with_system(messages, body, source) if body else messages, notes)
+    return form.get(name, "ShareGPT"), read, last
 
 
-def _alpaca(instruction: Any, more: Any, source: str) -> tuple[str, list[Message], list[str]]:
+def _check_row(value: Any, name: str, source: str) -> None:
+    """Raise InputError for a column of many rows in place of one row's."""
+    column = isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    )
+    if column:
+        raise InputError(
+            f'{source}: "{name}" must be one request, text or messages, got {str(value)[:60]}; '
+            f'write a table row by row: {{"prompt": "...", "answer": "..."}}'
+        )
+
+
+def _alpaca(instruction: Any, more: Any, source: str) -> Conversation:
+    _check_row(instruction, "instruction", source)
     text = _text(instruction, "instruction", source)
     if not more:
-        return "Alpaca", [{"role": "user", "content": text}], []
+        return Conversation([{"role": "user", "content": text}], [])
     text = f"{text}\n\n{_text(more, 'input', source)}"
     notes = ["instruction and input joined by a blank line"]
-    return "Alpaca", [{"role": "user", "content": text}], notes
+    return Conversation([{"role": "user", "content": text}], notes)
 
 
 def _with_system(messages: list[Message], given: Record, source: str) -> list[Message]:
     """With the system message that stands in a column of its own in front."""
     texts = [_text(given[key], key, source) for key in SYSTEMS if given.get(key)]
-    if messages[0]["role"] == "system":
+    own = bool(messages) and messages[0]["role"] == "system"
+    if own:
         texts.append(messages[0]["content"])
     if len(set(texts)) > 1:
         raise InputError(
             f"{source}: a row must have one system message, got {len(texts)}; merge them into one"
         )
-    if not texts or messages[0]["role"] == "system":
+    if not texts or own:
         return messages
     return [{"role": "system", "content": texts[0]}, *messages]
 
@@ -259,7 +326,8 @@ def _no_answers(given: Record) -> tuple[tuple[str, ...], list[str]]:
 def _spelled(value: str | int | float) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
+    text = str(value)
+    return text.removesuffix(".0") if isinstance(value, float) else text  # whole, as programs write
 
 
 def _text(value: Any, name: str, source: str) -> str:

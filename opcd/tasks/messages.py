@@ -17,6 +17,7 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fr
     ("gpt", "chatgpt", "assistant", "model"), "assistant"
 )
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
+TOOL_SETTINGS = ("tools", "functions", "function_call", "tool_choice", "tool_calls")
 TOOL_KEYS = {"tool_calls", "tool_call_id", "function_call"}
 TEXT_PARTS = {"text", "input_text", "output_text"}
 PARTS_JOINED = "text parts joined by line breaks"
@@ -103,6 +104,18 @@ def read_messages(value: Any, source: str) -> Conversation:
             )
         messages.append({"role": roles[role], "content": content})
     return Conversation(messages, sorted(notes))
+
+
+def is_answer(given: Any) -> bool:
+    """Whether a message is the assistant's, whatever else is right or wrong with it."""
+    role = given.get("role", given.get("from")) if isinstance(given, dict) else None
+    return isinstance(role, str) and (ROLES | SHAREGPT_ROLES).get(role) == "assistant"
+
+
+def tools_in(given: dict[str, Any]) -> str | None:
+    """What makes a request one with tools; a choice among none means nothing."""
+    named = (key for key in TOOL_SETTINGS if given.get(key) and given[key] not in ("none", "auto"))
+    return next(named, None)
 
 
 def check_unicode(text: str, source: str) -> None:

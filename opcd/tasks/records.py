@@ -1,8 +1,11 @@
 """Files to JSON objects, each with its place: JSONL or a JSON array, packed with gzip or not."""
 
+import csv
 import gzip
 import json
+import math
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +20,18 @@ JSONL = 'JSONL: one {"prompt": "..."} a line'
 # Columns of one row: an object with nothing else is no list of rows.
 ROW_LISTS = {"messages", "conversations", "conversation", "prompt"}
 
+# What a table's first line names, of which a file by another name is known.
+TABLE_COLUMNS = {"prompt", "question", "instruction", "text", "answer", "label", "completion"}
+
+_CSV = "csv.DictReader(open({}, encoding='utf-8-sig', newline=''){})"
+_YAML = "yaml.safe_load(open({}, encoding='utf-8'))"
 _TABLES = {  # what reads the rows of a file, for a command that converts it
-    ".csv": ("csv, json", "csv.DictReader(open('{}', encoding='utf-8-sig', newline=''))"),
-    ".tsv": ("csv, json", "csv.DictReader(open('{}', encoding='utf-8-sig'), dialect='excel-tab')"),
-    ".yaml": ("json, yaml", "yaml.safe_load(open('{}', encoding='utf-8'))"),
-    ".yml": ("json, yaml", "yaml.safe_load(open('{}', encoding='utf-8'))"),
+    ".csv": ("csv, json", _CSV),
+    ".tsv": ("csv, json", _CSV),
+    ".yaml": ("json, yaml", _YAML),
+    ".yml": ("json, yaml", _YAML),
 }
+_DELIMITERS = {",": "", ";": ", delimiter=';'", "\t": ", dialect='excel-tab'"}
 _FRAMES = {
     ".parquet": "read_parquet",
     ".feather": "read_feather",
@@ -35,6 +44,15 @@ _OTHERS = {".arrow", ".pkl", ".pickle", ".db", ".sqlite", ".xml", ".html", ".doc
 _BYTES = {b"PAR1": ".parquet", b"PK\x03\x04": ".zip"}
 
 
+class Written(float):
+    """A number as it is spelled in its file: 4.50 is a price, and no other text is the answer."""
+
+    spelling: str
+
+    def __str__(self) -> str:
+        return self.spelling
+
+
 def read_records(path: str, kind: str) -> list[tuple[str, Record]]:
     """The objects of a file, each with its place: "file:line", in an array "file:line (row n)".
 
@@ -45,7 +63,7 @@ def read_records(path: str, kind: str) -> list[tuple[str, Record]]:
     """
     _check_kind(path, kind)
     records = []
-    for source, value in _values(read_text(path, kind), path):
+    for source, value in _values(read_text(path, kind), path, kind):
         if not isinstance(value, dict):
             raise InputError(
                 f'{source}: must be an object like {{"prompt": "..."}}, got {type(value).__name__}'
@@ -130,21 +148,40 @@ def _refused(path: str, suffix: str, kind: str) -> InputError:
         fix = "unpack it first (a .jsonl.gz is read as it is)"
     elif suffix in _TABLES:
         modules, rows = _TABLES[suffix]
-        fix = (
-            f"convert it: python -c \"import {modules}; open('{new}', 'w', encoding='utf-8')."
-            f'writelines(json.dumps(row) + chr(10) for row in {rows.format(old)})"'
+        fix = _conversion(
+            f"import {modules}; open({new!r}, 'w', encoding='utf-8').writelines(json.dumps(row) + "
+            f"chr(10) for row in {rows.format(repr(old), _DELIMITERS[_delimiter(path)])})"
         )
     elif suffix in _FRAMES:
-        fix = (
-            f"convert it: python -c \"import pandas; pandas.{_FRAMES[suffix]}('{old}').to_json("
-            f"'{new}', orient='records', lines=True, force_ascii=False)\""
+        fix = _conversion(
+            f"import pandas; pandas.{_FRAMES[suffix]}({old!r}).to_json({new!r}, orient='records', "
+            f"lines=True, force_ascii=False)"
         )
     else:
         fix = f"save it as {JSONL}"
     return InputError(f"{kind} must be JSONL or a JSON array, got {path!r} ({suffix}); {fix}")
 
 
-def _values(text: str, path: str) -> Iterator[tuple[str, Any]]:
+def _conversion(code: str) -> str:
+    """A command for a shell; in double quotes, which Windows takes too, where names allow them."""
+    quoted = shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
+    return f"convert it: python -c {quoted}"
+
+
+def _delimiter(path: str) -> str:
+    """What stands between the columns of a table's first line."""
+    with Path(path).open(encoding="utf-8-sig", errors="replace") as opened:
+        first = opened.readline()
+    return max(_DELIMITERS, key=first.count)
+
+
+def _is_table(first: str) -> bool:
+    """Whether a file's first line names columns, as in CSV."""
+    rows = [next(csv.reader([first], delimiter=mark), []) for mark in _DELIMITERS]
+    return any(len(row) > 1 and {c.strip().lower() for c in row} & TABLE_COLUMNS for row in rows)
+
+
+def _values(text: str, path: str, kind: str) -> Iterator[tuple[str, Any]]:
     start = _skip(text, 0)
     if text[start] == "[":
         yield from _elements(text, start, path)
@@ -155,6 +192,8 @@ def _values(text: str, path: str) -> Iterator[tuple[str, Any]]:
         return
     if text[start] != "{":
         first = text.strip().splitlines()[0]
+        if _is_table(first):
+            raise _refused(path, ".csv", kind)
         raise InputError(
             f"{path}:1: must be {JSONL} (or a JSON array of them), got the text {first[:40]!r}; "
             f"convert it"
@@ -236,7 +275,17 @@ def _no_json(must: str, error: Exception) -> InputError:
     return InputError(f"{must}, got {reason}; {fix}")
 
 
+def _written(spelling: str) -> Written:
+    number = Written(spelling)
+    if math.isinf(number):
+        raise ValueError(f"{spelling}, which is too large for a number")
+    number.spelling = spelling
+    return number
+
+
 _NOT_JSON = (ValueError, RecursionError)
-_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=_written
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ONE_LIST = re.compile(r'\{\s*"(?P<key>[^"\\]*)"\s*:\s*(?P<array>\[)\s*[{\]]')

@@ -27,6 +27,15 @@ CLOCK = (
     "{% for code, value in the_day %}{% set now.text = now.text.replace(code, value) %}"
     "{% endfor %}{{ now.text }}{% endmacro +%}"
 )
+# What templates raise: they index, add and divide as Python does.
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 CODES = "aAbBcdDeFgGhHIjmMprRSTuUVwWxXyY"
 # Codes that not every system has; a day has no time, and begins at midnight.
 OTHER_CODES = {"%C": "20", "%f": "000000", "%k": " 0", "%l": "12", "%n": "\n", "%P": "am"}
@@ -99,7 +108,7 @@ class Template:
                 chat_template=self._template,
                 **{"the_day": _table(day or self.day)} | self._arguments,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _FAILURES as error:
             roles = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
             raise InputError(
                 f"the chat template of {self.name!r} must accept these messages ({roles}), but "
@@ -125,13 +134,9 @@ class Template:
     def frame(self) -> Frame:
         """What stands around an answer, by what is written for one request with and without."""
         opening = self.text([user(REQUEST)]).partition(REQUEST)[2]
-        try:
-            text = self.text([user(REQUEST), assistant(ANSWER)], answered=True)
-        except InputError:  # some templates take no answer at the end
-            text = ""
-        if ANSWER not in text:
+        if self._around is None:
             return Frame(opening, None, "", None)
-        front, _, behind = text.rpartition(ANSWER)
+        front, behind = self._around
         written = front.partition(REQUEST)[2] if REQUEST in front else None
         closing = behind.lstrip()
         ids = self.encode(closing)
@@ -139,6 +144,27 @@ class Template:
         end = ids[0] if ids and ids[0] in special else None
         after = "" if end is None else behind.removesuffix(closing)
         return Frame(opening, _before(opening, written), after, end)
+
+    def written(self, answer: str) -> str | None:
+        """What an answered turn has in the answer's place: many templates trim it. None where it
+        does not stand between the same as others, like a thought that is left out."""
+        if self._around is None:
+            return None
+        front, behind = self._around
+        text = self.text([user(REQUEST), assistant(answer)], answered=True)
+        if not (text.startswith(front) and text.endswith(behind)):
+            return None
+        return text[len(front) : len(text) - len(behind)]
+
+    @cached_property
+    def _around(self) -> tuple[str, str] | None:
+        """All that is written in front of an answer and behind it; None where none is written."""
+        try:
+            text = self.text([user(REQUEST), assistant(ANSWER)], answered=True)
+        except InputError:  # some templates take no answer at the end
+            return None
+        front, found, behind = text.rpartition(ANSWER)
+        return (front, behind) if found else None
 
     @property
     def stop_ids(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 Between generation prompt and answer many templates write something: a space, a channel, an empty
 thought, a mark of the response. A completion begins with that, as a sampled one would. What the
-text spells itself stands there once.
+text spells itself stands there once, and white space around it where the template keeps it.
 """
 
 from opcd.errors import InputError
@@ -13,13 +13,14 @@ from opcd.tasks.template import ANSWER, Template
 def completion_text(text: str, template: Template) -> str:
     """All that stands behind the generation prompt, up to what ends the turn.
 
-    Raises InputError for a text without the end of a thought that the prompt opens, for a thought
-    behind one that the prompt closes, and for templates of which that is not known.
+    Raises InputError for a text of nothing but ends, for one without the end of a thought that the
+    prompt opens, for a thought behind one that the prompt closes, and for templates of which that
+    is not known.
     """
     opening, before, after, _ = template.frame
     text = _without_ends(text, template)
     if mark := opened_thought(opening):
-        return _behind_opened(text, mark, template) + after
+        return _written(_behind_opened(text, mark, template), template) + after
     answer = split_thought(text).answer
     spelled = text.strip().removesuffix(answer or "")  # in front of the answer
     if spelled and _bare(opening + (before or "")).endswith(_bare(spelled)):
@@ -38,15 +39,27 @@ def completion_text(text: str, template: Template) -> str:
             f"--chat_template FILE"
         )
     if spelled or not before or (before.strip() and before.strip() in text):
-        return text + after
-    return before + text.lstrip() + after
+        return _written(text, template) + after
+    return before + _written(text.lstrip(), template) + after
+
+
+def _written(text: str, template: Template) -> str:
+    """The text as the template writes it; of a thought that it leaves out, the answer behind it."""
+    whole = template.written(text)
+    answer = split_thought(text).answer or ""
+    thought, _, behind = text.rpartition(answer) if answer else ("", "", text)
+    if not thought.strip() or (whole is not None and text.strip() in whole):
+        return text if whole is None else whole
+    written = template.written(answer + behind)
+    return text if written is None else thought + written
 
 
 def _behind_opened(text: str, mark: str, template: Template) -> str:
     """The rest of a thought that the prompt opens, and the answer."""
     bare = text.lstrip()
     if bare.startswith(mark.strip()):
-        text = bare.removeprefix(mark.strip()).lstrip()
+        begun = bare.startswith(mark)
+        text = bare.removeprefix(mark) if begun else bare.removeprefix(mark.strip()).lstrip()
     if not split_thought(mark + text).answer:
         raise InputError(
             f"a completion must end the thought that the chat template of {template.name!r} opens "
@@ -62,6 +75,8 @@ def _without_ends(text: str, template: Template) -> str:
     ends = [str(end) for end in template.tokenizer.convert_ids_to_tokens(template.stop_ids)]
     while spelled := [end for end in ends if text.rstrip().endswith(end)]:
         text = text.rstrip().removesuffix(spelled[0])
+    if not text.strip():
+        raise InputError("a completion must hold an answer, got what ends it alone; write one")
     return text
 
 

@@ -32,19 +32,44 @@ RED, BLUE = {"prompt": "red", "completion": "r"}, {"prompt": "blue", "completion
 
 
 @pytest.mark.parametrize(
-    "columns",
+    ("columns", "unused"),
     [
-        {"key": 7},
-        {"key": "a"},
-        {"rule": "none", "contexts": {"": "x"}},
-        {"label": 3},
-        {"reference": "r", "answer": " "},
+        ({"key": 7}, "key"),
+        ({"key": "a"}, "key"),
+        ({"rule": "none", "contexts": {"": "x"}}, "contexts, rule"),
+        ({"label": 3}, ""),
+        ({"reference": "r", "answer": " "}, "reference"),
     ],
 )
-def test_other_columns_of_rows_mean_nothing(settings: dict, columns: dict) -> None:
+def test_other_columns_of_rows_mean_nothing(settings: dict, columns: dict, unused: str) -> None:
     setup = prepared(settings, RED | columns, BLUE)
     assert completions(setup) == ["r<|im_end|>", "b<|im_end|>"]
-    assert setup.remarks == []
+    said = f"stored.jsonl: 2 plain rows; columns left out: {unused}"
+    assert setup.remarks == [said] * bool(unused)
+
+
+def test_how_rows_are_read_is_said(settings: dict) -> None:
+    turns = [("system", "Answer with one letter."), ("user", "red"), ("assistant", "r")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    setup = prepared(settings, {"messages": messages, "source": "x"}, BLUE)
+    assert completions(setup) == ["r<|im_end|>", "b<|im_end|>"]
+    assert setup.remarks == [
+        "stored.jsonl: 1 OpenAI row, 1 plain row; the system message is the context and was taken "
+        "out (1 of 2); columns left out: source"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (RED | {"completion_token_ids": [40, END]}, r'got "completion" and "completion_token_ids"'),
+        (RED | {"completion": "<|im_end|>\n"}, "stored.jsonl:1: a completion must hold an answer"),
+        ({"prompt": "red", "completion_token_ids": [END]}, "1: a completion must hold an answer"),
+    ],
+)
+def test_rows_of_two_completions_or_none(settings: dict, row: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepared(settings, row, BLUE)
 
 
 def test_token_ids_are_taken_as_they_are(settings: dict) -> None:

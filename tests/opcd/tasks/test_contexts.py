@@ -57,6 +57,19 @@ def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
         ("c.json", '{"system": "One word.", "bank": "Be kind."}', "got system, .* or rename"),
         ("c.json", '{"messages": "One word."}', "names of their own, got messages,"),
         ("c.json", '{"conversations": [{"from": "system", "value": "x"}]}', "got conversations,"),
+        ("c.json", '{"System Prompt": "One word."}', "names of their own, got System Prompt,"),
+        ("c.json", '{"text": "One word."}', "got text, as parts"),
+        ("c.json", '{"name": "Ann", "description": "Be kind."}', "got description, name, as parts"),
+        ("c.json", '{"instruction": "Be kind.", "output": "x"}', "got instruction, output, as"),
+        (
+            "c.md",
+            '[{"role": "system", "content": "Be kind."}]',
+            "c.md: a text file must be one system message, got JSON with chat messages; name the "
+            "file .json",
+        ),
+        ("c.txt", '{"messages": [{"role": "user", "content": "Hi"}]}', "name the file .json"),
+        ("c.txt", '{"bank": [{"from": "system", "value": "x"}]}', "name the file .json"),
+        ("c.md", '{"role": "system", "content": "Be kind."}', "name the file .json"),
         ("c.json", '{"a": "x", "b": " "}', r"c\.json: b: must be a non-empty list"),
         ("c.json", "[]", "non-empty list"),
         ("c.json", '[{"role": "robot", "content": "x"}]', "'robot'"),
@@ -95,11 +108,11 @@ DEMONSTRATION = [{"role": "user", "content": "Sky?"}, {"role": "assistant", "con
 def test_the_body_of_a_request(tmp_path: Path) -> None:
     """Its last user message is the request."""
     messages = [SYSTEM | {"role": "developer"}, *DEMONSTRATION]
-    body = {"model": "m", "messages": messages, "temperature": 0, "tools": None}
+    body = {"model": "m", "messages": messages, "temperature": 0, "tool_choice": "none"}
     path = write(tmp_path / "c.json", json.dumps(body))
     assert read_contexts(path) == (
         {"": [SYSTEM, *DEMONSTRATION]},
-        ["c.json: settings left out: model, temperature, tools"],
+        ["c.json: settings left out: model, temperature, tool_choice"],
     )
     body = {"messages": [*messages, {"role": "user", "content": "Grass?"}]}
     assert read_contexts(write(tmp_path / "c.json", json.dumps(body))) == (
@@ -117,10 +130,23 @@ def test_the_body_of_a_request(tmp_path: Path) -> None:
     assert read_contexts(path) == ({"": [SYSTEM]}, [])
 
 
+def test_contexts_are_named_for_people(tmp_path: Path) -> None:
+    """Words of one's own may be JSON; what was taken for a name is said."""
+    assert read_contexts(write(tmp_path / "c.md", '{"role": "a clerk", "tone": "kind"}'))[1] == []
+    path = write(tmp_path / "c.json", json.dumps({f"shop {i}": "Be kind." for i in range(9)}))
+    assert read_contexts(path)[1] == [
+        "c.json: 9 contexts, which rows name: shop 0, shop 1, shop 2, shop 3, shop 4, shop 5, "
+        "shop 6, shop 7, ..."
+    ]
+
+
 def test_text_parts_of_a_context(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "word."}]
     path = write(tmp_path / "c.json", json.dumps({"a": [SYSTEM | {"content": parts}]}))
     assert read_contexts(path) == (
         {"a": [{"role": "system", "content": "One\nword."}]},
-        ["c.json: a: text parts joined by line breaks"],
+        [
+            "c.json: 1 context, which rows name: a",
+            "c.json: a: text parts joined by line breaks",
+        ],
     )

@@ -92,6 +92,20 @@ def test_prompts_in_two_parts_or_in_the_context_are_refused_all_at_once() -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Mon caf\u00e9 ?", "mon cafe\u0301 ?"),
+        ('I can\'t "log in"', "I can\u2019t \u201clog in\u201d"),
+        ("Hello", "hello\u200b"),
+        ("Stra\u00dfe \uff12", "STRASSE 2"),
+    ],
+)
+def test_prompts_overlap_in_every_spelling(one: str, other: str) -> None:
+    with pytest.raises(InputError, match="got 1 overlap: e:1 is t:1"):
+        check_disjoint({"train": [example(one, "t:1")], "test": [example(other, "e:1")]}, CONTEXT)
+
+
 def test_overlaps_are_judged_a_context_at_a_time() -> None:
     contexts = {"de": DEMO, "en": CONTEXT[""]}
     train = [example("Sky?", "t:1", context="de"), example("Demo", "t:2", context="en")]

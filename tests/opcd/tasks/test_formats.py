@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,20 @@ GOOD = {
             "text"
         ],
     ),
+    "numbers as they are spelled": (
+        "d.jsonl",
+        '{"prompt": "Sky?", "answer": [4.50, 1e-7, 0.1234567890123456789, 10.0]}',
+        SKY,
+        ["4.50", "1e-7", "0.1234567890123456789", "10"],
+        ["d.jsonl: 1 plain row; numbers, true and false are answers as text"],
+    ),
+    "a choice among no tools": (
+        "d.jsonl",
+        lines({"messages": SKY, "answer": "Blue", "tool_choice": "none", "context": ""}),
+        SKY,
+        ["Blue"],
+        ["d.jsonl: 1 plain row; columns left out: tool_choice"],
+    ),
     "text parts": (
         "d.jsonl",
         lines({"messages": [{"role": "user", "content": PARTS, "name": None}], "answer": "Blue"}),
@@ -302,8 +317,59 @@ BAD = {
     "more than a list": (
         "d.json",
         '{"data": [{"prompt": "a"}], "version": 1}',
-        'd.json:1: must have "prompt" (the user\'s message) or "messages", got keys [\'data\', '
-        "'version']; add \"prompt\"",
+        "d.json:1: a file must hold nothing but its rows, got an object with lists of rows as "
+        "data; write the list that is meant into a file of its own",
+    ),
+    "a file of two parts": (
+        "d.json",
+        '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
+        "d.json:1: a file must hold nothing but its rows, got an object with lists of rows as "
+        "train and test; write the list that is meant into a file of its own",
+    ),
+    "turns under a name of their own": (
+        "d.jsonl",
+        lines({"id": 1, "contents": [{"role": "user", "parts": [{"text": "Sky?"}]}]}),
+        'd.jsonl:1: must have "prompt" (the user\'s message) or "messages", got keys '
+        "['contents', 'id']; add \"prompt\"",
+    ),
+    "one conversation": (
+        "d.json",
+        json.dumps([user("Sky?"), assistant("Blue")]),
+        "d.json:1 (row 1): a row must be a whole conversation, got one message of it; write "
+        '{"messages": [...]} around its messages',
+    ),
+    "results of a batch": (
+        "d.jsonl",
+        lines({"custom_id": "1", "response": {"body": {"choices": []}}, "error": None}),
+        "d.jsonl:1: a row must hold its request, got a result of a batch; put what it answers into "
+        '{"messages": [...]} of the batch\'s row with the same custom_id',
+    ),
+    "columns in capitals": (
+        "d.jsonl",
+        lines({"Prompt": "Sky?", "Answer": "Blue"}),
+        'd.jsonl:1: must have "prompt" (the user\'s message) or "messages", got keys [\'Answer\', '
+        '\'Prompt\']; rename "Prompt" to "prompt"',
+    ),
+    "a column with a space": (
+        "d.jsonl",
+        lines({"prompt": "Sky?", "answer ": "Blue"}),
+        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
+        "['answer ', 'prompt']; rename \"answer \" to \"answer\", or use the line as a training "
+        "prompt",
+    ),
+    "CSV by another name": (
+        "d.jsonl",
+        '"prompt";"answer"\n"Sky, or sea?";"Blue"\n',
+        "evaluation data must be JSONL or a JSON array, got 'd.jsonl' (.csv); convert it: python "
+        "-c \"import csv, json; open('d.csv.jsonl', 'w', encoding='utf-8').writelines(json.dumps("
+        "row) + chr(10) for row in csv.DictReader(open('d.jsonl', encoding='utf-8-sig', "
+        "newline=''), delimiter=';'))\"",
+    ),
+    "more than a number can be": (
+        "d.jsonl",
+        '{"prompt": "Sky?", "answer": 1e400}',
+        "d.jsonl:1: each line must be one JSON object, got 1e400, which is too large for a number; "
+        "correct that line",
     ),
     "tools": (
         "d.jsonl",
@@ -362,8 +428,15 @@ BAD = {
     "a table by columns": (
         "d.json",
         json.dumps({"prompt": {"0": "Sky?" * 30}, "answer": {"0": "Blue"}}),
-        "d.json:1: \"prompt\" must be a non-empty string, got {'0': 'Sky?Sky?Sky?Sky?Sky?Sky?Sky?"
-        "Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?S",
+        "d.json:1: \"prompt\" must be one request, text or messages, got {'0': 'Sky?Sky?Sky?Sky?"
+        'Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?Sky?S; write a table row by row: {"prompt": "...", '
+        '"answer": "..."}',
+    ),
+    "a table by lists": (
+        "d.json",
+        '{"prompt": ["Sky?", "Sea?"], "answer": ["Blue", "Green"]}',
+        "d.json:1: \"prompt\" must be one request, text or messages, got ['Sky?', 'Sea?']; "
+        'write a table row by row: {"prompt": "...", "answer": "..."}',
     ),
     "two columns of answers": (
         "d.jsonl",
@@ -492,6 +565,53 @@ def test_training_rows_are_not_judged_by_what_training_needs_not(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        assistant(""),
+        assistant("Blue") | {"content": None, "tool_calls": [{"id": 1}]},
+        assistant("Blue") | {"reasoning_content": "Hm."},
+        assistant("") | {"refusal": "No."},
+        {"role": "assistant"},
+        {"from": "gpt", "value": ""},
+    ],
+)
+def test_the_last_answer_of_a_training_row_is_not_judged(tmp_path: Path, last: dict) -> None:
+    rows = lines({"messages": [*SKY, last]}, BATCH | {"body": {"messages": [*OPENAI[:2], last]}})
+    examples, said = read_examples(written(tmp_path, "p.jsonl", rows), False, CONTEXTS)
+    assert [list(e.messages) for e in examples] == [SKY, SKY]
+    assert "the last assistant message left out" in said[0]
+    with pytest.raises(InputError, match="message 1"):
+        read_examples(written(tmp_path, "p.jsonl", rows), True, CONTEXTS)
+
+
+def test_the_demonstrations_of_a_context_are_taken_out_or_refused(tmp_path: Path) -> None:
+    shown = [user("Grass?"), assistant("Green"), user("Snow?"), assistant("White")]
+    own = system("Today is Monday.")
+
+    def read(*front: Message, context: list[Message]) -> tuple[list[Message], list[str]]:
+        path = written(tmp_path, "p.jsonl", lines({"messages": [*front, *SKY]}))
+        (example,), said = read_examples(path, False, {"": context})
+        return list(example.messages), said
+
+    form, taken = "p.jsonl: 1 plain row; ", "the context's demonstrations were taken out"
+    with_system = [system("One word."), *shown]
+    assert read(*shown, context=with_system) == (SKY, [form + taken])
+    assert read(*shown, context=shown) == (SKY, [form + "the whole context was taken out"])
+    for context in (shown, with_system):
+        assert read(own, *shown, context=context) == (
+            [own, *SKY],
+            ["p.jsonl: 1 OpenAI row; a system message of its own stays with the request; " + taken],
+        )
+    for front in (shown[:2], shown[2:], [*shown, *shown[:2]], [*with_system[:1], *shown[:2]]):
+        with pytest.raises(InputError, match=r"p\.jsonl:1: a request must begin with all demonstr"):
+            read(*front, context=with_system)
+    other = [user("Grass?"), assistant("Brown")]
+    assert read(*other, context=with_system) == ([*other, *SKY], [])
+    greeting = assistant("Hello.")
+    assert read(greeting, context=[system("One word."), greeting]) == (SKY, [form + taken])
+
+
 def test_a_row_that_begins_with_the_whole_context(tmp_path: Path) -> None:
     """Requests as they are sent to a server carry the demonstrations as well."""
     context = [system("One word."), user("Grass?"), assistant("Green")]
@@ -541,6 +661,8 @@ def test_a_row_whose_first_column_is_a_list_is_no_wrapper(tmp_path: Path) -> Non
         ("d.csv", '\ufeffprompt,answer\r\n"Sky, or\nsea?",Blau\u00e9\r\n'),
         ("d.tsv", 'prompt\tanswer\n"Sky, or\nsea?"\tBlau\u00e9\n'),
         ("d.yaml", '- {prompt: "Sky, or\\nsea?", answer: Blau\u00e9}\n'),
+        ("it's $HOME.csv", 'prompt;answer\n"Sky, or\nsea?";Blau\u00e9\n'),
+        ('d`"!.tsv', 'prompt\tanswer\n"Sky, or\nsea?"\tBlau\u00e9\n'),
     ],
 )
 def test_the_command_that_an_error_gives_converts_the_file(
@@ -549,10 +671,10 @@ def test_the_command_that_an_error_gives_converts_the_file(
     path = written(tmp_path, name, content)
     with pytest.raises(InputError) as refused:
         read_records(path, "prompts")
-    code = str(refused.value).partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], check=True)
+    command = str(refused.value).partition("convert it: python ")[2]
+    subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, check=True)
     record = {"prompt": "Sky, or\nsea?", "answer": "Blau\u00e9"}
-    path = str(tmp_path / "d.jsonl")
+    path = str((tmp_path / name).with_suffix(".jsonl"))
     assert read_records(path, "prompts") == [(f"{path}:1", record)]
 
 

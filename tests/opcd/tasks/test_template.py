@@ -141,6 +141,13 @@ def test_a_requests_own_system_message_stays_behind_the_context(
     assert decode(chat.teacher_ids([OWN, *REQUEST])) == teacher
 
 
+@pytest.mark.parametrize("mistake", ["1 / 0", "'a' + 1", "2.0 ** 9999", "[][3].x", "none()"])
+def test_a_template_that_fails_is_refused(mistake: str) -> None:
+    template = "{% for m in messages %}{{ " + mistake + " }}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match=r"must accept these messages \(user\), but says: "):
+        Template(byte_tokenizer(template, ["</s>"], "</s>"), {}, DAY)
+
+
 def test_a_requests_own_system_message_that_the_template_hoists_is_refused() -> None:
     hoisting = (
         "{% for m in messages %}{% if m.role == 'system' %}[{{ m.content }}]{% endif %}{% endfor %}"
