@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from opcd.cli import main
+from opcd.starter import write_starter
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = ROOT / "docs" / "integrate.md"
@@ -64,6 +67,26 @@ def test_the_notebook(settings: dict, capsys: pytest.CaptureFixture) -> None:
     assert len(names["losses"]) == 2
     assert names["distilled"].scorecard["contenders"]["distilled"]["n"] == 36
     assert (names["task"] / "model" / "config.json").is_file()
+
+
+MISTAKES = re.findall(
+    r"^\| `(.*?)` \| (.*) \|$", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.M
+)
+
+
+@pytest.mark.parametrize(("command", "says"), MISTAKES[-22:], ids=[c for c, _ in MISTAKES[-22:]])
+def test_the_wrong_commands(command: str, says: str, capsys: pytest.CaptureFixture) -> None:
+    """The page's table, line by line."""
+    assert len(MISTAKES) >= 22
+    write_starter(Path("my-task"))
+    Path("twice.yaml").write_text("data:\n  context: a.md\n  context: b.md\n")
+    Path("group.yaml").write_text("optimizer:\n  temperature: 1\n")
+    Path("kind.yaml").write_text("optimizer:\n  steps: many\n")
+    Path("tab.yaml").write_text("data:\n\tcontext: a.md\n")
+    arguments = command.replace("…", "--config my-task/config.yaml").split()
+    assert main(arguments) == 2
+    found = capsys.readouterr().err.replace(f"{Path.cwd()}/", "/home/me/").splitlines()[-1]
+    assert found.split(": ", 1)[1] == says
 
 
 def test_the_guide_for_trainers_from_top_to_bottom(
