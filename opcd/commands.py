@@ -14,8 +14,8 @@ from typing import Any, NoReturn, get_args, get_origin
 from opcd import __version__
 from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.config.settings import KINDS, did_you_mean, gather
-from opcd.errors import InputError
+from opcd.config.settings import KINDS, gather
+from opcd.errors import InputError, did_you_mean
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 PRESET_HELP = "; ".join(

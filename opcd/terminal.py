@@ -157,7 +157,8 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
         f"  try it       opcd chat {_quoted(folder)}\n"
-        f"  score again  opcd eval --config {_quoted(folder / 'config.yaml')}"
+        f"  {'score again' if config.test_data else 'score it   '}  opcd eval --config "
+        f"{_quoted(folder / 'config.yaml')}{'' if config.test_data else ' --test_data FILE'}"
     )
 
 

@@ -4,12 +4,15 @@ import contextlib
 import logging
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from opcd.api.inputs import Inputs
 from opcd.api.results import Distilled, Evaluated
@@ -244,8 +247,25 @@ def _as_found() -> Iterator[None]:
             torch.random.fork_rng(list(devices)),
             torch.inference_mode(False),
             torch.enable_grad(),
+            _no_bars_of_transformers(),
         ):
             yield
     finally:
         random.setstate(state)
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _no_bars_of_transformers() -> Iterator[None]:
+    """Without a bar for every model that is loaded; the switch is transformers' and the hub's."""
+    shown, hubs = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where the environment has them off
+                transformers_logging.enable_progress_bar()
+        if not hubs:
+            disable_progress_bars()

@@ -215,7 +215,7 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         if self.guided_completions is not None and not self.guided_share:
             raise InputError(
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "
-                "trained on them; pass --guided_share 1 to train on them alone"
+                "trained on them; set guided_share to 1 to train on them alone"
             )
         return self
 

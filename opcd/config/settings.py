@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from opcd.config.fields import FIELDS, GROUPS, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.errors import InputError
+from opcd.errors import InputError, did_you_mean
 from opcd.runtime.files import write_text
 from opcd.runtime.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from opcd.runtime.user_code import located
@@ -58,7 +57,7 @@ def gather(
     missing = [name for name in REQUIRED if name not in values]
     if missing:
         raise InputError(
-            f"{_listed(missing)} must be given, in a file (--config FILE) or by name; `opcd init "
+            f"{_listed(missing)} must be given, in a configuration file or by name; `opcd init "
             f"FOLDER` writes an example"
         )
     return TrainConfig(**values, origins=origins)
@@ -131,16 +130,14 @@ def converted(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Values in the kinds of their fields. Raises InputError for others and for unknown fields."""
     for name in values:
         if name not in FIELDS:
-            raise InputError(f"{source}: there is no field {name!r}{did_you_mean(name, FIELDS)}")
+            raise InputError(f"{source}: {_unknown_field(name)}")
     return {name: _converted(name, value, source) for name, value in values.items()}
 
 
-def did_you_mean(name: str, known: Any) -> str:
-    """A hint at the nearest known name."""
-    if name in RENAMED:
-        return f"; it is {RENAMED[name]} now"
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _unknown_field(name: str) -> str:
+    """What is said of a field that there is not."""
+    hint = f"; it is {RENAMED[name]} now" if name in RENAMED else did_you_mean(name, FIELDS)
+    return f"there is no field {name!r}{hint}"
 
 
 def _converted(name: str, value: Any, source: str) -> Any:
@@ -161,6 +158,8 @@ def _converted(name: str, value: Any, source: str) -> Any:
         else:
             words = WORDS.get(kind, "a mapping, like {enable_thinking: false}")
             hint = "; put it in quotes" if kind is str and isinstance(value, (int, float)) else ""
+            if name in INPUT_FILES and isinstance(value, (dict, list)):
+                hint = "; write it into a .json file, and name that"
         words += " or null" if optional else ""
         raise InputError(f"{source}: {name} must be {words}, got {value!r:.80}{hint}") from None
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from opcd import __version__
 from opcd.config import TrainConfig
 from opcd.runtime.files import shown
 
@@ -79,7 +81,9 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
         f"divergence to the teacher on {card['divergence']['prompts']} held-out prompts: "
-        f"{before:.3f}" + (f" → {after:.3f}" if after is not None else "") + " nats a token"
+        f"{before:.3f}"
+        + (f" → {after:.3f}" if after is not None else "")
+        + f" nats a token, of answers of at most {card['decoding']['max_completion_tokens']}"
     )
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
     facts.append(f"scored on test data: {shown(card['data']['file'])}")
@@ -103,9 +107,7 @@ def _gain(base: dict[str, Any], prompted: dict[str, Any]) -> str:
     elif prompted_high < low:
         verdict = "a loss beyond both 95 % intervals: mend the prompt before it is distilled"
     else:
-        verdict = (
-            f"within what {base['n']} requests leave to chance: mend the prompt or measure on more"
-        )
+        verdict = f"which may be chance (requests: {base['n']}): mend the prompt or measure on more"
     return f"the prompt: {base['accuracy']:.1%} → {prompted['accuracy']:.1%}, {verdict}"
 
 
@@ -158,7 +160,8 @@ def write_report(
         "Every step": "metrics.jsonl",
     }
     there = [f"{what}: `{name}`." for what, name in files.items() if (folder / name).is_file()]
-    text.append(" ".join(there) + "\n")
+    text.append(" ".join(there))
+    text.append(f"\nopcd {__version__}, {date.today().isoformat()}.\n")
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -197,7 +200,7 @@ def draw_curve(
     axes[1].plot(steps, [m["mean_completion_tokens"] for m in metrics], color="C1")
     axes[1].set(title="completion length, tokens", ylim=(0, None))
     for axis in axes:
-        axis.set_xlabel("step")
+        axis.set(xlabel="step", xlim=(0, steps[-1] + 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

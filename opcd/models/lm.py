@@ -189,3 +189,13 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Passes in `dtype`, whatever the weights are kept in; fp32 is left as it is."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def keep_softcap(model: PreTrainedModel) -> None:
+    """Take a model with capped attention scores (Gemma 2) off SDPA, which cannot cap.
+
+    transformers from 5.21 or so refuses the pair; 5.20 leaves the cap out and says nothing.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")

@@ -218,7 +218,7 @@ class Decoder:
                 # recording.
                 raise InputError(
                     f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
-                    f"graph, got {str(error).splitlines()[0]}; pass --rollout_engine generate"
+                    f"graph, got {str(error).splitlines()[0]}; set rollout_engine to generate"
                 ) from error
         self._graph, self._logits = graph, logits
 

@@ -152,7 +152,7 @@ class Chat:
             except InputError:
                 raise refused from None
             if wanted == "system":
-                raise InputError(f"{refused}; or pass --context_placement user") from refused
+                raise InputError(f"{refused}; or set context_placement to user") from refused
             return "user"
         return "system"
 
@@ -171,7 +171,7 @@ class Chat:
             if text.count(REQUEST) != 1:
                 raise InputError(
                     f"the chat template of {template.name!r} must keep {what} as it is, but drops "
-                    f"or alters it; pass another template with --chat_template"
+                    f"or alters it; name a file with another as chat_template"
                 )
         alone, prompted = texts.values()
         if self.without_context not in ("default", "none") and self.without_context not in alone:

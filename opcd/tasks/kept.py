@@ -25,7 +25,9 @@ def check_kept(template: Template, messages: Sequence[Message], arrange: Arrange
         if behind_reasoning != content and behind_reasoning in text:
             advice = "write that answer without its reasoning"
         else:
-            advice = "write it in another role, or pass another template with --chat_template"
+            advice = (
+                "write it in another role, or name a file with another template as chat_template"
+            )
         raise InputError(
             f"the chat template of {template.name!r} must keep every message, but it drops or "
             f"alters the {message['role']} message {content[:60]!r}; {advice}"

@@ -95,7 +95,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     """Read and check everything that can be wrong before weights are loaded."""
     config.check()
     if for_training and config.prompts is None:
-        raise InputError("prompts must be given to train on; pass --prompts FILE")
+        raise InputError("prompts must be given to train on; name a file as prompts")
     files = read_task_files(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -76,13 +76,13 @@ class Template:
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer of {self.name!r} must have a chat template, got none; use an "
-                f"instruct model, or pass --chat_template FILE with one"
+                f"instruct model, or name a file with one as chat_template"
             )
         if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer of {self.name!r} must have a chat template named default, got "
                 f"{', '.join(sorted(tokenizer.chat_template))}; write the one that is meant into a "
-                f"file and pass --chat_template FILE"
+                f"file and name that as chat_template"
             )
         template = tokenizer.get_chat_template()
         self._template = CLOCK + template if "strftime_now" in template else template
@@ -112,8 +112,8 @@ class Template:
             roles = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
             raise InputError(
                 f"the chat template of {self.name!r} must accept these messages ({roles}), but "
-                f"says: {' '.join(str(error).split())[:200]}; pass another template with "
-                f"--chat_template FILE"
+                f"says: {' '.join(str(error).split())[:200]}; name a file with another "
+                f"template as chat_template"
             ) from error
         assert isinstance(text, str)
         return text

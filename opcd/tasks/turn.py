@@ -35,8 +35,8 @@ def completion_text(text: str, template: Template) -> str:
         raise InputError(
             f"a completion as text needs a chat template that writes answers behind what opens "
             f"them, but that of {template.name!r} opens with {opening!r} and writes an answer "
-            f"otherwise, or none; pass completion_token_ids, or another template with "
-            f"--chat_template FILE"
+            f"otherwise, or none; pass completion_token_ids, or name a file with "
+            f"another template as chat_template"
         )
     if spelled or not before or (before.strip() and before.strip() in text):
         return _written(text, template) + after

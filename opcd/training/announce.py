@@ -32,6 +32,11 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
         f"{len(task.test)} test prompts",
         *notes(setup),
     ]
+    if config.prompts_per_step > len(task.train):
+        lines.append(
+            f"note      a step takes {config.prompts_per_step} prompts, and there are "
+            f"{len(task.train)}: some come more than once"
+        )
     if config.warmup_steps > config.steps:
         lines.append(
             f"note      the warm-up of {config.warmup_steps} steps is longer than the run: the "

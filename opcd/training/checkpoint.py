@@ -67,7 +67,7 @@ def save_checkpoint(
         raise InputError(
             f"{target} must be written, got {reason}; it needs about "
             f"{_size(_Sizes.of(distiller).whole)}, and {_size(free_bytes(folder.parent))} are "
-            f"free; make room and continue with --resume ({left})"
+            f"free; make room and resume the run ({left})"
         ) from error
     return target
 

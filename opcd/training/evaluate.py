@@ -10,6 +10,7 @@ from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from opcd.evaluation.measured import OF_THE_FORM, measured_by, other_fields
+from opcd.models.by_name import resolve_model
 from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -29,7 +30,9 @@ def evaluate_run(
     """
     progress = progress or Progress()
     if not config.test_data:
-        raise InputError("test_data must name labelled test data, got none; pass --test_data FILE")
+        raise InputError(
+            "test_data must name labelled test data, got none; name a file as test_data"
+        )
     run = Path(config.output_dir)
     path = str(run / "final") if distilled is None else distilled
     if distilled is None and not Path(path).is_dir():
@@ -38,6 +41,8 @@ def evaluate_run(
             f"pass --output_dir if the run was moved, "
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
+    if path != "none" and not Path(path).is_dir():
+        resolve_model(path, "distilled")
     saved = gather({}, run / "config.yaml") if distilled is None else config
     setup = prepare(_without_lost_prompts(saved.measured_as(config), saved, progress))
     data, config = Path(config.test_data).stem, setup.config

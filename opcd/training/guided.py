@@ -82,7 +82,7 @@ class TeacherCompletions:
         except OSError as error:
             raise InputError(
                 f"guided completions must be written to {self._file}, got {error.strerror}; make "
-                f"room and continue with --resume"
+                f"room and resume the run"
             ) from error
         self._kept |= {(row["key"], row["sample"]): row for row in rows}
 

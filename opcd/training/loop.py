@@ -135,8 +135,8 @@ class Distiller:
             self.optimizer.zero_grad()
             raise InputError(
                 f"the loss must be finite, got loss {loss} and gradient norm {grad_norm} in step "
-                f"{self.steps_done + 1}; the state before that step is saved: continue with "
-                f"--resume and a lower --learning_rate or --max_grad_norm, or --dtype float32"
+                f"{self.steps_done + 1}; the state before that step is saved: resume the "
+                f"run with a lower learning_rate or max_grad_norm, or with dtype float32"
             )
         learning_rate = config.learning_rate * rate_factor(self.steps_done, config)
         for group in self.optimizer.param_groups:

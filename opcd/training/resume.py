@@ -26,8 +26,8 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
     if not resume:
         if list_checkpoints(folder / "checkpoints") or (folder / "final").exists():
             raise InputError(
-                f"output_dir must not hold a run yet, got {str(folder)!r} with one; pass --resume "
-                f"to continue it, or choose another output_dir"
+                f"output_dir must not hold a run yet, got {str(folder)!r} with one; resume it, or "
+                f"choose another output_dir"
             )
         if saved.exists() and not written_here(saved):
             raise InputError(
@@ -37,15 +37,15 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
         return make_folder(folder)
     if not saved.is_file():
         raise InputError(
-            f"--resume needs a run to continue, got no {saved}; leave --resume out to start one, "
-            f"or pass --output_dir if the run was moved"
+            f"to resume there must be a run, got no {saved}; start one without resume, or name its "
+            f"output_dir if it was moved"
         )
     before = gather({}, saved)
     changed = set(before.differing_fields(config)) - HOUSEKEEPING
     if kept := changed - REMEDIES - {"steps"}:
         raise InputError(
             f"a resumed run must keep its settings, got other values for "
-            f"{', '.join(sorted(kept))}; pass --config {saved}, or start another output_dir"
+            f"{', '.join(sorted(kept))}; take them from {saved}, or start another output_dir"
         )
     _check_steps(before, config.steps)
     for name in sorted(changed):
@@ -68,13 +68,13 @@ def _check_steps(before: TrainConfig, steps: int) -> None:
     if steps != before.steps and before.schedule == "linear":
         raise InputError(
             f"a run with the schedule linear must keep its steps, got {steps} and {before.steps} "
-            f"before: they set the learning rate of every step, which has ended near 0; pass "
-            f"--steps {before.steps}, or start another output_dir"
+            f"before: they set the learning rate of every step, which has ended near 0; set "
+            f"steps to {before.steps}, or start another output_dir"
         )
     if steps < before.steps:
         raise InputError(
             f"a resumed run can be prolonged and not shortened, got {steps} steps and "
-            f"{before.steps} before; pass --steps {before.steps}, or start another output_dir"
+            f"{before.steps} before; set steps to {before.steps}, or start another output_dir"
         )
 
 

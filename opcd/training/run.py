@@ -65,7 +65,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
     if finished and (_is_scored(folder) or not config.test_data):
-        more = "; more --steps would prolong it" if config.schedule == "constant" else ""
+        more = "; more steps would prolong it" if config.schedule == "constant" else ""
         progress.say(f"this run was finished before: nothing is left to do{more}")
         return outcome
     if not config.test_data:

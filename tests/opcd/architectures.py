@@ -4,6 +4,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from opcd.models.lm import keep_softcap
+
 COMMON = {
     "vocab_size": 258,
     "hidden_size": 32,
@@ -111,4 +113,6 @@ def build(name: str) -> PreTrainedModel:
     """A random model of that architecture, fp32, in evaluation mode."""
     config, model, settings = ARCHITECTURES[name]
     torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**COMMON | settings)).eval()
+    built = getattr(transformers, model)(getattr(transformers, config)(**COMMON | settings)).eval()
+    keep_softcap(built)
+    return built

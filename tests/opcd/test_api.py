@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import is_progress_bar_enabled
 
 import opcd
 from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
@@ -84,12 +86,23 @@ def test_the_public_names() -> None:
     assert set(dir(opcd.Distilled)) >= {"report", "save"}
 
 
+def found() -> tuple[object, ...]:
+    """What is everybody's in a process."""
+    return (
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        signal.getsignal(signal.SIGINT),
+        is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+
+
 def test_a_loaded_model_in_a_thread_leaves_nothing_behind(tmp_path: Path) -> None:
     model = tiny_llama()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     generation = model.generation_config.to_dict()
-    before = (torch.get_default_dtype(), torch.get_num_threads(), signal.getsignal(signal.SIGINT))
+    before = found()
     torch.manual_seed(3)
     random.seed(3)
     expected = (torch.rand(2).tolist(), random.random())
@@ -120,11 +133,7 @@ def test_a_loaded_model_in_a_thread_leaves_nothing_behind(tmp_path: Path) -> Non
     thread.join()
     (distilled,) = result
     assert (torch.rand(2).tolist(), random.random()) == expected
-    assert before == (
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        signal.getsignal(signal.SIGINT),
-    )
+    assert before == found()
     assert seen == [1, 2, -2, 3, -3]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name

@@ -186,7 +186,7 @@ def test_a_teacher_with_fewer_rows_than_the_student_can_sample(
 def test_a_folder_that_holds_a_run(settings: dict, capsys: pytest.CaptureFixture) -> None:
     run = Path(settings["output_dir"])
     (run / "checkpoints" / "step-000002").mkdir(parents=True)
-    assert "pass --resume" in refused(settings, capsys)
+    assert "resume it, or choose another" in refused(settings, capsys)
 
 
 def test_a_folder_with_a_configuration_of_ones_own(
@@ -215,7 +215,7 @@ def test_resume_without_a_run_and_with_other_settings(
     config = Path(settings["output_dir"]).parent / "config.yaml"
     config.write_text(in_groups(settings))
     assert main(["train", "--config", str(config), "--resume"]) == 2
-    assert "needs a run to continue" in capsys.readouterr().err
+    assert "to resume there must be a run" in capsys.readouterr().err
     Path(settings["output_dir"]).mkdir()
     write_config(TrainConfig(**settings), Path(settings["output_dir"]) / "config.yaml")
     resume = ["train", "--config", str(config), "--resume"]
@@ -229,7 +229,7 @@ def test_resume_without_a_run_and_with_other_settings(
     assert main([*resume, "--schedule=linear", "--steps=8"]) == 2
     message = capsys.readouterr().err
     assert "the schedule linear must keep its steps, got 8 and 6 before: they set the" in message
-    assert "pass --steps 6, or start another output_dir" in message
+    assert "set steps to 6, or start another output_dir" in message
     (Path(settings["output_dir"]) / "config.yaml").write_text("")
     assert main(resume) == 2
     assert "must hold settings in groups" in capsys.readouterr().err

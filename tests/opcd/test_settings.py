@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from opcd.config.settings import gather, write_config
+from opcd.errors import InputError
 from opcd.runtime.strict_yaml import dump_yaml, parse_yaml
 
 FILE = """
@@ -82,3 +83,9 @@ def test_scalars(text: str, value: object) -> None:
     found = parse_yaml(f"a: {text}")["a"]
     assert (found, type(found)) == (value, type(value))
     assert parse_yaml(dump_yaml({"a": value})) == {"a": value}
+
+
+def test_a_context_written_into_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("format: 1\ndata: {context: {a: a.md, b: b.md}}\n")
+    with pytest.raises(InputError, match=r"context must be text, .*write it into a .json file"):
+        gather({}, tmp_path / "c.yaml")

@@ -505,7 +505,8 @@ def test_every_fact_has_its_number() -> None:
         "what ends an answer there",
         "answers that hold the right label and others of the data, which contains finds right "
         "(base 31%): the scorers exact, choice and regex do not",
-        "divergence to the teacher on 48 held-out prompts: 1.294 → 0.217 nats a token",
+        "divergence to the teacher on 48 held-out prompts: 1.294 → 0.217 nats a token, "
+        "of answers of at most 12",
         "prompt tokens saved a request: 678",
         "scored on test data: test.jsonl",
         "tokens: mean length of an answer; cut: share that reached max_completion_tokens (12)",
@@ -518,7 +519,7 @@ def test_every_fact_has_its_number() -> None:
     ("base", "prompted", "verdict"),
     [
         (0.1, 0.5, "a gain beyond both 95 % intervals: there is something to distil"),
-        (0.5, 0.6, "within what 100 requests leave to chance: mend the prompt or measure on more"),
+        (0.5, 0.6, "which may be chance (requests: 100): mend the prompt or measure on more"),
         (0.5, 0.1, "a loss beyond both 95 % intervals: mend the prompt before it is distilled"),
     ],
 )
@@ -529,8 +530,10 @@ def test_what_a_prompt_is_worth_before_anything_is_distilled(
     card["divergence"]["after"] = None
     facts = scorecard_facts(card)
     assert facts[0] == f"the prompt: {base:.1%} → {prompted:.1%}, {verdict}"
-    expected = "divergence to the teacher on 48 held-out prompts: 1.294 nats a token"
-    assert facts[1] == expected
+    assert facts[1] == (
+        "divergence to the teacher on 48 held-out prompts: 1.294 nats a token, of answers of at "
+        "most 12"
+    )
 
 
 def test_prompts_before_and_after_are_spread_over_the_file() -> None:

@@ -1,11 +1,14 @@
 """What is read from a model's configuration."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from opcd.models.lm import max_positions, rope_differs
+from opcd.models.by_name import load_model
+from opcd.models.lm import keep_softcap, max_positions, rope_differs
+from tests.opcd.architectures import build
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,17 @@ def test_scaling_by_kind_of_layer() -> None:
     assert max_positions(config) == 256, "beyond, frequencies are those of a pass's longest row"
     assert rope_differs(config, 100, 300)
     assert not rope_differs(config, 100, 200)
+
+
+def test_capped_scores_are_not_left_to_sdpa(tmp_path: Path) -> None:
+    """transformers 5.20 loads such a model with SDPA, which leaves the cap out."""
+    model = build("gemma2-softcap")
+    model.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "auto").config._attn_implementation == "eager"
+    model.config._attn_implementation = "sdpa"
+    keep_softcap(model)
+    assert model.config._attn_implementation == "eager"
+    other = build("gemma3-interleaved")
+    before = other.config._attn_implementation
+    keep_softcap(other)
+    assert other.config._attn_implementation == before

@@ -143,7 +143,7 @@ def test_auto_puts_the_context_where_requests_keep_their_own_system_message_behi
         text = tokenizer.decode(chat.teacher_ids([own, *PROMPT]))
         places = [text.index(w) for w in ("Be brief.\n\nWhy", "Ms Ng asks.\n\nWhy?")]
         assert places == sorted(places)
-        with pytest.raises(InputError, match="or pass --context_placement user"):
+        with pytest.raises(InputError, match="or set context_placement to user"):
             Chat(Template(tokenizer), context, "system", own_system=True)
 
 

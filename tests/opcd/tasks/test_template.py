@@ -27,7 +27,7 @@ def test_both_sides_of_a_request(family: Family, placement: str) -> None:
     template = template_of(family)
     encode = template.tokenizer.backend_tokenizer.encode
     if placement == "system" and family.system is None:
-        with pytest.raises(InputError, match="pass --context_placement user"):
+        with pytest.raises(InputError, match="set context_placement to user"):
             Chat(template, CONTEXT, placement)
         return
     chat = Chat(template, CONTEXT, placement)
@@ -214,7 +214,7 @@ def test_several_templates_without_a_default() -> None:
     tokenizer = tokenizer_of(FAMILIES["Phi-3"])
     tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": "{{ messages }}"}
     with pytest.raises(
-        InputError, match=r"named default, got rag, tool_use; .*--chat_template FILE"
+        InputError, match=r"named default, got rag, tool_use; .*name that as chat_template"
     ):
         Template(tokenizer)
 

@@ -47,3 +47,9 @@ def test_a_warm_up_longer_than_the_run_is_said(settings: dict) -> None:
         "learning_rate"
     )
     assert not [line for line in plan(settings, warmup_steps=6) if "warm-up" in line]
+
+
+def test_a_step_of_more_prompts_than_there_are_is_said(settings: dict) -> None:
+    said = "note      a step takes 13 prompts, and there are 12: some come more than once"
+    assert said in plan(settings, prompts_per_step=13)
+    assert not [line for line in plan(settings, prompts_per_step=12) if "a step takes" in line]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import opcd
 from opcd.cli import main
 from opcd.objective import Targets
 from opcd.runtime.files import read_metrics
@@ -104,7 +106,9 @@ def test_a_run_leaves_everything_it_promises(
     assert card["selection"]["data"] == settings["validation_data"]
     assert card["data"] == {"part": "test", "file": settings["test_data"]}
     assert (run / "curve.png").stat().st_size > 5000
-    assert "curve.png" in (run / "report.md").read_text()
+    report = (run / "report.md").read_text()
+    assert "curve.png" in report
+    assert report.endswith(f"\nopcd {opcd.__version__}, {date.today().isoformat()}.\n")
     assert len((run / "answers.jsonl").read_text().splitlines()) == 4
     printed = capsys.readouterr().out
     assert "distilled_prompted" in printed
@@ -228,13 +232,13 @@ def test_a_finished_run_keeps_what_it_needs(
     assert main(["train", "--config", config, "--resume"]) == 0
     printed = capsys.readouterr().out
     assert "this run was finished before: nothing is left to do" in printed
-    assert ("more --steps would prolong it" in printed) == (schedule == "constant")
+    assert ("more steps would prolong it" in printed) == (schedule == "constant")
     assert f"report       {run / 'report.md'}" in printed
     assert f"score again  opcd eval --config {run / 'config.yaml'}" in printed
 
 
 def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
-    settings: dict, monkeypatch: pytest.MonkeyPatch
+    settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
     grades = iter([0.9, 0.1, 0.2])
@@ -242,6 +246,8 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     config = write_config(settings, validate_every=3, test_data=None)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
+    score = f"score it     opcd eval --config {run / 'config.yaml'} --test_data FILE\n"
+    assert capsys.readouterr().out.endswith(score)
     weights = (run / "final" / "model.safetensors").read_bytes()
     assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
     selection = json.loads((run / "final" / "selection.json").read_text())
