@@ -20,6 +20,7 @@ FLOORS = (
     {"passes"},
     {"rollouts", "starter", "student_loss", "tasks", "teacher"},
     {"evaluation"},
+    {"preflight"},
     {"training"},
     {"terminal"},
     {"api"},
