@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 ELSEWHERE := .venv-export
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-TORCH := torch==2.13.0
+TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux'"
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 

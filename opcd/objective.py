@@ -8,7 +8,9 @@ from torch import Tensor
 
 from opcd.models.head import Head
 from opcd.runtime.upload import uploaded
-from opcd_kernels import LinearDivergence, linear_divergence
+from opcd_kernels import LinearDivergence, linear_divergence, reference
+
+ROWS, BLOCK = 1024, 16_384  # tokens, and entries of the vocabulary, whose logits are there at once
 
 Losses = LinearDivergence
 
@@ -54,3 +56,32 @@ def head_divergence(
         vocab_size=min(len(student.weight), len(teacher.weight)),
         **options,
     )
+
+
+def head_logprobs(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    token_ids: Tensor,  # (N,) int64
+    vocab_size: int,  # entries of the vocabulary that count, from the first on
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of tokens, fp32, in nats, and (N,) whether each is the likeliest.
+
+    In fp32 whatever the head is kept in, a block of the vocabulary at a time.
+    """
+    n = len(hidden)
+    total = torch.full((n,), -torch.inf, device=hidden.device)
+    highest, own = total.clone(), total.clone()
+    blocks = [(at, min(at + BLOCK, vocab_size)) for at in range(0, vocab_size, BLOCK)]
+    for begin, end in blocks:
+        weight = head.weight[begin:end].float()
+        bias = None if head.bias is None else head.bias[begin:end].float()
+        for rows in torch.arange(n, device=hidden.device).split(ROWS):
+            logits = reference.logits(hidden[rows].float(), weight, bias, head.softcap, temperature)
+            total[rows] = torch.logaddexp(total[rows], logits.logsumexp(1))
+            highest[rows] = torch.maximum(highest[rows], logits.amax(1))
+            ids = token_ids[rows] - begin
+            here = (ids >= 0) & (ids < end - begin)
+            found = logits.gather(1, ids.clamp(0, end - begin - 1)[:, None])[:, 0]
+            own[rows] = torch.where(here, found, own[rows])
+    return own - total, own >= highest

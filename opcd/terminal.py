@@ -13,6 +13,7 @@ from opcd.config import TrainConfig
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.side_by_side import SideBySide
+from opcd.evaluation.verdict import Verdict
 from opcd.runtime.files import shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
@@ -157,8 +158,8 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         f"{report}"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
         f"  try it       opcd chat {_quoted(folder)}\n"
-        f"  {'score again' if config.test_data else 'score it   '}  opcd eval --config "
-        f"{_quoted(folder / 'config.yaml')}{'' if config.test_data else ' --test_data FILE'}"
+        f"  {'score again' if report else 'score it   '}  opcd eval --config "
+        f"{_quoted(folder / 'config.yaml')}{'' if report else ' --test_data FILE'}"
     )
 
 
@@ -167,21 +168,13 @@ def _quoted(path: Path) -> str:
 
 
 def _verdict(run: Path) -> str:
-    """Whether the distilled model is better than the one before, in a line."""
+    """What has become of a run, in a line."""
     card = read_scorecard(run)
-    if card is None:
+    if card is None or "verdict" not in card:
         return (
-            "Trained. Whether the context was learned is not known: without test_data nothing was "
-            "measured"
+            "Trained. Whether the context was learned is not known: nothing was kept to measure on"
         )
-    base, distilled = (card["contenders"][name] for name in ("base", "distilled"))
-    _, most = base["accuracy_interval_95"]
-    if distilled["accuracy"] > most:
-        return "Done. The distilled model is better than base, and no longer needs the context"
-    return (
-        f"Not learned: distilled has {distilled['accuracy']:.1%}, within what chance gives base "
-        f"({base['accuracy']:.1%}, up to {most:.1%})"
-    )
+    return str(Verdict(**card["verdict"]))
 
 
 def converse(models: SideBySide, message: str | None, context: str | None = None) -> None:

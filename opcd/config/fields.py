@@ -20,9 +20,13 @@ class Data:
     """Training prompts, not needed to score: JSONL (or a JSON array) of {"prompt": "..."},
     {"messages": [...]}, or rows of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""
     validation_data: str | None = None
-    """Rows with "answer"s, to choose the checkpoint; without it the last step is taken."""
+    """Requests to choose the checkpoint by: with "answer"s by what is right, without by how little
+    is missing to what the prompted teacher answers."""
     test_data: str | None = None
-    """Rows with "answer"s, for the scorecard (test data); without it there is no scorecard."""
+    """Requests for the scorecard, with "answer"s or without."""
+    held_out_share: float = 0.3
+    """Share of the prompts that is kept out of training where neither validation_data nor test_data
+    is named: a third of it to choose the checkpoint by, the rest as test data."""
     scorer: str = "exact"
     """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
     first find), regex-last:PATTERN or python:FILE.py:function. Reasoning in front of the answer is
@@ -209,7 +213,7 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
                     f"without_context must be default, none or a text for the model, got "
                     f"{self.without_context!r}; write {keyword}"
                 )
-        for name in ("forward_share", "guided_share"):
+        for name in ("forward_share", "guided_share", "held_out_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.guided_completions is not None and not self.guided_share:

@@ -4,8 +4,9 @@ evaluate    the models before and after, without and with the context, on the te
 scorecard   what contenders reached, and how sure that is
 measured    what a scorecard was measured by
 contenders  who answers; one model in memory at a time
-intervals   how sure a mean over requests is
-agreement   the divergence to the teacher on what a student says itself
+verdict     learned, in part, or not: a scorecard in a word
+intervals   means over requests, and how sure they are
+agreement   how far a student is from its teacher, on what either says
 side_by_side  one message to the models before and after
 report      the scorecard for people: terminal, report.md, curve
 """

@@ -15,9 +15,14 @@ class Answer(NamedTuple):
     """What a contender says to one request."""
 
     text: str
-    tokens: int
+    token_ids: list[int]
     finish: str  # "stop" or "length"
     raw: str  # the text with its special tokens
+
+    @property
+    def tokens(self) -> int:
+        """How long it is."""
+        return len(self.token_ids)
 
 
 class Contender(NamedTuple):
@@ -42,14 +47,7 @@ class LoadedModel(NamedTuple):
 
     def prompted(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers behind the context; requests with the same one share its prefix."""
-        by_context: dict[str, list[int]] = {}
-        for i, case in enumerate(cases):
-            by_context.setdefault(case.prompt.context, []).append(i)
-        found: dict[int, Answer] = {}
-        for members in by_context.values():
-            ids = [self.setup.task.prompted_ids(cases[i].prompt) for i in members]
-            found.update(zip(members, self.answers(ids), strict=True))
-        return [found[i] for i in range(len(cases))]
+        return prompted_answers(self.engine, cases, self.setup)
 
     def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Answers to whole prompts."""
@@ -100,6 +98,18 @@ def both_contenders(
     ]
 
 
+def prompted_answers(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
+    """The likeliest completions behind the context, a context at a time: those share its prefix."""
+    by_context: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        by_context.setdefault(case.prompt.context, []).append(i)
+    found: dict[int, Answer] = {}
+    for members in by_context.values():
+        ids = [setup.task.prompted_ids(cases[i].prompt) for i in members]
+        found.update(zip(members, greedy_answers(engine, ids, setup), strict=True))
+    return [found[i] for i in range(len(cases))]
+
+
 def greedy_answers(
     engine: RolloutEngine, prompt_ids: Sequence[Sequence[int]], setup: Setup
 ) -> list[Answer]:
@@ -110,7 +120,7 @@ def greedy_answers(
     answers = [
         Answer(
             setup.chat.decode(rollout.completion_token_ids),
-            len(rollout.completion_token_ids),
+            rollout.completion_token_ids,
             rollout.finish_reason,
             setup.chat.decode_raw(rollout.completion_token_ids),
         )

@@ -1,22 +1,41 @@
 """A run's models before and after, without and with the context, on its test data."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opcd.config import TrainConfig
 from opcd.config.settings import write_config
+from opcd.episodes import Episode
 from opcd.errors import InputError
-from opcd.evaluation.agreement import OwnSide, divergence_to, own_side
-from opcd.evaluation.contenders import Answer, Contender, Models, both_contenders
+from opcd.evaluation.agreement import (
+    Divergences,
+    Gap,
+    Side,
+    divergences,
+    gap_between,
+    own_side,
+    student_side,
+    teacher_side,
+)
+from opcd.evaluation.contenders import (
+    Answer,
+    Contender,
+    LoadedModel,
+    Models,
+    both_contenders,
+)
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import internalised, scorecard
+from opcd.evaluation.verdict import verdict
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
 from opcd.runtime.files import read_metrics, write_json, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
-from opcd.tasks.task import spread
-from opcd.teacher import teacher_of
+from opcd.tasks.task import Case, spread
+from opcd.teacher import SharedPrefixTeacher, teacher_of
 
 CONTENDERS = {"before": ("base", "prompted"), "after": ("distilled", "distilled_prompted")}
 
@@ -36,54 +55,104 @@ def evaluate(
 ) -> Evaluation:
     """Measure on the test requests, one model in memory at a time."""
     config, task = setup.config, setup.task
+    teacher_name = config.teacher or config.model
     names = {"before": config.model}
     if distilled is not None:
         _check_same_kind(setup, distilled)
         names["after"] = distilled
-    held_out = [case.prompt for case in spread(task.test, config.divergence_prompts)]
+    held_out = spread(task.test, config.divergence_prompts)
     models = Models(setup)
     contenders: list[Contender] = []
     answers: dict[str, list[Answer]] = {}
-    sides: dict[str, OwnSide] = {}
-    progress.begin("evaluate", total=3 * len(names))
+    owns: dict[str, Side] = {}
+    gaps: dict[str, Gap] = {}
+    progress.begin("evaluate", total=1 + 4 * len(names))
     try:
-        for when in reversed(names):  # the model before comes last: most often it teaches
-            pair = both_contenders(models, names[when], when, CONTENDERS[when])
+        said = models.get(teacher_name).prompted(task.test)
+        shown = teacher_side(_teacher(models, setup), episodes_of(task.test, said, held_out))
+        progress.part("prompted teacher")
+        for when, name in names.items():
+            pair = both_contenders(models, name, when, CONTENDERS[when])
             for contender in pair:
-                answers[contender.name] = contender.answer(task.test)
+                same = contender.name == "prompted" and name == teacher_name
+                answers[contender.name] = said if same else contender.answer(task.test)
                 progress.part(contender.name)
-            sides[when] = own_side(*models.get(names[when])[:3], held_out, config)
+            owns[when], missed = _sides(models.get(name), held_out, shown, config)
+            gaps[when] = gap_between(missed, shown, config.temperature)
+            contenders += pair
+        teacher = _teacher(models, setup)
+        apart: dict[str, Divergences] = {}
+        for when, own in owns.items():
+            theirs = teacher_side(teacher, own.episodes)
+            apart[when] = divergences(own, theirs, config.temperature)
             progress.part(f"divergence {when}")
-            contenders = pair + contenders
-        teacher_model = models.get(config.teacher or config.model).model
-        teacher = teacher_of(teacher_model, task.prefixes, config)
-        divergence = {
-            when: divergence_to(teacher, sides[when], config.temperature) if when in sides else None
-            for when in CONTENDERS
-        }
     finally:
         progress.end()
         models.close()
-    columns, rows = scorecard(contenders, answers, task.test, task.scorer)
-    gain = [columns[c]["accuracy"] for c in ("base", "prompted", "distilled") if c in columns]
+    columns, rows = scorecard(contenders, answers, said, task.test, task.scorer)
+    for when, (alone, _) in CONTENDERS.items():
+        if when in names:
+            columns[alone] |= _agreement(gaps[when], apart[when])
+    gain = [columns[c].get("accuracy") for c in ("base", "prompted", "distilled") if c in columns]
     card = {
         "context": config.context,
         "model": config.model,
         "distilled": distilled,
-        "teacher": config.teacher or config.model,
+        "teacher": teacher_name,
         "contenders": columns,
-        "internalised": internalised(*gain) if distilled is not None else None,
-        "divergence": divergence
-        | {"unit": "nats per completion token, student || teacher", "prompts": len(held_out)},
+        "internalised": internalised(*gain) if distilled is not None and None not in gain else None,
+        "divergence": {
+            **{w: apart[w].reverse_kl.mean if w in apart else None for w in CONTENDERS},
+            "unit": "nats per completion token, student || teacher",
+            "prompts": len(held_out),
+        },
         "prompt_tokens_saved": task.prompt_tokens_saved,
-        "scorer": config.scorer,
+        "scorer": config.scorer if task.judges(task.test) else None,
         "decoding": {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens},
-        "data": {"part": "test", "file": config.test_data},
+        "data": {"part": "test", "file": config.test_data or config.prompts},
         "measured_by": measured_by(setup),
     }
     if selection is not None:
         card["selection"] = selection
+    if distilled is not None:
+        card["verdict"] = verdict(card)._asdict()
     return Evaluation(card, rows)
+
+
+def episodes_of(
+    cases: Sequence[Case], answers: Sequence[Answer], wanted: Sequence[Case]
+) -> list[Episode]:
+    """The answers to some of the cases, as what both models score."""
+    by_case = dict(zip(map(id, cases), answers, strict=True))
+    return [
+        Episode.of_completion(case.prompt, answer.token_ids, answer.finish)
+        for case in wanted
+        for answer in [by_case[id(case)]]
+    ]
+
+
+def _sides(
+    student: LoadedModel, held_out: Sequence[Case], shown: Side, config: TrainConfig
+) -> tuple[Side, Side]:
+    """What a student samples itself, and what it makes of the teacher's answers."""
+    model, plan, engine, _ = student
+    own = own_side(model, plan, engine, [c.prompt for c in held_out], config)
+    return own, student_side(model, plan, shown.episodes, config)
+
+
+def _teacher(models: Models, setup: Setup) -> SharedPrefixTeacher:
+    config = setup.config
+    return teacher_of(models.get(config.teacher or config.model).model, setup.task.prefixes, config)
+
+
+def _agreement(gap: Gap, apart: Divergences) -> dict[str, Any]:
+    """How far a model without the context is from the prompted teacher, in nats over tokens."""
+    return {
+        "gap": gap.nats.summary(),
+        "top1_agreement": gap.likeliest.summary(),
+        "reverse_kl": apart.reverse_kl.summary(),
+        "forward_kl": apart.forward_kl.summary(),
+    }
 
 
 def read_scorecard(folder: Path) -> dict[str, Any] | None:

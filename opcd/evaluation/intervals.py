@@ -1,10 +1,32 @@
-"""How sure a mean over requests is."""
+"""Means over requests, and how sure they are."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 RESAMPLES = 2000
+
+
+class PerRequest(NamedTuple):
+    """What each request adds to a mean: nats over its tokens, or a value over 1."""
+
+    totals: Sequence[float]
+    counts: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """``sum(totals) / sum(counts)``."""
+        return sum(self.totals) / sum(self.counts)
+
+    def summary(self) -> dict[str, Any]:
+        """The mean and its interval, as files hold them."""
+        return {
+            "mean": self.mean,
+            "interval_95": bootstrap_interval(self.totals, self.counts),
+            "requests": len(self.totals),
+        }
 
 
 def bootstrap_interval(totals: Sequence[float], counts: Sequence[float]) -> list[float]:
@@ -21,6 +43,19 @@ def bootstrap_interval(totals: Sequence[float], counts: Sequence[float]) -> list
     for i in range(RESAMPLES):
         drawn = torch.randint(n, (n,), generator=generator)
         sums[:, i] = values[:, drawn].sum(1)
-    means = sums[0] / sums[1].clamp_min(1e-300)
+    means = sums[0] / sums[1]
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [low, high]
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float]:
+    """95 % score interval of a proportion (Wilson, 1927); honest at 0 and 1 too.
+
+    Of the mean of values between 0 and 1, too, and then too wide rather than too narrow: with that
+    mean nothing varies more than values that are 0 or 1.
+    """
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread_ = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + s) / (1 + z * z / n) for s in (-spread_, spread_))
+    return [max(0.0, low), min(1.0, high)]

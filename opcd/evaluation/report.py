@@ -8,20 +8,27 @@ from typing import Any
 
 from opcd import __version__
 from opcd.config import TrainConfig
+from opcd.evaluation.verdict import Verdict
 from opcd.runtime.files import shown
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
     """The contenders as text, one a line; below it their rates, where the scorer gives some."""
-    rows: list[tuple[str, ...]] = [("", "", "accuracy", "95 % interval", "n", "tokens", "cut")]
+    judged = "accuracy" in next(iter(card["contenders"].values()))
+    measured = ("accuracy", "95 % interval", "agrees") if judged else ("agrees", "95 % interval")
+    rows: list[tuple[str, ...]] = [("", "", *measured, "n", "tokens", "cut")]
     for name, column in card["contenders"].items():
-        low, high = column["accuracy_interval_95"]
+        agrees = column["greedy_agreement"]
+        cells = [f"{agrees['mean']:.1%}"]
+        low, high = column["accuracy_interval_95"] if judged else agrees["interval_95"]
+        cells.insert(0 if judged else 1, f"{low:.1%} – {high:.1%}")
+        if judged:
+            cells.insert(0, f"{column['accuracy']:.1%}")
         rows.append(
             (
                 name,
                 column["meaning"],
-                f"{column['accuracy']:.1%}",
-                f"{low:.1%} – {high:.1%}",
+                *cells,
                 str(column["n"]),
                 f"{column['mean_completion_tokens']:.1f}",
                 f"{column['truncated_share']:.0%}",
@@ -60,8 +67,9 @@ def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
 def scorecard_facts(card: dict[str, Any]) -> list[str]:
     """What the table does not say, a sentence each."""
     columns = card["contenders"]
-    facts = [_gain(columns["base"], columns["prompted"])]
-    if "distilled" in columns:
+    judged = "accuracy" in columns["base"]
+    facts = [_gain(columns["base"], columns["prompted"])] if judged else []
+    if judged and "distilled" in columns:
         share = card["internalised"]
         facts.append(
             "internalised: the prompt gained nothing here, so there is nothing to take over"
@@ -78,6 +86,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
             f"answers that hold the right label and others of the data, which contains finds "
             f"right ({several}): the scorers exact, choice and regex do not"
         )
+    facts.append(_gap(columns))
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
         f"divergence to the teacher on {card['divergence']['prompts']} held-out prompts: "
@@ -88,7 +97,8 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
     facts.append(f"scored on test data: {shown(card['data']['file'])}")
     facts.append(
-        f"tokens: mean length of an answer; cut: share that reached max_completion_tokens "
+        f"agrees: answers that are the prompted model's word for word; tokens: mean length of an "
+        f"answer; cut: share that reached max_completion_tokens "
         f"({card['decoding']['max_completion_tokens']})"
     )
     if thought := _shares(columns, "reasoning_share"):
@@ -96,6 +106,18 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     if "selection" in card:
         facts.append(f"checkpoint: {card['selection']['how']}")
     return facts
+
+
+def _gap(columns: dict[str, Any]) -> str:
+    """What a model without the context misses of the prompted one's answers, before and after."""
+    found = [columns[name] for name in ("base", "distilled") if name in columns]
+    nats = " → ".join(f"{column['gap']['mean']:.3f}" for column in found)
+    low, high = found[-1]["gap"]["interval_95"]
+    top = " → ".join(f"{column['top1_agreement']['mean']:.0%}" for column in found)
+    return (
+        f"gap on the prompted model's answers: {nats} nats a token ({low:.3f} – {high:.3f}); its "
+        f"next token is the likeliest at {top} of places"
+    )
 
 
 def _gain(base: dict[str, Any], prompted: dict[str, Any]) -> str:
@@ -124,8 +146,8 @@ def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
         lines.append(f"  {_short(row['prompt'][-1]['content'], 88)}")
         for name in ("base", "prompted", "distilled"):
             if name in row:
-                value = row[f"{name}_right"]
-                mark = {1: "✓", 0: "✗"}.get(value, f"{value:.0%}")
+                value = row.get(f"{name}_right")
+                mark = " " if value is None else {1: "✓", 0: "✗"}.get(value, f"{value:.0%}")
                 lines.append(f"    {mark} {name:<10} {_short(row[name], 74)}")
     return "\n".join(lines)
 
@@ -138,20 +160,24 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
 ) -> None:
     """Write report.md, and curve.png where there are metrics."""
-    text = [f"# {shown(config.context)} → {config.model}\n", "## Scorecard\n"]
+    text = [f"# {shown(config.context)} → {config.model}\n"]
+    if "verdict" in card:
+        text.append(f"**{Verdict(**card['verdict'])}.**\n")
+    text.append("## Scorecard\n")
     text += ["```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
-    if metrics:
+    steps = [m for m in metrics if "loss" in m]
+    if steps:
         minimised = {0.0: "reverse KL", 1.0: "forward KL"}.get(config.forward_share, "mixture")
         draw_curve(metrics, folder / "curve.png", minimised)
-        seconds = sum(m["step_time_s"] for m in metrics)
+        seconds = sum(m["step_time_s"] for m in steps)
         text += [
             "\n## Training\n",
             "![divergence, validation accuracy and completion length](curve.png)\n",
-            f"{len(metrics)} steps in {seconds:.0f} s: rollout "
-            f"{sum(m['rollout_time_s'] for m in metrics):.0f} s, teacher "
-            f"{sum(m['teacher_time_s'] for m in metrics):.0f} s, update "
-            f"{sum(m['update_time_s'] for m in metrics):.0f} s (without validation and saving).",
+            f"{len(steps)} steps in {seconds:.0f} s: rollout "
+            f"{sum(m['rollout_time_s'] for m in steps):.0f} s, teacher "
+            f"{sum(m['teacher_time_s'] for m in steps):.0f} s, update "
+            f"{sum(m['update_time_s'] for m in steps):.0f} s (without validation and saving).",
         ]
     text += ["\n## Before and after\n", "```", before_after(answers), "```\n"]
     files = {
@@ -168,15 +194,16 @@ def write_report(
 def draw_curve(
     metrics: Sequence[dict[str, Any]], path: Path, divergence: str = "reverse KL"
 ) -> None:
-    """Divergence, validation accuracy and completion length over the steps, as a PNG."""
+    """Divergence, completion length, and what validations found over the steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    steps = [m["step"] for m in metrics]
     validated = [m for m in metrics if "validation" in m]
+    metrics = [m for m in metrics if "loss" in m]
+    steps = [m["step"] for m in metrics]
     figure, axes = pyplot.subplots(1, 3 if validated else 2, figsize=(11, 3.2), dpi=110)
     axes[0].plot(
         steps,
@@ -193,9 +220,12 @@ def draw_curve(
         held_out = [m["validation"]["divergence"] for m in validated]
         axes[0].plot(where, held_out, "o-", color="C3", label="held out, reverse KL")
         axes[0].legend(frameon=False)
-        accuracy = [100 * m["validation"]["accuracy"] for m in validated]
-        axes[2].plot(where, accuracy, "o-", color="C2")
-        axes[2].set(title="validation accuracy, %", ylim=(-3, 103))
+        gaps = [m["validation"]["gap"] for m in validated]
+        axes[0].plot(where, gaps, "s--", color="C5", label="gap on the teacher's answers")
+        axes[0].legend(frameon=False)
+        name = "accuracy" if "accuracy" in validated[0]["validation"] else "greedy_agreement"
+        axes[2].plot(where, [100 * m["validation"][name] for m in validated], "o-", color="C2")
+        axes[2].set(title=f"validation {name.replace('_', ' ')}, %", ylim=(-3, 103))
     axes[0].set(title="divergence to the teacher, nats a token", ylim=(0, None))
     axes[1].plot(steps, [m["mean_completion_tokens"] for m in metrics], color="C1")
     axes[1].set(title="completion length, tokens", ylim=(0, None))

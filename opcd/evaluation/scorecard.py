@@ -7,10 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from opcd.evaluation.contenders import Answer, Contender
+from opcd.evaluation.intervals import wilson_interval
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
 from opcd.scoring.texts import bare, folded
-from opcd.tasks.task import Case
+from opcd.tasks.task import Case, can_judge
 
 FEW_CLASSES, CASES_A_CLASS = 10, 5
 
@@ -18,38 +19,44 @@ FEW_CLASSES, CASES_A_CLASS = 10, 5
 def scorecard(
     contenders: Sequence[Contender],
     answers: Mapping[str, Sequence[Answer]],  # by contender, one for each case
+    said: Sequence[Answer],  # by the prompted teacher, one for each case
     cases: Sequence[Case],
     scorer: Scorer,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What each contender reached, by its name, and every answer that it was made from.
+    """What each contender reached, by its name, and every answer behind it.
 
-    An answer's NAME_right is true or false, or its value where that lies between 0 and 1.
+    An answer's NAME_right is true or false, or its value where that lies between 0 and 1; it is not
+    there where nothing says what is right.
     """
     columns = {}
     classes = classes_of(cases)
+    judged = can_judge(scorer, cases)
     rows: list[dict[str, Any]] = [
         {
             **({"context": c.example.context} if c.example.context else {}),
             "prompt": list(c.example.messages),
-            "accepted": list(c.example.answers),
+            **({"accepted": list(c.example.answers)} if c.example.answers else {}),
         }
         for c in cases
     ]
     for contender in contenders:
         given = answers[contender.name]
-        scores = _scores(given, cases, scorer)
-        rates = [score.rates for score in scores]
-        if classes and not any(rates):
-            rates = [{name: score.value} for name, score in zip(classes, scores, strict=True)]
-        column = _column(given, [score.value for score in scores]) | _rates(rates)
-        if share := _several_labels_share(given, scores, cases, scorer):
-            column["several_labels_share"] = share
-        columns[contender.name] = {"meaning": contender.meaning, **column}
-        for row, answer, (value, own) in zip(rows, given, scores, strict=True):
+        column = _column(given, said)
+        for row, answer in zip(rows, given, strict=True):
             row[contender.name] = answer.text
-            row[f"{contender.name}_right"] = bool(value) if value in (0, 1) else value
-            if own:
-                row[f"{contender.name}_rates"] = own
+        if judged:
+            scores = _scores(given, cases, scorer, [answer.text for answer in said])
+            rates = [score.rates for score in scores]
+            if classes and not any(rates):
+                rates = [{name: score.value} for name, score in zip(classes, scores, strict=True)]
+            column = _accuracy([score.value for score in scores]) | column | _rates(rates)
+            if share := _several_labels_share(given, scores, cases, scorer):
+                column["several_labels_share"] = share
+            for row, (value, own) in zip(rows, scores, strict=True):
+                row[f"{contender.name}_right"] = bool(value) if value in (0, 1) else value
+                if own:
+                    row[f"{contender.name}_rates"] = own
+        columns[contender.name] = {"meaning": contender.meaning, **column}
     return columns, rows
 
 
@@ -90,22 +97,46 @@ def _several_labels_share(
     return several / len(cases)
 
 
-def accuracy(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> float:
+def accuracy(
+    answers: Sequence[Answer],
+    cases: Sequence[Case],
+    scorer: Scorer,
+    teacher_answers: Sequence[str],
+) -> float:
     """Mean value of the answers: the share that is right."""
-    return fmean(score.value for score in _scores(answers, cases, scorer))
+    return fmean(score.value for score in _scores(answers, cases, scorer, teacher_answers))
 
 
-def _scores(answers: Sequence[Answer], cases: Sequence[Case], scorer: Scorer) -> list[Score]:
-    pairs = zip(answers, cases, strict=True)
-    return [scorer(answer.text, case.example.answers, answer.raw) for answer, case in pairs]
+def _scores(
+    answers: Sequence[Answer],
+    cases: Sequence[Case],
+    scorer: Scorer,
+    teacher_answers: Sequence[str],
+) -> list[Score]:
+    return [
+        scorer(answer.text, case.example.answers, answer.raw, case.example.messages, theirs)
+        for answer, case, theirs in zip(answers, cases, teacher_answers, strict=True)
+    ]
 
 
-def _column(answers: Sequence[Answer], values: Sequence[float]) -> dict[str, Any]:
+def _accuracy(values: Sequence[float]) -> dict[str, Any]:
     total = math.fsum(values)
-    column = {
+    return {
         "accuracy": total / len(values),
         "accuracy_interval_95": wilson_interval(total, len(values)),
-        "n": len(values),
+    }
+
+
+def _column(answers: Sequence[Answer], said: Sequence[Answer]) -> dict[str, Any]:
+    same = sum(a.text == b.text for a, b in zip(answers, said, strict=True))
+    n = len(answers)
+    column = {
+        "greedy_agreement": {
+            "mean": same / n,
+            "interval_95": wilson_interval(same, n),
+            "requests": n,
+        },
+        "n": n,
         "mean_completion_tokens": fmean(answer.tokens for answer in answers),
         "truncated_share": fmean(answer.finish == "length" for answer in answers),
     }
@@ -127,19 +158,6 @@ def _rates(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     if one_each and len(rates) > 1:
         return {"rates": rates, "balanced_accuracy": fmean(r["mean"] for r in rates.values())}
     return {"rates": rates}
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float]:
-    """95 % score interval of a proportion (Wilson, 1927); honest at 0 and 1 too.
-
-    Of the mean of values between 0 and 1, too, and then too wide rather than too narrow: with that
-    mean nothing varies more than values that are 0 or 1.
-    """
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    spread_ = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + s) / (1 + z * z / n) for s in (-spread_, spread_))
-    return [max(0.0, low), min(1.0, high)]
 
 
 def internalised(base: float, prompted: float, distilled: float) -> float | None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -30,17 +30,28 @@ class Score(NamedTuple):
     rates: dict[str, float]  # by name, each from 0 to 1; {} for a single value
 
 
+class Judged(NamedTuple):
+    """All that a scorer may look at; a user's function gets what it names."""
+
+    completion: str  # what stands behind its reasoning; "" where a thought was not ended
+    answers: Sequence[str]  # that are accepted; () where there are none
+    raw: str  # the completion with its special tokens and its reasoning
+    prompt: Sequence[Mapping[str, str]]  # the request's messages
+    teacher_answer: str  # what the prompted model says to the request
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Judges completions: ``scorer(completion, accepted answers) -> Score``."""
 
     spec: str  # as in the configuration
-    judge: Callable[[str, Sequence[str], str], Score]  # of the answer, the accepted ones, the raw
+    judge: Callable[[Judged], Score]
     # Why an accepted answer can never be found right, or None; a user's function is not asked.
     fault: Callable[[str], str | None] | None
     judges_raw: bool = False
+    needs_answers: bool = True  # else requests without accepted answers are judged as well
     source: str = ""  # of the file with the user's function
-    _rates: dict[tuple[str, ...], list[str]] = field(default_factory=dict, init=False, repr=False)
+    _rates: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def identity(self) -> str:
@@ -50,17 +61,25 @@ class Scorer:
         digest = hashlib.sha256(self.source.encode()).hexdigest()
         return f"python:{self.spec.rpartition(':')[2]} of {digest}"
 
-    def __call__(self, completion: str, answers: Sequence[str], raw: str | None = None) -> Score:
+    def __call__(
+        self,
+        completion: str,
+        answers: Sequence[str],
+        raw: str | None = None,
+        prompt: Sequence[Mapping[str, str]] = (),
+        teacher_answer: str = "",
+    ) -> Score:
         """Score what stands behind the completion's reasoning; an unended thought gets 0.
 
-        raw: the completion with its special tokens, for a scorer that asks for it.
-        Raises InputError for rates with other names than an earlier completion of the same accepted
-        answers got: means over completions would leave out what each did not reach.
+        raw, prompt, teacher_answer: see `Judged`, for a scorer that asks for them.
+        Raises InputError for rates with other names than an earlier completion of the same request
+        and accepted answers got: means over completions would leave out what each did not reach.
         """
         answer = split_thought(completion).answer
-        found = self.judge(answer or "", answers, completion if raw is None else raw)
+        raw = completion if raw is None else raw
+        found = self.judge(Judged(answer or "", answers, raw, prompt, teacher_answer))
         now = sorted(found.rates)
-        if now != (before := self._rates.setdefault(tuple(answers), now)):
+        if now != (before := self._rates.setdefault(repr((answers, prompt)), now)):
             raise InputError(
                 f"scorer {self.spec} must name the same rates whatever the completion, got "
                 f"{before} and for {completion!r} {now}, both for {list(answers)}; give 0 to a "
@@ -90,11 +109,13 @@ def load_scorer(spec: str) -> Scorer:
     - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
       answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
       takes the last. Case matters in the pattern, and ``.`` ends at a line's end.
-    - ``python:FILE.py:function`` or ``python:module:function``: ``function(completion, answers)``
-      of a file, or of an importable module, also one in the current folder. It returns a bool, 0 or
-      1, a number from 0 to 1, or a dict of such by the names of rates, which are the same whatever
-      the completion. With a parameter ``raw`` it also gets the completion with its special tokens
-      and its reasoning, and judges unended thoughts itself.
+    - ``python:FILE.py:function`` or ``python:module:function``: a function of a file, or of an
+      importable module, also one in the current folder. It gets what its parameters name, see
+      `Judged`: ``completion``, ``answers``, ``prompt``, ``teacher_answer``, ``raw`` (then it judges
+      unended thoughts itself); two of other names get the completion and the answers. Without
+      answers among them it also judges requests that have none. It returns a bool, 0 or 1, a number
+      from 0 to 1, or a dict of such by the names of rates, which are the same whatever the
+      completion.
 
     Raises InputError for a scorer that does not exist, compile or import.
     """
@@ -114,9 +135,9 @@ def load_scorer(spec: str) -> Scorer:
     )
 
 
-def _alike(right: Callable[[str, str], bool]) -> Callable[[str, Sequence[str], str], Score]:
+def _alike(right: Callable[[str, str], bool]) -> Callable[[Judged], Score]:
     """A judge that wants one of the accepted answers."""
-    return lambda answer, accepted, _raw: Score(float(any(right(answer, a) for a in accepted)), {})
+    return lambda it: Score(float(any(right(it.completion, a) for a in it.answers)), {})
 
 
 def _equals(answer: str, accepted: str) -> bool:
@@ -261,19 +282,27 @@ def _group_source(pattern: re.Pattern[str]) -> str:
 
 def _python_scorer(spec: str, target: str) -> Scorer:
     function = load_function(target, f"scorer {spec}")
-    wants_raw = _has_parameter(function, "raw")
+    parameters = _parameters(function)
+    named = [name for name in Judged._fields if name in parameters]
+    by_name = "completion" in named
+    wanted = named if by_name else [name for name in named if name != "answers"]
 
-    def judge(answer: str, accepted: Sequence[str], raw: str) -> Score:
+    def judge(it: Judged) -> Score:
+        values = it._asdict()
+        first = () if by_name else (it.completion, it.answers)
+        about = f"{it.completion!r} and {list(it.answers)}"
         try:
-            returned = function(answer, accepted, **({"raw": raw} if wants_raw else {}))
+            returned = function(*first, **{name: values[name] for name in wanted})
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise InputError(
-                f"scorer {spec} must take (completion, answers), but it raised "
-                f"{type(error).__name__}: {error} for {answer!r} and {list(accepted)}; correct it"
+                f"scorer {spec} must take (completion, answers), or by name what it needs of "
+                f"{', '.join(Judged._fields)}, but it raised {type(error).__name__}: {error} for "
+                f"{about}; correct it"
             ) from error
-        return _as_score(returned, f"{spec} for {answer!r} and {list(accepted)}")
+        return _as_score(returned, f"{spec} for {about}")
 
-    return Scorer(spec, judge, None, wants_raw, _source(target))
+    needs_answers = not by_name or "answers" in named
+    return Scorer(spec, judge, None, "raw" in named, needs_answers, _source(target))
 
 
 def _source(target: str) -> str:
@@ -283,11 +312,13 @@ def _source(target: str) -> str:
     return Path(file).read_text("utf-8", "replace") if file.endswith(".py") else ""
 
 
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names that a function can be given values by; [] of one that is written in C."""
     try:
-        return name in inspect.signature(function).parameters
-    except ValueError:  # written in C
-        return False
+        found = inspect.signature(function).parameters.values()
+    except ValueError:
+        return []
+    return [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _as_score(returned: Any, what: str) -> Score:

@@ -3,6 +3,7 @@
 prepare         START HERE: everything that can be wrong before weights are loaded
 task            all of a run's prompts, rendered, and the scorer
 contexts        what only the teacher sees, from a file
+held_out        prompts that are measured on where no other data is named
 data            prompts and labelled examples; what must hold between the parts
 formats         one row of data, in any form that people have
 messages        chat messages as people write them, to roles and texts

@@ -9,9 +9,9 @@ from pathlib import Path
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import folded, normalised
-from opcd.tasks.formats import LABELS, Row, guess, read_row
+from opcd.tasks.formats import ANSWERS, COMPLETIONS, LABELS, Row, guess, read_row
 from opcd.tasks.messages import Message, split_system
-from opcd.tasks.records import read_records
+from opcd.tasks.records import Record, read_records
 
 Turns = tuple[tuple[str, str], ...]  # who says what, without differences nobody means
 Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""
@@ -21,7 +21,7 @@ SHOWN = 5  # of a list of mistakes
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, as chat messages, and the answers that count as right (none for training)."""
+    """A prompt, as chat messages, and the answers that count as right, where they are known."""
 
     messages: tuple[Message, ...]  # a system message in front is the request's own
     answers: tuple[str, ...]
@@ -40,36 +40,46 @@ class Example:
 
 
 def read_examples(
-    path: str, answers_required: bool, contexts: Contexts
+    path: str, wants_answers: bool, contexts: Contexts
 ) -> tuple[list[Example], list[str]]:
     """The examples of a file in any form of `formats`, and remarks on how it was read.
 
     A system message that is the context's is taken out; another one stays with its request. A
-    completion is the answer where answers are required, unless the row has one, else left out.
+    completion is the answer where answers are wanted, unless the row has one, else left out.
 
-    Raises InputError naming the file and the line.
+    Raises InputError naming the file and the line, also where some rows have answers and some not.
     """
-    kind = "evaluation data" if answers_required else "prompts"
+    kind = "evaluation data" if wants_answers else "prompts"
     examples: list[Example] = []
+    unanswered: list[tuple[str, Record]] = []
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, kind):
-        row = read_row(record, source, LABELS if answers_required else ())
+        row = read_row(record, source, LABELS if wants_answers else ())
         messages, found = strip_context(row.messages, contexts.get(row.context, ()), source)
         answers: tuple[str, ...] = ()
         said = [*_left_out(row), *row.answer_notes]
-        if answers_required:
+        if wants_answers:
             answers, said = _accepted(row, source)
-        if answers_required and not answers:
-            raise InputError(
-                f'{source}: evaluation data needs "answer" (a string or a list of accepted ones), '
-                f"got keys {sorted(record)}; {guess('answer', record)}, or use the line as a "
-                f"training prompt"
-            )
+            if not answers:
+                unanswered.append((source, record))
         examples.append(Example(tuple(messages), answers, source, row.context))
         notes.update([*row.notes, *found, *said])
         forms[row.form] += 1
         unused.update(row.unused)
+    if unanswered:
+        _check_meant(*unanswered[0], len(unanswered) == len(examples))
     return examples, row_remarks(path, forms, notes, unused)
+
+
+def _check_meant(source: str, record: Record, nowhere: bool) -> None:
+    """Raise InputError for a row without an answer, unless no row has one, and none was meant."""
+    advice = guess("answer", record)
+    if nowhere and "rename" not in advice and not {*ANSWERS, *COMPLETIONS} & set(record):
+        return
+    raise InputError(
+        f'{source}: evaluation data needs "answer" (a string or a list of accepted ones) in every '
+        f"row, or in none, got keys {sorted(record)}; {advice}"
+    )
 
 
 def strip_context(
@@ -149,7 +159,7 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
     for examples in parts.values():
         here: dict[tuple[str, str], str] = {}
         for example in examples:
-            request = _request_of(example, _normalised)
+            request = request_of(example)
             turns = _turns(split_system(example.messages)[1])
             demonstrations = _demonstrations(shown.get(example.context, ()), len(turns))
             other = seen.get(request) or demonstrations.get(turns)
@@ -207,8 +217,12 @@ def repeat_remarks(examples: Sequence[Example]) -> list[str]:
     return [f"{path}: {rows} that stands above, first {repeated[0]}; each of them counts"]
 
 
+def request_of(example: Example) -> tuple[str, str]:
+    """What makes two requests the same in what they ask."""
+    return _request_of(example, _normalised)
+
+
 def _request_of(example: Example, normalise: Callable[[str], str]) -> tuple[str, str]:
-    """What makes two requests the same."""
     return example.context, "\n".join(normalise(m["content"]) for m in example.messages)
 
 

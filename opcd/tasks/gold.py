@@ -1,6 +1,7 @@
 """Accepted answers held against the scorer, before weights are loaded: can they count at all?"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from opcd.errors import InputError
 from opcd.scoring.scorers import Scorer
@@ -16,10 +17,12 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
     """
     below = []
     blanks_right = 0
+    examples = [e for e in examples if e.answers or not scorer.needs_answers]
     for example in examples:
         probes = ("", "a completion", *example.answers)
+        about: dict[str, Any] = {"prompt": example.messages, "teacher_answer": "a completion"}
         try:
-            scores = [scorer(text, example.answers) for text in probes]
+            scores = [scorer(text, example.answers, **about) for text in probes]
         except InputError as error:
             raise InputError(f"{example.source}: {error}") from error
         blanks_right += scores[0].value == 1
@@ -29,7 +32,7 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
                     f"{example.source}: scorer {scorer.spec} must be able to find the answer "
                     f"{answer!r} right, but {fault}"
                 )
-            if not scorer.fault and scorer(answer, (answer,)).value < 1:
+            if not scorer.fault and scorer(answer, (answer,), **about).value < 1:
                 below.append(f"{answer!r} at {example.source}")
     total = sum(len(example.answers) for example in examples)
     remarks = []

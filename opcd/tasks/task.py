@@ -11,6 +11,7 @@ from opcd.config import TrainConfig
 from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
+from opcd.runtime.files import shown
 from opcd.scoring.scorers import Scorer, load_scorer
 from opcd.tasks.chat import Chat
 from opcd.tasks.contexts import read_contexts
@@ -23,6 +24,7 @@ from opcd.tasks.data import (
     repeat_remarks,
 )
 from opcd.tasks.gold import check_gold
+from opcd.tasks.held_out import Parts, hold_out
 from opcd.tasks.limits import check_lengths, check_tokens
 from opcd.tasks.messages import Message, user
 
@@ -45,10 +47,15 @@ class Task:
 
     # The tokens that all teacher prompts of a context start with, by the context's name.
     prefixes: dict[str, list[int]]
-    train: list[Prompt]
+    training: list[Case]
     validation: list[Case]
     test: list[Case]
     scorer: Scorer
+
+    @property
+    def train(self) -> list[Prompt]:
+        """The training prompts."""
+        return [case.prompt for case in self.training]
 
     def prompted_ids(self, prompt: Prompt) -> list[int]:
         """The whole prompt with its context in front."""
@@ -63,6 +70,10 @@ class Task:
     def a_prefix(self) -> list[int]:
         """The first context's, to try models on."""
         return next(iter(self.prefixes.values()))
+
+    def judges(self, cases: Sequence[Case]) -> bool:
+        """Whether the scorer can say which completions of these are right."""
+        return can_judge(self.scorer, cases)
 
     @property
     def context_digests(self) -> dict[str, str]:
@@ -103,6 +114,11 @@ class Task:
         return fmean(len(self.prompted_ids(p)) - len(p.student_ids) for p in prompts)
 
 
+def can_judge(scorer: Scorer, cases: Sequence[Case]) -> bool:
+    """Whether a scorer can say which completions of these cases are right."""
+    return bool(cases) and (bool(cases[0].example.answers) or not scorer.needs_answers)
+
+
 class TaskFiles(NamedTuple):
     """A task's inputs, read and checked; everything that needs no model."""
 
@@ -126,14 +142,48 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         if path:
             parts[part], said = read_examples(path, part != "train", contexts)
             remarks += said
+    if not (config.validation_data or config.test_data):
+        found = hold_out(parts["train"], config.held_out_share)
+        parts |= found._asdict()
+        remarks += _held_out_remarks(found, config)
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
     for labelled in (parts["validation"], parts["test"]):
         check_same_answers(labelled)
         remarks += repeat_remarks(labelled)
     scorer = load_scorer(config.scorer)
+    for part in ("validation", "test"):
+        if parts[part]:
+            remarks += _unjudged(parts[part], str(files[part] or config.prompts), scorer, config)
     remarks += check_gold(parts["validation"] + parts["test"], scorer)
     return TaskFiles(contexts, parts, scorer, remarks)
+
+
+def _held_out_remarks(parts: Parts, config: TrainConfig) -> list[str]:
+    total = sum(map(len, parts))
+    kept_out = f"{len(parts.validation)} to choose the checkpoint by and {len(parts.test)} to test"
+    if parts.test:
+        return [f"of {total} prompts {len(parts.train)} are trained on, {kept_out} the model with"]
+    if config.held_out_share and total:
+        return [
+            f"{total} prompts are too few to keep some out of training: nothing will be measured "
+            f"without validation_data and test_data"
+        ]
+    return []
+
+
+def _unjudged(
+    examples: Sequence[Example], file: str, scorer: Scorer, config: TrainConfig
+) -> list[str]:
+    """A line where nothing says which answers are right. Raises InputError with a named scorer."""
+    if examples[0].answers or not scorer.needs_answers:
+        return []
+    if scorer.spec != TrainConfig.scorer:
+        raise InputError(
+            f"{file}: scorer {scorer.spec} compares with accepted answers, got rows without; add "
+            f'"answer" to each, leave scorer out, or write a function that needs none'
+        )
+    return [f"{shown(file)} has no answers: models are held against what the prompted one says"]
 
 
 def render_task(
@@ -175,8 +225,7 @@ def render_task(
     def cases(part: str) -> list[Case]:
         return [rendered[id(example)] for example in files.parts[part]]
 
-    train = [case.prompt for case in cases("train")]
-    return Task(prefixes, train, cases("validation"), cases("test"), files.scorer)
+    return Task(prefixes, cases("train"), cases("validation"), cases("test"), files.scorer)
 
 
 def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:

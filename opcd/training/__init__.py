@@ -4,7 +4,8 @@ loop          sample, score, step
 sources       which episodes a step has, and how each is scored
 guided        completions that the prompted teacher wrote, or that came from a file
 build         student, teacher and sampler from a configuration
-run           from a configuration to its scorecard: steps, validation
+run           from a configuration to its scorecard: steps
+validation    what is measured of the student before and while it trains
 resume        which runs may be begun or continued in a folder
 announce      what a run tells people: its plan, a line a step
 checkpoint    complete or absent, never half written

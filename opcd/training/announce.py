@@ -50,6 +50,17 @@ def notes(setup: Setup) -> list[str]:
     return [f"note      {remark}" for remark in setup.remarks]
 
 
+def validation_note(found: dict[str, Any]) -> str:
+    """A validation in a line: accuracy where it is judged, and what is missing to the teacher."""
+    judged = f"accuracy {found['accuracy']:.1%}, " if "accuracy" in found else ""
+    with_context = found["prompted"]
+    prompted = f" (prompted {with_context['accuracy']:.1%})" if judged else ""
+    return (
+        f"{judged}{found['greedy_agreement']:.0%} of answers are the prompted model's{prompted}, "
+        f"gap {found['gap']:.3f} nats a token on what it says"
+    )
+
+
 def step_note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
     """A step's losses and speed, and the best validation so far."""
     found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
@@ -58,4 +69,7 @@ def step_note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
         f"{', '.join(losses)}, {metrics['mean_completion_tokens']:.1f} tokens "
         f"each, {metrics['completion_tokens_per_s']:.0f} tokens/s"
     )
-    return text + (f", best {best['accuracy']:.0%}" if best["step"] is not None else "")
+    if best["step"] is None:
+        return text
+    reached = f"{best['accuracy']:.0%}" if "accuracy" in best else f"gap {best['gap']:.3f}"
+    return f"{text}, best {reached}"

@@ -29,10 +29,6 @@ def evaluate_run(
     Returns the folder that was written to, and the scorecard.
     """
     progress = progress or Progress()
-    if not config.test_data:
-        raise InputError(
-            "test_data must name labelled test data, got none; name a file as test_data"
-        )
     run = Path(config.output_dir)
     path = str(run / "final") if distilled is None else distilled
     if distilled is None and not Path(path).is_dir():
@@ -45,7 +41,10 @@ def evaluate_run(
         resolve_model(path, "distilled")
     saved = gather({}, run / "config.yaml") if distilled is None else config
     setup = prepare(_without_lost_prompts(saved.measured_as(config), saved, progress))
-    data, config = Path(config.test_data).stem, setup.config
+    if not setup.task.test:
+        raise InputError("there must be test data, got none; name a file as test_data")
+    config = setup.config
+    data = Path(config.test_data).stem if config.test_data else "held-out"
     selection: dict[str, Any] | None = None
     changed = ""
     target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"

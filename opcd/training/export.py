@@ -106,12 +106,9 @@ def _copy_adapter(checkpoint: Path, target: Path, base: str) -> None:
 def _how(best: dict[str, Any], step: int, steps: int, metrics: Path) -> str:
     if best["step"] is None:
         return f"step {step}, the last (no validation data)"
-    if sum("validation" in row for row in read_metrics(metrics)) == 1:
-        return (
-            f"step {step} of {steps}, the only one validated (accuracy {best['accuracy']:.1%}): "
-            f"none was chosen"
-        )
-    return (
-        f"step {step} of {steps}, chosen on validation data by accuracy "
-        f"({best['accuracy']:.1%}), then divergence"
-    )
+    judged = "accuracy" in best
+    reached = f"accuracy {best['accuracy']:.1%}" if judged else f"gap {best['gap']:.3f}"
+    if sum("validation" in row for row in read_metrics(metrics) if row["step"]) == 1:
+        return f"step {step} of {steps}, the only one validated ({reached}): none was chosen"
+    by = f"by {reached}, then the gap" if judged else f"by the {reached} to the prompted model"
+    return f"step {step} of {steps}, chosen on validation data {by}"

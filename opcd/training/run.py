@@ -9,17 +9,13 @@ from typing import Any, NamedTuple
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.errors import InputError
-from opcd.evaluation.agreement import divergence_to, own_side
-from opcd.evaluation.contenders import Answer, greedy_answers
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
-from opcd.evaluation.scorecard import accuracy
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
-from opcd.tasks.task import spread
-from opcd.training.announce import run_plan, step_note
+from opcd.training.announce import run_plan, step_note, validation_note
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
     check_room,
@@ -30,9 +26,9 @@ from opcd.training.checkpoint import (
     save_checkpoint,
 )
 from opcd.training.export import export, read_selection
-from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
 from opcd.training.resume import check_fingerprints, check_folder
+from opcd.training.validation import Validation, rank
 
 
 class Outcome(NamedTuple):
@@ -64,11 +60,11 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         # What was trained is out of memory by now.
         export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
-    if finished and (_is_scored(folder) or not config.test_data):
+    if finished and (_is_scored(folder) or not setup.task.test):
         more = "; more steps would prolong it" if config.schedule == "constant" else ""
         progress.say(f"this run was finished before: nothing is left to do{more}")
         return outcome
-    if not config.test_data:
+    if not setup.task.test:
         return outcome
     found = evaluate(setup, str(folder / "final"), progress, read_selection(folder))
     write_evaluation(folder, found, setup)
@@ -115,12 +111,18 @@ def _fit(
         "fingerprint": setup.fingerprint,
         "selection_fingerprint": setup.selection_fingerprint,
     }
+    validation = Validation(distiller, setup) if task.validation else None
     stopped: str | None = None
     last = distiller.steps_done >= config.steps
     deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
         with metrics_file.open("a", encoding="utf-8") as metrics_log:
+            if validation and not (distiller.steps_done or read_metrics(metrics_file)):
+                found = validation.measure()
+                row = json.dumps({"step": 0, "validation": found})
+                print(row, file=metrics_log, flush=True)
+                progress.say(f"before    {validation_note(found)}")
             while not (last or stopped):
                 try:
                     metrics = distiller.step()
@@ -130,10 +132,10 @@ def _fit(
                     raise
                 step = distiller.steps_done
                 last = step == config.steps or time.monotonic() > deadline
-                validated = task.validation and (step % config.validate_every == 0 or last)
-                if validated:
-                    metrics["validation"] = found = _validate(distiller, setup)
-                    if best["step"] is None or _rank(found) > _rank(best):
+                validated = validation and (step % config.validate_every == 0 or last)
+                if validation and validated:
+                    metrics["validation"] = found = validation.measure()
+                    if best["step"] is None or rank(found) > rank(best):
                         best = {"step": step, **found}
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 log_all(trackers, metrics)
@@ -154,29 +156,3 @@ def _fit(
             tracker.close()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best, writer
-
-
-def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
-    """Accuracy without the context, and divergence to the teacher, on the validation prompts."""
-    config, task, student = setup.config, setup.task, distiller.student
-    begin = time.perf_counter()
-    distiller.engine.sync(student, distiller.steps_done)
-    prompt_ids = [case.prompt.student_ids for case in task.validation]
-    prompts = [case.prompt for case in spread(task.validation, config.divergence_prompts)]
-    plan, engine = distiller.student_loss.plan, distiller.engine
-
-    def measured() -> tuple[list[Answer], float]:
-        answers = greedy_answers(engine, prompt_ids, setup)
-        side = own_side(student, plan, engine, prompts, config)
-        return answers, divergence_to(distiller.teacher, side, config.temperature)
-
-    answers, divergence = distiller.in_low_precision(measured)
-    return {
-        "accuracy": accuracy(answers, task.validation, task.scorer),
-        "divergence": divergence,
-        "time_s": time.perf_counter() - begin,
-    }
-
-
-def _rank(found: dict[str, Any]) -> tuple[float, float]:
-    return found["accuracy"], -found["divergence"]

@@ -16,13 +16,13 @@ from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender, greedy_answers
 from opcd.evaluation.evaluate import Evaluation, evaluate
+from opcd.evaluation.intervals import wilson_interval
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.scorecard import (
     accuracy,
     classes_of,
     internalised,
     scorecard,
-    wilson_interval,
 )
 from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
@@ -117,14 +117,14 @@ def test_anything_that_answers_is_a_contender(settings: dict) -> None:
     task = prepare(TrainConfig(**settings)).task
 
     def right(cases: Sequence[Case]) -> list[Answer]:
-        return [Answer(case.example.answers[0], 1, "stop", "") for case in cases]
+        return [Answer(case.example.answers[0], [0], "stop", "") for case in cases]
 
     def wrong(cases: Sequence[Case]) -> list[Answer]:
-        return [Answer("z", 7, "length", "z") for _ in cases]
+        return [Answer("z", [0] * 7, "length", "z") for _ in cases]
 
     contenders = [Contender("oracle", "knows", right), Contender("deaf", "guesses", wrong)]
     answers = {c.name: c.answer(task.test) for c in contenders}
-    columns, rows = scorecard(contenders, answers, task.test, task.scorer)
+    columns, rows = scorecard(contenders, answers, answers["oracle"], task.test, task.scorer)
     assert columns["oracle"]["accuracy"] == 1
     assert columns["deaf"]["accuracy"] == 0
     assert columns["deaf"]["mean_completion_tokens"] == 7
@@ -140,9 +140,11 @@ def card_of(
 ) -> tuple[dict, list[dict]]:
     """What one contender's four answers to cat, dog, owl and ant are worth to a function."""
     task = prepare(TrainConfig(**settings)).task
-    scorer = Scorer("python:m:f", lambda answer, accepted, _: judge(answer, accepted), None)
-    given = {"it": [Answer(text, 1, "stop", text) for text in answers]}
-    columns, rows = scorecard([Contender("it", "says", list)], given, task.test, scorer)
+    scorer = Scorer("python:m:f", lambda it: judge(it.completion, it.answers), None)
+    given = {"it": [Answer(text, [0], "stop", text) for text in answers]}
+    columns, rows = scorecard(
+        [Contender("it", "says", list)], given, given["it"], task.test, scorer
+    )
     return {"contenders": columns}, rows
 
 
@@ -179,9 +181,13 @@ def test_few_answers_are_classes(settings: dict) -> None:
     def columns(rows: list[dict]) -> dict:
         write_jsonl(test, rows)
         task = prepare(TrainConfig(**settings)).task
-        always = Contender("always a", "", lambda cases: [Answer("a", 1, "stop", "a")] * len(cases))
+        always = Contender(
+            "always a", "", lambda cases: [Answer("a", [0], "stop", "a")] * len(cases)
+        )
         answers = {always.name: always.answer(task.test)}
-        return scorecard([always], answers, task.test, task.scorer)[0]["always a"]
+        return scorecard([always], answers, answers[always.name], task.test, task.scorer)[0][
+            "always a"
+        ]
 
     found = columns(rows)
     assert found["accuracy"] == 0.75
@@ -201,8 +207,10 @@ def test_names_cannot_break_a_table(settings: dict) -> None:
     names = ["a" * 60, "two\nlines", "a|b", "\x1b[31mred"]
     write_jsonl(test, [{"prompt": f"n {i}", "answer": names[i % 4]} for i in range(20)])
     task = prepare(TrainConfig(**settings)).task
-    given = {"it": [Answer("a", 1, "stop", "a")] * 20}
-    columns, _ = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    given = {"it": [Answer("a", [0], "stop", "a")] * 20}
+    columns, _ = scorecard(
+        [Contender("it", "says", list)], given, given["it"], task.test, task.scorer
+    )
     table = scorecard_table({"contenders": columns}).splitlines()
     shown = [line.removesuffix("0.0%").rstrip() for line in table[-5:-1]]
     assert shown == ["[31mred (5)", "a" * 39 + "… (5)", "a|b (5)", "two lines (5)"]
@@ -219,9 +227,9 @@ def test_answers_that_name_several_labels_are_counted(settings: dict) -> None:
         write_jsonl(test, rows)
         cases = prepare(TrainConfig(**settings)).task.test
         texts = [said.get(case.example.answers[0], "refund, delivery") for case in cases]
-        given = {"it": [Answer(text, 1, "stop", text) for text in texts]}
+        given = {"it": [Answer(text, [0], "stop", text) for text in texts]}
         contender = Contender("it", "says", list)
-        columns, _ = scorecard([contender], given, cases, load_scorer(scorer))
+        columns, _ = scorecard([contender], given, given["it"], cases, load_scorer(scorer))
         return columns["it"].get("several_labels_share", 0)
 
     assert share(rows) == pytest.approx(1 / 3)
@@ -240,8 +248,8 @@ def test_answers_name_their_context(settings: dict, tmp_path: Path) -> None:
         rows = [row | {"context": ["bank", "shop"][i % 2]} for i, row in enumerate(rows)]
         write_jsonl(Path(settings[name]), rows)
     task = prepare(TrainConfig(**settings | {"context": str(tmp_path / "contexts.json")})).task
-    given = {"it": [Answer("a", 1, "stop", "a")] * 4}
-    _, rows = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    given = {"it": [Answer("a", [0], "stop", "a")] * 4}
+    _, rows = scorecard([Contender("it", "says", list)], given, given["it"], task.test, task.scorer)
     assert [row["context"] for row in rows] == ["bank", "shop", "bank", "shop"]
 
 
@@ -262,8 +270,10 @@ def test_rates_of_every_item_are_not_balanced(settings: dict) -> None:
 def test_reasoning_is_counted_and_not_judged(settings: dict) -> None:
     task = prepare(TrainConfig(**settings)).task
     texts = ["<think>d</think>c", "<think>d", "o", "<think></think>a"]
-    given = {"it": [Answer(text, 1, "stop", text) for text in texts]}
-    columns, rows = scorecard([Contender("it", "says", list)], given, task.test, task.scorer)
+    given = {"it": [Answer(text, [0], "stop", text) for text in texts]}
+    columns, rows = scorecard(
+        [Contender("it", "says", list)], given, given["it"], task.test, task.scorer
+    )
     assert [row["it_right"] for row in rows] == [True, False, True, True]
     assert columns["it"]["reasoning_share"] == 0.5
 
@@ -328,7 +338,7 @@ def test_the_divergence_is_that_of_all_tokens_of_the_prompts_to_the_teacher(sett
     with torch.enable_grad():
         train(config)
     run = Path(settings["output_dir"])
-    (metrics,) = read_metrics(run / "metrics.jsonl")
+    _, metrics = read_metrics(run / "metrics.jsonl")
     student = load_model(str(run / "final"), torch.float32)
     expected = divergence_in_full(setup, student, teacher, setup.task.validation)
     assert metrics["validation"]["divergence"] == pytest.approx(expected, rel=1e-4)
@@ -426,7 +436,7 @@ def test_one_model_is_in_memory_at_a_time(settings: dict, monkeypatch: pytest.Mo
     copy = Path(settings["output_dir"]).parent / "copy"
     shutil.copytree(settings["model"], copy)
     evaluate(setup, str(copy), Progress())
-    assert len(alive) == 2
+    assert len(alive) == 3  # the teacher again, to score what the distilled model says
     assert not any(ref() is not None for ref in alive)
 
 
@@ -453,8 +463,8 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
             return [Rollout(p, [40, stop] if p[-1] > 45 else [40], "stop", 0) for p in prompts]
 
     answers = greedy_answers(Stopping(), [[40], [50], [40], [50]], setup)
-    scorer = Scorer("python:m:f", lambda _, __, raw: Score("<|im_end|>" in raw, {}), None)
-    assert accuracy(answers[:3], setup.task.test[:3], scorer) == pytest.approx(1 / 3)
+    scorer = Scorer("python:m:f", lambda it: Score("<|im_end|>" in it.raw, {}), None)
+    assert accuracy(answers[:3], setup.task.test[:3], scorer, [""] * 3) == pytest.approx(1 / 3)
 
 
 def test_what_people_read(evaluation: Evaluation) -> None:
@@ -474,11 +484,16 @@ def a_card(**accuracies: float) -> dict:
             "meaning": "",
             "accuracy": accuracy,
             "accuracy_interval_95": wilson_interval(100 * accuracy, 100),
+            "greedy_agreement": {"mean": 0.5, "interval_95": [0.4, 0.6], "requests": 100},
             "n": 100,
             "truncated_share": 0.0,
         }
         for name, accuracy in accuracies.items()
     }
+    for name, nats, top in (("base", 2.5, 0.4), ("distilled", 0.12, 0.93)):
+        if name in columns:
+            columns[name]["gap"] = {"mean": nats, "interval_95": [nats / 2, nats * 2]}
+            columns[name]["top1_agreement"] = {"mean": top}
     return {
         "contenders": columns,
         "internalised": 0.925,
@@ -505,11 +520,14 @@ def test_every_fact_has_its_number() -> None:
         "what ends an answer there",
         "answers that hold the right label and others of the data, which contains finds right "
         "(base 31%): the scorers exact, choice and regex do not",
+        "gap on the prompted model's answers: 2.500 → 0.120 nats a token (0.060 – 0.240); its next "
+        "token is the likeliest at 40% → 93% of places",
         "divergence to the teacher on 48 held-out prompts: 1.294 → 0.217 nats a token, "
         "of answers of at most 12",
         "prompt tokens saved a request: 678",
         "scored on test data: test.jsonl",
-        "tokens: mean length of an answer; cut: share that reached max_completion_tokens (12)",
+        "agrees: answers that are the prompted model's word for word; tokens: mean length of an "
+        "answer; cut: share that reached max_completion_tokens (12)",
         "answers with reasoning, which is not judged: prompted 25%",
         "checkpoint: step 30 of 50",
     ]
@@ -530,7 +548,7 @@ def test_what_a_prompt_is_worth_before_anything_is_distilled(
     card["divergence"]["after"] = None
     facts = scorecard_facts(card)
     assert facts[0] == f"the prompt: {base:.1%} → {prompted:.1%}, {verdict}"
-    assert facts[1] == (
+    assert facts[2] == (
         "divergence to the teacher on 48 held-out prompts: 1.294 nats a token, of answers of at "
         "most 12"
     )

@@ -204,7 +204,7 @@ def test_a_capture_that_fails_ends_the_run(
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
     monkeypatch.setattr("opcd.rollouts.static._gap_to_full_passes", _captured)
-    with pytest.raises(InputError, match="got CUDA error: operation not permitted; pass"):
+    with pytest.raises(InputError, match="got CUDA error: operation not permitted; set"):
         why_not_static(model, plan)
     assert events[-1] == "step", "the step itself had run"
 

@@ -353,9 +353,8 @@ BAD = {
     "a column with a space": (
         "d.jsonl",
         lines({"prompt": "Sky?", "answer ": "Blue"}),
-        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
-        "['answer ', 'prompt']; rename \"answer \" to \"answer\", or use the line as a training "
-        "prompt",
+        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones) in '
+        "every row, or in none, got keys ['answer ', 'prompt']; rename \"answer \" to \"answer\"",
     ),
     "CSV by another name": (
         "d.jsonl",
@@ -482,15 +481,15 @@ BAD = {
     "no answer": (
         "d.jsonl",
         lines({"prompt": "Sky?", "completion": ""}),
-        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
-        "['completion', 'prompt']; add \"answer\", or use the line as a training prompt",
+        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones) in '
+        "every row, or in none, got keys ['completion', 'prompt']; add \"answer\"",
     ),
     "a class by another name": (
         "d.jsonl",
         lines({"prompt": "Sky?", "intent": "weather"}),
-        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones), got keys '
-        "['intent', 'prompt']; rename \"intent\" to \"answer\" if it is that, or use the line as a "
-        "training prompt",
+        'd.jsonl:1: evaluation data needs "answer" (a string or a list of accepted ones) in '
+        "every row, or in none, got keys ['intent', 'prompt']; rename \"intent\" to \"answer\" if "
+        "it is that",
     ),
     "a request by another name": (
         "d.jsonl",

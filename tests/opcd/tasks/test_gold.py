@@ -1,6 +1,6 @@
 """Accepted answers held against the scorer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -25,11 +25,8 @@ def test_an_answer_that_can_never_be_right_is_named() -> None:
         check_gold(examples("42", "many"), load_scorer("number"))
 
 
-def of_a_user(judge: object) -> Scorer:
-    def score(answer: str, accepted: Sequence[str], _raw: str) -> Score:
-        return judge(answer, accepted)  # type: ignore[operator]
-
-    return Scorer("python:m:f", score, None)
+def of_a_user(judge: Callable[[str, Sequence[str]], Score]) -> Scorer:
+    return Scorer("python:m:f", lambda it: judge(it.completion, it.answers), None)
 
 
 def test_labels_of_a_function_are_a_remark() -> None:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Span
 from opcd.errors import InputError
-from opcd.evaluation.agreement import divergence_to, own_side
+from opcd.evaluation.agreement import divergences, own_side, teacher_side
 from opcd.objective import Targets
 from opcd.rollouts.protocol import RolloutEngine
 from opcd.tasks.prepare import prepare
@@ -34,7 +34,8 @@ def distiller(settings: dict, **overrides: object) -> tuple[Distiller, Task]:
 def held_out_divergence(d: Distiller, task: Task) -> float:
     prompts = [case.prompt for case in task.test]
     side = own_side(d.student, d.student_loss.plan, d.engine, prompts, d.config)
-    return divergence_to(d.teacher, side, d.config.temperature)
+    theirs = teacher_side(d.teacher, side.episodes)
+    return divergences(side, theirs, d.config.temperature).reverse_kl.mean
 
 
 def student_spans(episode: Episode) -> tuple[Span, ...]:

@@ -1,0 +1,44 @@
+"""Prompts that a run keeps out of training, to be measured on, where no other data is named."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from opcd.tasks.data import Example, request_of
+
+FEWEST = 40  # prompts: of fewer none are kept out
+MOST_VALIDATION, MOST_TEST = 64, 256
+
+
+class Parts(NamedTuple):
+    """Prompts, each request in one part alone."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def hold_out(prompts: Sequence[Example], share: float) -> Parts:
+    """A third of the share for validation and the rest for the test, each in the file's order.
+
+    Which ones is a function of their texts: a prompt that is added moves few others.
+    """
+    by_request: dict[str, list[Example]] = {}
+    for example in prompts:
+        text = repr(request_of(example))
+        by_request.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(example)
+    order = sorted(by_request)
+    if len(order) < FEWEST:
+        return Parts([*prompts], [], [])
+    kept_out = int(share * len(order))
+    validation = min(kept_out // 3, MOST_VALIDATION)
+    test = min(kept_out - kept_out // 3, MOST_TEST)
+    part_of = {
+        id(example): 1 if number < validation else 2 if number < validation + test else 0
+        for number, request in enumerate(order)
+        for example in by_request[request]
+    }
+    parts: list[list[Example]] = [[], [], []]
+    for example in prompts:
+        parts[part_of[id(example)]].append(example)
+    return Parts(*parts)
