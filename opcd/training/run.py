@@ -19,6 +19,7 @@ from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import spread
+from opcd.training.alarms import Alarms
 from opcd.training.announce import run_plan, step_note
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
@@ -110,7 +111,9 @@ def _fit(
     writer.rehearse(checkpoints)
     progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
-    write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
+    kept = read_metrics(metrics_file, distiller.steps_done)
+    write_jsonl(metrics_file, kept)
+    alarms = Alarms.from_rows(config, kept)
     extra = {
         "fingerprint": setup.fingerprint,
         "selection_fingerprint": setup.selection_fingerprint,
@@ -135,6 +138,7 @@ def _fit(
                     metrics["validation"] = found = _validate(distiller, setup)
                     if best["step"] is None or _rank(found) > _rank(best):
                         best = {"step": step, **found}
+                alarmed = _raise_alarms(alarms, metrics, config, progress)
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 log_all(trackers, metrics)
                 try:
@@ -142,7 +146,7 @@ def _fit(
                 except Exception:  # of a callback
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     raise
-                stopped = progress.stop()
+                stopped = progress.stop() or alarmed
                 last = last or progress.enough()
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
@@ -154,6 +158,19 @@ def _fit(
             tracker.close()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best, writer
+
+
+def _raise_alarms(
+    alarms: Alarms, metrics: dict[str, Any], config: TrainConfig, progress: Progress
+) -> str | None:
+    """Say the alarms of a row and keep them in it; returns why they end the run, if they do."""
+    found = alarms.look(metrics)
+    for alarm in found:
+        progress.say(f"alarm     {alarm}")
+    if not found:
+        return None
+    metrics["alarms"] = {alarm.name: str(alarm) for alarm in found}
+    return f"alarm {', '.join(metrics['alarms'])}" if config.on_alarm == "stop" else None
 
 
 def _validate(distiller: Distiller, setup: Setup) -> dict[str, float]:
