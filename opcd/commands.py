@@ -18,6 +18,7 @@ from opcd.config.settings import KINDS, gather
 from opcd.errors import InputError, did_you_mean
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+STOPPED_BY_ALARM = 3  # the exit status
 PRESET_HELP = "; ".join(
     f"{name} ({', '.join(f'{field} {value}' for field, value in values.items())})"
     for name, values in PRESETS.items()
@@ -81,7 +82,9 @@ def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
     show(read_scorecard(outcome.folder))
     with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         show_trained(outcome, config)
-    return 128 + terminal.caught if outcome.stopped and terminal.caught else 0
+    if not outcome.stopped:
+        return 0
+    return 128 + terminal.caught if terminal.caught else STOPPED_BY_ALARM
 
 
 def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:

@@ -11,10 +11,15 @@ from tqdm import tqdm
 
 from opcd.config import TrainConfig
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
-from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
+from opcd.evaluation.report import (
+    before_after,
+    raised_alarms,
+    scorecard_facts,
+    scorecard_table,
+)
 from opcd.evaluation.side_by_side import SideBySide
 from opcd.evaluation.verdict import Verdict
-from opcd.runtime.files import shown
+from opcd.runtime.files import read_metrics, shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
 from opcd.training.run import Outcome
@@ -52,8 +57,9 @@ class Terminal(Progress):
         self._interrupts.release()
 
     def say(self, text: str) -> None:
-        """See Progress.say."""
-        print(text, flush=True)
+        """See Progress.say. A bar gives way."""
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """See Progress.begin."""
@@ -151,6 +157,8 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         show_scorecard(outcome.evaluation)
     report = f"  report       {folder / 'report.md'}\n" if (folder / "report.md").is_file() else ""
     print(f"\n{_verdict(folder)}")
+    for alarm in raised_alarms(read_metrics(folder / "metrics.jsonl")):
+        print(f"  alarm        {alarm}")
     if left:
         print(f"  {left} of {config.steps} steps are left. Continue:\n    {again}")
     print(

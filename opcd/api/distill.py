@@ -35,7 +35,10 @@ Callback = Callable[[dict[str, Any]], object]
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was interrupted, and saved: distil again with its `folder` and `resume=True`."""
+    """A run was interrupted, and saved: distil again with its `folder` and `resume=True`.
+
+    `why` names the signal, or the alarm with ``on_alarm="stop"``, or is what a callback returned.
+    """
 
     def __init__(self, folder: Path, step: int, why: str) -> None:
         super().__init__(folder, step, why)

@@ -153,6 +153,9 @@ class Run:
     """How many of the newest checkpoints a run keeps while it goes on, beside the best one. The
     newest alone holds the optimizer's state (--resume); the others are models to look at. Once
     final/ is written, one is left, or none with the schedule linear."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """What follows an alarm, a sign that the run goes wrong: warn, or stop (save a checkpoint and
+    end without a model, with status 3; --resume goes on all the same)."""
     divergence_prompts: int = 64
     """Prompts on which the divergence to the teacher is measured: of validation_data in training,
     of test_data in the scorecard."""

@@ -8,8 +8,11 @@ from typing import Any
 
 from opcd import __version__
 from opcd.config import TrainConfig
+from opcd.evaluation.spikes import spikes
 from opcd.evaluation.verdict import Verdict
 from opcd.runtime.files import shown
+
+SPIKES_SHOWN = 5
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
@@ -163,8 +166,9 @@ def write_report(
     text = [f"# {shown(config.context)} → {config.model}\n"]
     if "verdict" in card:
         text.append(f"**{Verdict(**card['verdict'])}.**\n")
-    text.append("## Scorecard\n")
-    text += ["```", scorecard_table(card), "```\n"]
+    if found := [*raised_alarms(metrics), *_spike_lines(metrics)]:
+        text += ["## Alarms\n", *(f"- {line}" for line in found), ""]
+    text += ["## Scorecard\n", "```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     steps = [m for m in metrics if "loss" in m]
     if steps:
@@ -189,6 +193,24 @@ def write_report(
     text.append(" ".join(there))
     text.append(f"\nopcd {__version__}, {date.today().isoformat()}.\n")
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def raised_alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """The alarms of a run, each with the step that it was raised after."""
+    return [
+        f"step {row['step']}, {alarm}"
+        for row in metrics
+        for alarm in row.get("alarms", {}).values()
+    ]
+
+
+def _spike_lines(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """The steps whose divergence stood out, the highest ones, if there are any."""
+    found = spikes(metrics)
+    highest = sorted(found, key=lambda spike: -spike.divergence)[:SPIKES_SHOWN]
+    more = f" (and {len(found) - SPIKES_SHOWN} more)" if len(found) > SPIKES_SHOWN else ""
+    listed = "; ".join(map(str, sorted(highest)))
+    return [f"divergence that stood out, nats a token: {listed}{more}"] if found else []
 
 
 def draw_curve(

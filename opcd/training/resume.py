@@ -15,7 +15,9 @@ from opcd.training.checkpoint import list_checkpoints
 CHANGES_FILE = "changes.jsonl"
 # Fields that may change when a run is continued; those of the second kind alter the steps to come,
 # for a run whose loss was not finite.
-HOUSEKEEPING = {"save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers"}
+HOUSEKEEPING = {
+    *("save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers", "on_alarm")
+}
 REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 
 

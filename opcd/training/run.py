@@ -15,6 +15,7 @@ from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
+from opcd.training.alarms import Alarms
 from opcd.training.announce import run_plan, step_note, validation_note
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
@@ -106,7 +107,9 @@ def _fit(
     writer.rehearse(checkpoints)
     progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
-    write_jsonl(metrics_file, read_metrics(metrics_file, distiller.steps_done))
+    kept = read_metrics(metrics_file, distiller.steps_done) if distiller.steps_done else []
+    write_jsonl(metrics_file, kept)
+    alarms = Alarms.from_rows(config, kept)
     extra = {
         "fingerprint": setup.fingerprint,
         "selection_fingerprint": setup.selection_fingerprint,
@@ -118,11 +121,13 @@ def _fit(
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
         with metrics_file.open("a", encoding="utf-8") as metrics_log:
-            if validation and not (distiller.steps_done or read_metrics(metrics_file)):
-                found = validation.measure()
-                row = json.dumps({"step": 0, "validation": found})
-                print(row, file=metrics_log, flush=True)
-                progress.say(f"before    {validation_note(found)}")
+            if validation and not distiller.steps_done:
+                before: dict[str, Any] = {"step": 0, "validation": validation.measure()}
+                progress.say(f"before    {validation_note(before['validation'])}")
+                stopped = _raise_alarms(alarms, before, config, progress)
+                print(json.dumps(before), file=metrics_log, flush=True)
+                if stopped:
+                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
             while not (last or stopped):
                 try:
                     metrics = distiller.step()
@@ -137,6 +142,7 @@ def _fit(
                     metrics["validation"] = found = validation.measure()
                     if best["step"] is None or rank(found) > rank(best):
                         best = {"step": step, **found}
+                alarmed = _raise_alarms(alarms, metrics, config, progress)
                 print(json.dumps(metrics), file=metrics_log, flush=True)
                 log_all(trackers, metrics)
                 try:
@@ -144,7 +150,7 @@ def _fit(
                 except Exception:  # of a callback
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
                     raise
-                stopped = progress.stop()
+                stopped = progress.stop() or alarmed
                 last = last or progress.enough()
                 if validated or last or stopped or step % config.save_every == 0:
                     save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
@@ -156,3 +162,16 @@ def _fit(
             tracker.close()
         distiller.engine.close()
     return Outcome(folder, distiller.steps_done, stopped, None), best, writer
+
+
+def _raise_alarms(
+    alarms: Alarms, metrics: dict[str, Any], config: TrainConfig, progress: Progress
+) -> str | None:
+    """Say the alarms of a row and keep them in it; returns why they end the run, if they do."""
+    found = alarms.look(metrics)
+    for alarm in found:
+        progress.say(f"alarm     {alarm}")
+    if not found:
+        return None
+    metrics["alarms"] = {alarm.name: str(alarm) for alarm in found}
+    return f"alarm {', '.join(metrics['alarms'])}" if config.on_alarm == "stop" else None

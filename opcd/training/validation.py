@@ -87,7 +87,8 @@ class Validation:
         if not task.judges(self._cases):
             return {}
         theirs = [answer.text for answer in self._reference.answers]
-        return {"accuracy": accuracy(answers, self._cases, task.scorer, theirs)}
+        right = accuracy(answers, self._cases, task.scorer, theirs)
+        return {"accuracy": right, "n": len(self._cases)}
 
     @cached_property
     def _reference(self) -> _Reference:

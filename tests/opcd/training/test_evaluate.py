@@ -35,6 +35,7 @@ OTHERWISE = {  # every field of training alone, with another value than in the r
     "keep_checkpoints": 9,
     "max_minutes": 9.0,
     "trackers": "tensorboard",
+    "on_alarm": "stop",
 }
 
 

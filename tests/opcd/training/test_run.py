@@ -23,6 +23,7 @@ from opcd.cli import main
 from opcd.objective import Targets
 from opcd.runtime.files import read_metrics
 from opcd.training.checkpoint import list_checkpoints
+from opcd.training.validation import Validation
 from tests.conftest import in_groups, write_jsonl
 
 
@@ -33,7 +34,8 @@ def write_config(settings: dict, **overrides: object) -> str:
 
 
 def losses(run: Path | str) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl")]
+    rows = read_metrics(Path(run) / "metrics.jsonl")
+    return [row["loss"] for row in rows if row["step"]]
 
 
 def start(config: str, *arguments: str) -> subprocess.Popen:
@@ -241,8 +243,13 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
-    grades = iter([0.9, 0.1, 0.2])
-    monkeypatch.setattr("opcd.training.run.accuracy", lambda *_: next(grades))
+    grades = iter([0.0, 0.9, 0.1, 0.2])
+
+    def graded(self: Validation, answers: list) -> dict:
+        prompted = answers is self._reference.answers
+        return {"accuracy": 0.5 if prompted else next(grades), "n": 3}
+
+    monkeypatch.setattr(Validation, "_accuracy", graded)
     config = write_config(settings, validate_every=3, test_data=None)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
