@@ -17,6 +17,7 @@ from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS, gather
 from opcd.errors import InputError, did_you_mean
 
+CHECK_FILE = "check.json"
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 STOPPED_BY_ALARM = 3  # the exit status
 PRESET_HELP = "; ".join(
@@ -27,6 +28,7 @@ OTHER_NAMES = {"distill": "train", "distil": "train", "evaluate": "eval", "new":
 BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
 
   opcd init my-task                             write a small task that runs as it is
+  opcd check --config my-task/config.yaml       see before any training whether it is worth it
   opcd train --config my-task/config.yaml       distil it, and score it
   opcd chat my-task/run                         ask base, prompted and distilled side by side
   opcd --help                                   every command
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _chat(arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
     _load()
-    return (_train if arguments.command == "train" else _evaluate)(arguments, config)
+    commands = {"check": _check, "train": _train, "eval": _evaluate}
+    return commands[arguments.command](arguments, config)
 
 
 def _load() -> None:
@@ -70,6 +73,21 @@ def _load() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _check(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.preflight.check import check
+    from opcd.runtime.files import write_json
+    from opcd.tasks.prepare import prepare
+    from opcd.terminal import Terminal
+
+    with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
+        found = check(prepare(config), terminal, arguments.expected_requests)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CHECK_FILE, found.as_dict())
+    show(found.as_dict())
+    return 0 if found.verdict.goes else 1
 
 
 def _train(arguments: argparse.Namespace, config: TrainConfig) -> int:
@@ -172,15 +190,25 @@ def _parser() -> _Parser:
         dest="command", metavar="COMMAND", title="commands", parser_class=_Parser
     )
     for name, summary in (
+        ("check", "Look at a prompt before any training: what it changes, what it will cost."),
         ("train", "Distil a context into a model, then score it on test data."),
         ("eval", "Score a distilled model against the base model, with and without the context."),
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
-        sub.add_argument("--json", action="store_true", help="print the scorecard and nothing else")
+        printed = "what was found" if name == "check" else "the scorecard"
+        sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+            _add_fields(sub, FIELDS)
+        elif name == "check":
+            sub.add_argument(
+                "--expected_requests",
+                type=float,
+                metavar="N",
+                help="requests that come between two changes of the prompt, if it is known",
+            )
             _add_fields(sub, FIELDS)
         else:
             sub.add_argument(

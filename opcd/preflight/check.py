@@ -117,7 +117,9 @@ def _found(
         changed_interval=_pair(wilson_interval(changed, n)),
         gap=nats["mean"],
         gap_interval=_pair(nats["interval_95"]),
-        unreached=fmean(min(answer) < HARDLY_EVER for answer in gap.student_logprobs),
+        hard_tokens=fmean(
+            sum(logprob < HARDLY_EVER for logprob in answer) for answer in gap.student_logprobs
+        ),
         cut=fmean(answer.finish == "length" for answer in said),
         empty=fmean(not answer.text for answer in said),
         guided_share=setup.config.guided_share,
@@ -203,8 +205,8 @@ def _lines(
         f"{found.gap_interval[1]:.2f}) on what it makes the model say; most is missed at "
         f"{lost_at!r}",
         f"reach     without it the answer's first tokens have the probabilities "
-        f"{', '.join(f'{p:.2g}' for p in likelihood)} (medians); {found.unreached:.0%} of answers "
-        f"hold one below 0.001",
+        f"{', '.join(f'{p:.2g}' for p in likelihood)} (medians); an answer holds "
+        f"{found.hard_tokens:.1f} below 0.001",
     ]
     if found.prompted is not None and found.base_interval and found.prompted_interval:
         constant = "" if found.constant is None else f"; one answer for all {found.constant:.0%}"

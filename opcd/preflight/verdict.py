@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
 
 UNCHANGED = 0.1  # of the answers: so few changes are not worth a run
 SILENT_GAP = 0.05  # nats a token: the models say the same with the same confidence
-UNREACHED = 0.25  # of the answers: see `Found.unreached`
+HARD_TOKENS = 2.5  # see `_needs_guidance`
 BROKEN = 0.5  # of the prompted answers, cut or empty
 
 
@@ -148,12 +148,17 @@ def _does_not_pay(found: Found) -> Verdict | None:
 
 
 def _needs_guidance(found: Found) -> Verdict | None:
-    if found.guided_share or found.unreached <= UNREACHED:
+    """On its own samples a model meets a place only once all places before it are learned.
+
+    The first place of an answer is met in every sample, so that one label or two are learned
+    however unlikely they are; a format of many such places is not, within the steps of a run.
+    """
+    if found.guided_share or found.hard_tokens <= HARD_TOKENS:
         return None
     return Verdict(
         "needs guided rollouts",
         "the model never says by itself what the prompt asks for",
-        f"{found.unreached:.0%} of the prompted answers hold a token that it finds less likely "
-        f"than one in a thousand",
+        f"a prompted answer holds {found.hard_tokens:.1f} tokens that it finds less likely than "
+        f"one in a thousand",
         "set guided_share to 0.25",
     )

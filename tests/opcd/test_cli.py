@@ -26,11 +26,13 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opcd.tasks.prepare.load_model", refuse)
 
 
-def refused(settings: dict, capsys: pytest.CaptureFixture, command: str = "train") -> str:
+def refused(
+    settings: dict, capsys: pytest.CaptureFixture, command: str = "train", *more: str
+) -> str:
     """Run the command, expect status 2, return the message."""
     config = Path(settings["output_dir"]).parent / "config.yaml"
     config.write_text(in_groups(settings))
-    assert main([command, "--config", str(config)]) == 2
+    assert main([command, "--config", str(config), *more]) == 2
     message = capsys.readouterr().err.removeprefix(f"opcd {__version__}: loading\n")
     assert message.startswith(f"opcd {command}: ")
     assert "Traceback" not in message
@@ -239,7 +241,8 @@ def test_evaluation_without_a_distilled_model_or_test_data(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
     assert "run `opcd train` first" in refused(settings, capsys, "eval")
-    assert "test_data must name" in refused(settings | {"test_data": None}, capsys, "eval")
+    without = settings | {"test_data": None}
+    assert "there must be test data" in refused(without, capsys, "eval", "--distilled", "none")
 
 
 @pytest.mark.parametrize(

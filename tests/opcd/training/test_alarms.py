@@ -22,6 +22,7 @@ WELL = {
     "accuracy": 0.85,
     "n": 100,
     "gap": 0.3,
+    "greedy_agreement": 0.7,
     "student_entropy": 1.0,
     "teacher_entropy": 1.1,
     "empty_share": 0.0,
@@ -382,7 +383,9 @@ def test_python_is_told_which_alarm(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model never ends by itself; here its teacher would."""
-    monkeypatch.setattr("opcd.training.validation.Validation.measure", lambda _: WELL | {"divergence": 0.1})
+    monkeypatch.setattr(
+        "opcd.training.validation.Validation.measure", lambda _: WELL | {"divergence": 0.1}
+    )
     names = ("context", "prompts", "validation_data", "model")
     given = {name: Path(settings.pop(name)) for name in names} | settings
     given |= {"steps": 22, "validate_every": 5, "on_alarm": "stop", "test_data": None}

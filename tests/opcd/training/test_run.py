@@ -64,12 +64,12 @@ def test_a_run_ends_in_time_with_a_model_and_goes_on(
     config = write_config(settings, steps=50, schedule="linear")
     assert main(["train", "--config", config, "--max_minutes=1e-6", "--json"]) == 0
     run = Path(settings["output_dir"])
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1]
     shown = capsys.readouterr()
     assert json.loads(shown.out) == json.loads((run / "scorecard.json").read_text())
     assert json.loads((run / "final" / "selection.json").read_text())["steps_done"] == 1
     assert main(["train", "--config", config, "--resume", "--max_minutes=1e-6"]) == 0
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1, 2]
     assert (
         not (run / "changes.jsonl").exists() or "max_minutes" in (run / "changes.jsonl").read_text()
     )
@@ -98,8 +98,8 @@ def test_a_run_leaves_everything_it_promises(
     assert resolved["lora"]["lora_rank"] == lora_rank
     assert resolved["optimizer"]["max_grad_norm"] == 1.0
     metrics = read_metrics(run / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in metrics if "validation" in row] == [3, 6]
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics if "validation" in row] == [0, 3, 6]
     card = json.loads((run / "scorecard.json").read_text())
     for column in ("base", "prompted", "distilled", "distilled_prompted"):
         assert card["contenders"][column]["n"] == 4
@@ -520,5 +520,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     resume = ["train", "--config", str(run / "config.yaml"), "--resume", "--learning_rate=1e-4"]
     assert main(resume) == 0
     assert "continuing with learning_rate 0.0001, was 0.003" in capsys.readouterr().out
-    rates = [row["learning_rate"] for row in read_metrics(run / "metrics.jsonl")]
+    rows = read_metrics(run / "metrics.jsonl")
+    rates = [row["learning_rate"] for row in rows if row["step"]]
     assert rates == [3e-3] * 3 + [1e-4] * 3

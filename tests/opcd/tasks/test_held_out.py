@@ -1,0 +1,47 @@
+"""Prompts that are kept out of training."""
+
+from opcd.tasks.data import Example
+from opcd.tasks.held_out import hold_out
+
+
+def prompts(*texts: str) -> list[Example]:
+    return [
+        Example(({"role": "user", "content": text},), (), f"p.jsonl:{i}")
+        for i, text in enumerate(texts, 1)
+    ]
+
+
+MANY = prompts(*(f"How do I turn {i}?" for i in range(150)))
+
+
+def test_a_third_chooses_and_two_thirds_test() -> None:
+    train, validation, test = hold_out(MANY, 0.3)
+    assert [len(train), len(validation), len(test)] == [105, 15, 30]
+    assert {e.source for part in (train, validation, test) for e in part} == {
+        e.source for e in MANY
+    }
+    lines = [int(e.source.partition(":")[2]) for e in test]
+    assert lines == sorted(lines)
+    assert max(lines) - min(lines) > 75, "spread over the file"
+
+
+def test_a_request_is_in_one_part() -> None:
+    twice = [*MANY, *prompts(*(f"how do I turn {i}" for i in range(150)))]
+    parts = hold_out(twice, 0.3)
+    asked = [{e.text.lower().rstrip("?") for e in part} for part in parts]
+    assert not asked[0] & asked[1]
+    assert not asked[2] & (asked[0] | asked[1])
+    assert [len(part) for part in parts] == [210, 30, 60]
+
+
+def test_what_is_added_moves_few() -> None:
+    before = {e.text for e in hold_out(MANY, 0.3).test}
+    after = {e.text for e in hold_out([*MANY, *prompts("And this?")], 0.3).test}
+    assert len(before & after) >= 28
+
+
+def test_of_few_or_of_no_share_none_is_kept() -> None:
+    for part in (hold_out(MANY[:39], 0.3), hold_out(MANY, 0.0)):
+        assert part.train
+        assert not part.validation
+        assert not part.test
