@@ -92,6 +92,7 @@ def settings(tmp_path: Path, model_dir: Path) -> dict:
         "warmup_steps": 1,
         "validate_every": 3,
         "save_every": 2,
+        "elsewhere_prompts": 0,
     }
 
 

@@ -59,6 +59,7 @@ def distill(
     tokenizer: PreTrainedTokenizerBase | None = None,
     validation_data: Rows | None = None,
     test_data: Rows | None = None,
+    elsewhere_data: Rows | None = None,
     output_dir: str | Path | None = None,
     preset: str | None = None,
     resume: bool = False,
@@ -75,9 +76,9 @@ def distill(
         distilled weights into it at the end.
     context: the text itself, chat messages, or the `Path` of a file; a dict of these by name for
         several contexts.
-    prompts, validation_data, test_data: requests, each a string, a list of messages or a dict like
-        a row of a JSONL file ("prompt" or "messages", "answer" where it is judged, "context" where
-        there are several); also a `datasets.Dataset`, or the `Path` of a file.
+    prompts, validation_data, test_data, elsewhere_data: requests, each a string, a list of messages
+        or a dict like a row of a JSONL file ("prompt" or "messages", "answer" where it is judged,
+        "context" where there are several); also a `datasets.Dataset`, or the `Path` of a file.
     output_dir: the run's folder, as `opcd train` writes it; without one a temporary folder, which
         is there as long as the returned object.
     on_step, on_validation: called with a step's metrics, and after a validation with the same and
@@ -94,7 +95,12 @@ def distill(
             raise InputError(f"a callback must be a function, got {callback!r}")
     if in_place and not isinstance(model, PreTrainedModel):
         raise InputError("in_place needs a loaded model, got a name; leave it out")
-    parts = {"prompts": prompts, "validation_data": validation_data, "test_data": test_data}
+    parts = {
+        "prompts": prompts,
+        "validation_data": validation_data,
+        "test_data": test_data,
+        "elsewhere_data": elsewhere_data,
+    }
     with _folder(output_dir) as (folder, kept), _as_found():
         inputs = Inputs(folder / "inputs")
         with (Silent if quiet else Terminal)() as shown:
@@ -121,6 +127,7 @@ def evaluate(
     test_data: Rows,
     *,
     distilled: str | Path | Distilled | None = None,
+    elsewhere_data: Rows | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     preset: str | None = None,
@@ -141,7 +148,7 @@ def evaluate(
         inputs = Inputs(folder / "inputs")
         with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
             try:
-                parts = {"test_data": test_data}
+                parts = {"test_data": test_data, "elsewhere_data": elsewhere_data}
                 given = _given(inputs, folder, model, tokenizer, context, parts, settings)
                 config = gather(given, preset=preset, caller="Python")
                 target = free_name(folder / "scored")

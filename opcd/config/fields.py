@@ -27,6 +27,10 @@ class Data:
     held_out_share: float = 0.3
     """Share of the prompts that is kept out of training where neither validation_data nor test_data
     is named: a third of it to choose the checkpoint by, the rest as test data."""
+    elsewhere_data: str | None = None
+    """Requests that have nothing to do with the context, as prompts are written, on which the
+    distilled model is held against the original, both without the context; each may have a "kind",
+    a text, to be counted under. Default: 300 that come with opcd."""
     scorer: str = "exact"
     """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
     first find), regex-last:PATTERN or python:FILE.py:function. Reasoning in front of the answer is
@@ -159,6 +163,8 @@ class Run:
     divergence_prompts: int = 64
     """Prompts on which the divergence to the teacher is measured: of validation_data in training,
     of test_data in the scorecard."""
+    elsewhere_prompts: int = 300
+    """How many of elsewhere_data are asked, spread over the file; 0 leaves that out."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_tokens_per_pass: int = 4096
@@ -194,7 +200,11 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
             ),
             1,
         ) | dict.fromkeys(
-            ("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"), 0
+            (
+                *("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"),
+                "elsewhere_prompts",
+            ),
+            0,
         )
         for name in ("output_dir", "context", "model", "scorer", "without_context"):
             if not getattr(self, name).strip():
@@ -246,7 +256,8 @@ MEASURING = frozenset(
     {
         *(name for name, group in FIELDS.items() if group in ("data", "models")),
         *("max_completion_tokens", "temperature", "rollout_engine", "rollout_batch_size"),
-        *("output_dir", "seed", "divergence_prompts", "max_tokens_per_pass", "prefix_cache_mib"),
+        *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
+        *("max_tokens_per_pass", "prefix_cache_mib"),
     }
 )
 """The fields that a model is measured by; the others are for training alone."""

@@ -17,7 +17,7 @@ FORMAT = 1  # of the file
 WRITTEN = "# Written by opcd: the settings of this run."
 KINDS = {name: get_type_hints(TrainConfig)[name] for name in FIELDS}
 INPUT_FILES = (
-    *("context", "prompts", "validation_data", "test_data"),
+    *("context", "prompts", "validation_data", "test_data", "elsewhere_data"),
     *("chat_template", "guided_completions"),
 )
 MODELS = ("model", "teacher")

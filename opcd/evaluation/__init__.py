@@ -8,6 +8,7 @@ verdict     learned, in part, or not: a scorecard in a word
 intervals   means over requests, and how sure they are
 agreement   how far a student is from its teacher, on what either says
 spikes      steps whose divergence stands out
+elsewhere   the distilled model on requests that have nothing to do with the context
 side_by_side  one message to the models before and after
 report      the scorecard for people: terminal, report.md, curve
 """

@@ -26,6 +26,7 @@ from opcd.evaluation.contenders import (
     Models,
     both_contenders,
 )
+from opcd.evaluation.elsewhere import measure_elsewhere
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import internalised, scorecard
@@ -45,6 +46,7 @@ class Evaluation(NamedTuple):
 
     card: dict[str, Any]
     answers: list[dict[str, Any]]
+    elsewhere: list[dict[str, Any]]  # both models' on requests that are not the context's
 
 
 def evaluate(
@@ -61,6 +63,7 @@ def evaluate(
         _check_same_kind(setup, distilled)
         names["after"] = distilled
     held_out = spread(task.test, config.divergence_prompts)
+    elsewhere = measure_elsewhere(setup, distilled, progress) if distilled is not None else None
     models = Models(setup)
     contenders: list[Contender] = []
     answers: dict[str, list[Answer]] = {}
@@ -116,7 +119,9 @@ def evaluate(
         card["selection"] = selection
     if distilled is not None:
         card["verdict"] = verdict(card)._asdict()
-    return Evaluation(card, rows)
+    if elsewhere is not None:
+        card["elsewhere"] = elsewhere.card
+    return Evaluation(card, rows, elsewhere.answers if elsewhere is not None else [])
 
 
 def episodes_of(
@@ -164,7 +169,7 @@ def read_scorecard(folder: Path) -> dict[str, Any] | None:
 
 
 def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
-    """scorecard.json, answers.jsonl and report.md with its curve; settings where no run's are.
+    """scorecard.json, answers, report.md with its curve; settings where no run's are.
 
     The scorecard comes last: where it is, the others are its own.
     """
@@ -172,6 +177,8 @@ def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
     if not metrics:
         write_config(setup.config, folder / "config.yaml")
     write_jsonl(folder / "answers.jsonl", found.answers)
+    if found.elsewhere:
+        write_jsonl(folder / "elsewhere.jsonl", found.elsewhere)
     write_report(folder, found.card, found.answers, setup.config, metrics)
     write_json(folder / "scorecard.json", found.card)
 

@@ -18,7 +18,7 @@ OF_THE_FORM = {
     *("context", "context_placement", "without_context", "today"),
     *("chat_template", "chat_template_args"),
 }
-DIGESTED = {"model", "teacher", "test_data", "scorer"}
+DIGESTED = {"model", "teacher", "test_data", "elsewhere_data", "scorer"}
 NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data"}
 PROBES: tuple[list[Message], ...] = (
     [user("What is zebra 7?")],
@@ -30,19 +30,22 @@ PIECES, PIECE_BYTES = 16, 65_536  # of a model's file, spread over it: weights m
 
 
 def measured_by(setup: Setup) -> dict[str, str | None]:
-    """Digests of models, test rows with their accepted answers, scorer, and the form of prompts.
+    """Digests of models, test rows with their accepted answers, requests elsewhere, scorer, form.
 
-    The form is what stands around requests, without and with each context, and what ends answers.
+    The form of prompts is what stands around requests, without and with each context, and what
+    ends answers.
     """
     config, task = setup.config, setup.task
     form = {name: [_prompts(chat, probe) for probe in PROBES] for name, chat in setup.chats.items()}
     rows = [[c.example.messages, sorted(c.example.answers), c.example.context] for c in task.test]
+    elsewhere = [[request.example.messages, request.kind] for request in setup.elsewhere]
     model = _model_digest(config.model)
     return {
         "form": _digest([form, sorted(setup.stop_ids)]),
         "model": model,
         "teacher": _model_digest(config.teacher) if config.teacher else model,
         "test_data": _digest(rows) if rows else None,
+        "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
     }
 
@@ -55,7 +58,7 @@ def other_fields(
 ) -> list[str]:
     """The fields by which two measurements of prompts of one form differ."""
     by_value = set(saved.differing_fields(config)) - OF_THE_FORM - DIGESTED - NOT_MEASURED_BY
-    by_content = {name for name in DIGESTED if before.get(name) != now[name]}
+    by_content = {name for name in DIGESTED if before.get(name, now[name]) != now[name]}
     return [name for name in FIELDS if name in by_value | by_content]
 
 

@@ -97,6 +97,8 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
         + (f" → {after:.3f}" if after is not None else "")
         + f" nats a token, of answers of at most {card['decoding']['max_completion_tokens']}"
     )
+    if "elsewhere" in card:
+        facts.append(_elsewhere(card["elsewhere"]))
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
     facts.append(f"scored on test data: {shown(card['data']['file'])}")
     facts.append(
@@ -134,6 +136,49 @@ def _gain(base: dict[str, Any], prompted: dict[str, Any]) -> str:
     else:
         verdict = f"which may be chance (requests: {base['n']}): mend the prompt or measure on more"
     return f"the prompt: {base['accuracy']:.1%} → {prompted['accuracy']:.1%}, {verdict}"
+
+
+def _elsewhere(found: dict[str, Any]) -> str:
+    """How much of the original model is left where the context has no say."""
+    low, high = found["agreement"]["interval_95"]
+    kind = f"requests of {shown(found['file'])}" if found["file"] else "unrelated requests"
+    return (
+        f"elsewhere: on {found['prompts']} {kind} {found['agreement']['mean']:.0%} of greedy "
+        f"answers are the original model's ({low:.0%} – {high:.0%}), divergence "
+        f"{found['reverse_kl']['mean']:.3f} nats a token"
+    )
+
+
+def elsewhere_table(found: dict[str, Any]) -> str:
+    """The figures elsewhere as text: all requests, then a kind a line, the least alike first."""
+    whole = {name: x["mean"] for name, x in found.items() if isinstance(x, dict) and "mean" in x}
+    kinds = sorted(found["by_kind"].items(), key=lambda item: -item[1]["reverse_kl"])
+    rows: list[tuple[str, ...]] = [("", "same", "same up to", "reverse KL", "forward KL")]
+    for kind, means in [("all", {"prompts": found["prompts"], **whole}), *kinds]:
+        rows.append(
+            (
+                f"{_short(kind, 40)} ({means['prompts']})",
+                f"{means['agreement']:.0%}",
+                f"{means['common_prefix']:.0%}",
+                f"{means['reverse_kl']:.3f}",
+                f"{means['forward_kl']:.3f}",
+            )
+        )
+    return _aligned(rows, texts=1)
+
+
+def _elsewhere_section(found: dict[str, Any]) -> list[str]:
+    return [
+        "\n## Elsewhere\n",
+        "```",
+        elsewhere_table(found),
+        "```\n",
+        f"Original and distilled model, both without the context, on requests that the context has "
+        f"nothing to do with. Same: greedy answers of at most "
+        f"{found['decoding']['max_completion_tokens']} tokens that are equal; same up to: the "
+        f"share of the original's tokens before the first that differs. Divergences in nats a "
+        f"token of the original's answers.",
+    ]
 
 
 def _shares(columns: dict[str, Any], share: str, above: float = 0.0) -> str:
@@ -183,9 +228,11 @@ def write_report(
             f"{sum(m['teacher_time_s'] for m in steps):.0f} s, update "
             f"{sum(m['update_time_s'] for m in steps):.0f} s (without validation and saving).",
         ]
+    text += _elsewhere_section(card["elsewhere"]) if "elsewhere" in card else []
     text += ["\n## Before and after\n", "```", before_after(answers), "```\n"]
     files = {
         "All answers": "answers.jsonl",
+        "Answers elsewhere": "elsewhere.jsonl",
         "All settings": "config.yaml",
         "Every step": "metrics.jsonl",
     }

@@ -15,5 +15,6 @@ turn            a completion given as text, as the template writes an answered t
 template        a tokenizer's chat template, judged by what it writes
 kept            whether a template keeps messages
 limits          what must fit the model: lengths, tokens
+elsewhere       requests that have nothing to do with the context
 gold            the accepted answers held against the scorer
 """

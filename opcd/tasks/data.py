@@ -174,6 +174,12 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
         )
 
 
+def also_in(examples: Sequence[Example], parts: Mapping[str, Sequence[Example]]) -> list[Example]:
+    """Those whose request stands in some part as well, behind whatever context."""
+    known = {request_of(e)[1] for part in parts.values() for e in part}
+    return [e for e in examples if request_of(e)[1] in known]
+
+
 @lru_cache(maxsize=64)
 def _demonstrations(shown: Turns, length: int) -> dict[Turns, str]:
     """The conversations of so many turns that a context shows, up to a user's message."""

@@ -29,6 +29,7 @@ from opcd.models.head import head_of
 from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
 from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
+from opcd.tasks.elsewhere import ANSWER_TOKENS, Request, read_elsewhere
 from opcd.tasks.special_tokens import placed_texts, special_token_remarks
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
 
     config: TrainConfig  # device and dtype resolved
     task: Task
+    elsewhere: list[Request]
     chats: dict[str, Chat]  # by the name of the context
     stop_ids: list[int]  # the tokens that end a completion
     tokenizer: PreTrainedTokenizerBase
@@ -124,13 +126,15 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
     rows = min(c.get_text_config().vocab_size for c in configs)
     task = render_task(files, chats, limit, config.max_completion_tokens, rows)
+    elsewhere, found = read_elsewhere(config, files, next(iter(chats.values())), limit, rows)
     for model_config in configs:
-        for lengths in (
-            [len(p.student_ids) for p in task.prompts],
-            [len(task.prompted_ids(p)) for p in task.prompts],
+        for lengths, more in (
+            ([len(p.student_ids) for p in task.prompts], config.max_completion_tokens),
+            ([len(task.prompted_ids(p)) for p in task.prompts], config.max_completion_tokens),
+            ([len(request.token_ids) for request in elsewhere], ANSWER_TOKENS),
         ):
-            longest = max(lengths) + config.max_completion_tokens
-            check_rope(model_config, min(lengths) + 1, longest)
+            if lengths:
+                check_rope(model_config, min(lengths) + 1, max(lengths) + more)
     resolved = replace(config, device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
@@ -148,11 +152,23 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     ]
     remarks = [
         *files.remarks,
+        *found,
         *said,
         *special_token_remarks(placed, tokenizer),
         *_remarks(resolved, chats.values(), task),
     ]
-    return Setup(resolved, task, chats, stop_ids, tokenizer, device, dtype, completions, remarks)
+    return Setup(
+        resolved,
+        task,
+        elsewhere,
+        chats,
+        stop_ids,
+        tokenizer,
+        device,
+        dtype,
+        completions,
+        remarks,
+    )
 
 
 def _check_rows(student: int, teacher: int) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from opcd.config import TrainConfig
 from opcd.episodes import Prompt
@@ -27,6 +27,8 @@ from opcd.tasks.gold import check_gold
 from opcd.tasks.held_out import Parts, hold_out
 from opcd.tasks.limits import check_lengths, check_tokens
 from opcd.tasks.messages import Message, user
+
+T = TypeVar("T")
 
 
 class Case(NamedTuple):
@@ -198,13 +200,13 @@ def render_task(
     Raises InputError if a prompt with its context, or without it, does not fit the model, or holds
     a token that the model has no embedding for.
     """
-    rendered: dict[int, Case] = {}
+    by_example: dict[int, Case] = {}
     prefixes = {}
     for name, chat in chats.items():
         examples = [e for part in files.parts.values() for e in part if e.context == name]
         if not examples:
             continue
-        with_context = [_render(chat.teacher_ids, example) for example in examples]
+        with_context = [rendered(chat.teacher_ids, example) for example in examples]
         # A first user message of another kind: the common start must be the context's alone.
         probes = [chat.teacher_ids([user(t)]) for t in ("Hm?", "3 + 4")]
         length = shared_prefix_length([*with_context, *probes])
@@ -217,26 +219,27 @@ def render_task(
         check_lengths(examples, lengths, max_completion_tokens, max_positions, length)
         prefixes[name] = with_context[0][:length]
         for example, ids in zip(examples, with_context, strict=True):
-            student_ids = _render(chat.student_ids, example)
+            student_ids = rendered(chat.student_ids, example)
             check_tokens([*ids, *student_ids], vocab_size, chat.template.tokenizer, example)
             prompt = Prompt(student_ids, ids[length:], name)
-            rendered[id(example)] = Case(example, prompt)
+            by_example[id(example)] = Case(example, prompt)
 
     def cases(part: str) -> list[Case]:
-        return [rendered[id(example)] for example in files.parts[part]]
+        return [by_example[id(example)] for example in files.parts[part]]
 
     return Task(prefixes, cases("train"), cases("validation"), cases("test"), files.scorer)
 
 
-def _render(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:
+def rendered(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:
+    """An example's token ids. Raises InputError, which names its place."""
     try:
         return render(example.messages)
     except InputError as error:
         raise InputError(f"{example.source}: {error}") from error
 
 
-def spread(cases: Sequence[Case], count: int) -> list[Case]:
-    """At most `count` cases, evenly spread over the file's order."""
+def spread(cases: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, evenly spread over the file's order."""
     if len(cases) <= count:
         return list(cases)
     return [cases[i * len(cases) // count] for i in range(count)]

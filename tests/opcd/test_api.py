@@ -40,6 +40,7 @@ SHORT = {
     "learning_rate": 3e-3,
     "dtype": "float32",
     "device": "cpu",
+    "elsewhere_prompts": 0,
 }
 
 
@@ -73,12 +74,21 @@ def test_the_public_names() -> None:
     )
     assert list(inspect.signature(opcd.distill).parameters) == [
         *("model", "context", "prompts", "tokenizer", "validation_data", "test_data"),
-        *("output_dir", "preset", "resume", "in_place", "on_step", "on_validation", "quiet"),
+        *(
+            "elsewhere_data",
+            "output_dir",
+            "preset",
+            "resume",
+            "in_place",
+            "on_step",
+            "on_validation",
+            "quiet",
+        ),
         "settings",
     ]
     assert list(inspect.signature(opcd.evaluate).parameters) == [
-        *("model", "context", "test_data", "distilled", "tokenizer", "output_dir", "preset"),
-        *("quiet", "settings"),
+        *("model", "context", "test_data", "distilled", "elsewhere_data", "tokenizer"),
+        *("output_dir", "preset", "quiet", "settings"),
     ]
     for name in opcd.__all__:
         assert getattr(opcd, name).__doc__

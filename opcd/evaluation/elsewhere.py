@@ -1,0 +1,136 @@
+"""What a distilled model became where its context has no say.
+
+Test data show it on the requests that the context is for. Here original and distilled model get
+requests of every other kind, both without the context: how many greedy answers are still the same,
+and how far apart the two are on the original's answers, token by token.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from opcd.episodes import Episode, Prompt
+from opcd.evaluation.agreement import Divergences, Side, divergences, student_side
+from opcd.evaluation.contenders import LoadedModel, Models
+from opcd.evaluation.intervals import PerRequest
+from opcd.rollouts.protocol import SamplingParams
+from opcd.runtime.progress import Progress
+from opcd.tasks.elsewhere import ANSWER_TOKENS
+from opcd.tasks.prepare import Setup
+
+
+class Elsewhere(NamedTuple):
+    """The figures, and both answers to every request."""
+
+    card: dict[str, Any]
+    answers: list[dict[str, Any]]
+
+
+def measure_elsewhere(setup: Setup, distilled: str, progress: Progress) -> Elsewhere | None:
+    """Hold a distilled model against the original, one in memory at a time.
+
+    `distilled` is a name or a folder. The divergences are KL(distilled ‖ original), the reverse,
+    and KL(original ‖ distilled), at temperature 1 and over the whole vocabulary.
+
+    None where `elsewhere_prompts` is 0.
+    """
+    if not setup.elsewhere:
+        return None
+    models = Models(setup)
+    progress.begin("elsewhere", total=2)
+    try:
+        original = _original(models.get(setup.config.model))
+        progress.part("original")
+        answers, apart = _held_against(original, models.get(distilled))
+        progress.part("distilled")
+    finally:
+        progress.end()
+        models.close()
+    said = [episode.scored_ids for episode in original.episodes]
+    figures = _figures(said, answers, apart)
+    return Elsewhere(card_of(figures, setup), _rows(said, answers, figures, setup))
+
+
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two answers begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return [*(a == b for a, b in pairs), False].index(False)
+
+
+def _original(model: LoadedModel) -> Side:
+    """What the model before answers, and what it makes of that."""
+    prompts = [Prompt(r.token_ids, r.token_ids) for r in model.setup.elsewhere]
+    pairs = zip(prompts, _greedy(model), strict=True)
+    episodes = [Episode.of_completion(prompt, answer) for prompt, answer in pairs]
+    return student_side(model.model, model.plan, episodes, model.setup.config)
+
+
+def _held_against(original: Side, model: LoadedModel) -> tuple[list[list[int]], Divergences]:
+    """What a distilled model answers, and how far it is from the original on that one's answers."""
+    side = student_side(model.model, model.plan, original.episodes, model.setup.config)
+    return _greedy(model), divergences(side, original, temperature=1.0)
+
+
+def _greedy(model: LoadedModel) -> list[list[int]]:
+    """Token ids of the likeliest answers, with the end where there is one."""
+    params = SamplingParams(ANSWER_TOKENS, temperature=0.0)
+    rollouts = model.engine.generate([r.token_ids for r in model.setup.elsewhere], params)
+    return [rollout.completion_token_ids for rollout in rollouts]
+
+
+def _figures(
+    original: Sequence[Sequence[int]], distilled: Sequence[Sequence[int]], apart: Divergences
+) -> dict[str, PerRequest]:
+    pairs = [*zip(original, distilled, strict=True)]
+    each = [1.0] * len(pairs)
+    return {
+        "agreement": PerRequest([float(theirs == ours) for theirs, ours in pairs], each),
+        "common_prefix": PerRequest([common_tokens(*p) / len(p[0]) for p in pairs], each),
+        "reverse_kl": apart.reverse_kl,
+        "forward_kl": apart.forward_kl,
+    }
+
+
+def card_of(figures: dict[str, PerRequest], setup: Setup) -> dict[str, Any]:
+    """Means with their intervals, and the means of each kind of request."""
+    kinds: dict[str, list[int]] = {}
+    for i, request in enumerate(setup.elsewhere):
+        if request.kind:
+            kinds.setdefault(request.kind, []).append(i)
+    return {
+        "prompts": len(setup.elsewhere),
+        **{name: figure.summary() for name, figure in figures.items()},
+        "by_kind": {
+            kind: {"prompts": len(members)}
+            | {name: _of(figure, members).mean for name, figure in figures.items()}
+            for kind, members in kinds.items()
+        },
+        "unit": "nats a token of the original's greedy answers; agreement: equal greedy answers",
+        "decoding": {"temperature": 0.0, "max_completion_tokens": ANSWER_TOKENS},
+        "file": setup.config.elsewhere_data,  # None: those that come with opcd
+    }
+
+
+def _of(figure: PerRequest, members: Sequence[int]) -> PerRequest:
+    return PerRequest([figure.totals[i] for i in members], [figure.counts[i] for i in members])
+
+
+def _rows(
+    original: Sequence[Sequence[int]],
+    distilled: Sequence[Sequence[int]],
+    figures: dict[str, PerRequest],
+    setup: Setup,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **({"kind": request.kind} if request.kind else {}),
+            "prompt": list(request.example.messages),
+            "original": setup.chat.decode(theirs),
+            "distilled": setup.chat.decode(ours),
+            "same": theirs == ours,
+            "reverse_kl": _of(figures["reverse_kl"], [i]).mean,
+            "forward_kl": _of(figures["forward_kl"], [i]).mean,
+        }
+        for i, (request, theirs, ours) in enumerate(
+            zip(setup.elsewhere, original, distilled, strict=True)
+        )
+    ]
