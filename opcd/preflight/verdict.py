@@ -13,9 +13,7 @@ class Found(NamedTuple):
     changed_interval: Interval
     gap: float  # nats a token that the model without the context misses of the prompted answers
     gap_interval: Interval
-    unreached: (
-        float  # share of prompted answers with a token that the model will hardly ever sample
-    )
+    hard_tokens: float  # of a prompted answer: less likely than 1 in 1000 without the context
     cut: float  # share of prompted answers that run into max_completion_tokens
     empty: float  # share of prompted answers that are empty
     base: float | None = None  # accuracy without the context, where it can be judged
