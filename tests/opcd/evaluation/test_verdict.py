@@ -60,8 +60,8 @@ def unjudged(before: float, after: float, agreed: float = 0.0, agrees: float = 0
 @pytest.mark.parametrize(
     ("card", "word"),
     [
-        (unjudged(2.5, 0.5), "learned"),
-        (unjudged(2.5, 0.6), "learned in part"),
+        (unjudged(2.5, 0.49), "learned"),
+        (unjudged(2.5, 0.51), "learned in part"),
         (unjudged(2.5, 2.1), "not learned"),
         (unjudged(0.015, 0.01, agreed=0.98), "nothing to learn"),
         (unjudged(0.015, 0.01, agreed=0.5), "learned"),
