@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Checked": "opcd.preflight.check",
     "Distilled": "opcd.api.results",
     "Evaluated": "opcd.api.results",
     "InputError": "opcd.errors",
     "Stopped": "opcd.api.distill",
     "SharedPrefixTeacher": "opcd.teacher",
     "StudentLoss": "opcd.student_loss",
+    "check": "opcd.api.distill",
     "distill": "opcd.api.distill",
     "evaluate": "opcd.api.distill",
 }
 __all__ = [
+    "Checked",
     "Distilled",
     "Evaluated",
     "InputError",
@@ -26,14 +29,16 @@ __all__ = [
     "Stopped",
     "StudentLoss",
     "__version__",
+    "check",
     "distill",
     "evaluate",
 ]
 
 if TYPE_CHECKING:
-    from opcd.api.distill import Stopped, distill, evaluate
+    from opcd.api.distill import Stopped, check, distill, evaluate
     from opcd.api.results import Distilled, Evaluated
     from opcd.errors import InputError
+    from opcd.preflight.check import Checked
     from opcd.student_loss import StudentLoss
     from opcd.teacher import SharedPrefixTeacher
 

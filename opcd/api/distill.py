@@ -1,4 +1,4 @@
-"""The Python interface: distil a context into a model, or score one."""
+"""The Python interface: look at a context, distil it into a model, or score one."""
 
 import contextlib
 import logging
@@ -20,8 +20,11 @@ from opcd.config.fields import FIELDS, MEASURING
 from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.models.by_name import load_model
+from opcd.preflight.check import Checked
+from opcd.preflight.check import check as run_check
 from opcd.runtime.files import free_name, make_folder
 from opcd.runtime.progress import Progress
+from opcd.tasks.prepare import prepare
 from opcd.terminal import Silent, Terminal
 from opcd.training.checkpoint import list_checkpoints
 from opcd.training.evaluate import evaluate_run
@@ -119,6 +122,33 @@ def distill(
         assert isinstance(model, PreTrainedModel)
         model.load_state_dict(load_model(str(folder / "final"), "auto").state_dict())
         return Distilled(folder, kept, model)
+
+
+def check(
+    model: str | Path | PreTrainedModel,
+    context: Context,
+    prompts: Rows,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    validation_data: Rows | None = None,
+    expected_requests: float | None = None,
+    preset: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Checked:
+    """Look at a context before any training: `verdict.word` is "go", or says what speaks against.
+
+    Arguments are those of `distill`; `expected_requests` is how many come between two changes of
+    the context. Measured on a sample of the validation data, or of the prompts where there are
+    none. Raises InputError for whatever does not fit.
+    """
+    with _folder(None) as (folder, _), _as_found():
+        parts = {"prompts": prompts, "validation_data": validation_data}
+        inputs = Inputs(folder / "inputs")
+        given = _given(inputs, folder, model, tokenizer, context, parts, settings)
+        setup = prepare(gather(given, preset=preset, caller="Python"))
+        with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
+            return run_check(setup, shown, expected_requests)
 
 
 def evaluate(

@@ -68,8 +68,8 @@ def test_the_public_names() -> None:
     """A change here is a change for users: see docs/python.md."""
     assert opcd.__all__ == sorted(
         [
-            *("Distilled", "Evaluated", "InputError", "SharedPrefixTeacher", "Stopped"),
-            *("StudentLoss", "__version__", "distill", "evaluate"),
+            *("Checked", "Distilled", "Evaluated", "InputError", "SharedPrefixTeacher"),
+            *("Stopped", "StudentLoss", "__version__", "check", "distill", "evaluate"),
         ]
     )
     assert list(inspect.signature(opcd.distill).parameters) == [
@@ -94,6 +94,19 @@ def test_the_public_names() -> None:
         assert getattr(opcd, name).__doc__
     assert set(dir(opcd.Distilled)) >= {"model", "tokenizer", "scorecard", "metrics", "answers"}
     assert set(dir(opcd.Distilled)) >= {"report", "save"}
+
+
+def test_a_look_before_any_training(capsys: pytest.CaptureFixture) -> None:
+    model = tiny_llama()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = found()
+    looked = opcd.check(model, CONTEXT, PROMPTS, tokenizer=tiny_tokenizer(), **SHORT)
+    assert before == found()
+    assert looked.verdict.word in capsys.readouterr().out
+    assert looked.found.requests == len(PROMPTS)
+    assert looked.found.prompted is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def losses(run: opcd.Distilled) -> list[float]:
