@@ -6,6 +6,7 @@ guided        completions that the prompted teacher wrote, or that came from a f
 build         student, teacher and sampler from a configuration
 run           from a configuration to its scorecard: steps, validation
 resume        which runs may be begun or continued in a folder
+duration      how long a run will take, from one step
 announce      what a run tells people: its plan, a line a step
 checkpoint    complete or absent, never half written
 export        the chosen checkpoint as a model of its own
