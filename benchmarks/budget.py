@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.rows import RESULTS, Row, origin, write
 from opcd.config import TrainConfig
 from opcd.config.settings import gather
-from opcd.preflight.budget import budget
+from opcd.preflight.budget import Needs, budget
 from opcd.runtime.files import folder_bytes
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import prepare
@@ -52,13 +52,14 @@ class Timed(Progress):
 
 
 def predicted(config: TrainConfig) -> dict[str, Any]:
-    made = budget(prepare(config, for_training=True))
+    needs = budget(prepare(config, for_training=True)).needs
+    assert isinstance(needs, Needs), needs
     return {
-        "parts": made.memory.parts,
-        "phases": made.memory.phases,
-        "memory": made.memory.peak,
-        "disk": made.disk.peak,
-        "disk_end": made.disk.end,
+        "parts": needs.memory.parts,
+        "phases": needs.memory.phases,
+        "memory": needs.memory.peak,
+        "disk": needs.disk.peak,
+        "disk_end": needs.disk.end,
     }
 
 

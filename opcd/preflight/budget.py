@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from opcd.errors import InputError
 from opcd.preflight.disk import Disk, disk
 from opcd.preflight.memory import Memory, Models
-from opcd.runtime.files import free_bytes
+from opcd.runtime.files import free_bytes, shown_size
 from opcd.runtime.memory import Room, memory_room
 from opcd.tasks.prepare import Setup
 
@@ -15,7 +15,7 @@ from opcd.tasks.prepare import Setup
 LOWERED = {"max_tokens_per_pass": 1024, "rollout_batch_size": 8}
 CHANGES = {**LOWERED, "gradient_checkpointing": True, "lora_rank": 16}
 NAMES = {
-    "process": "the process itself",
+    "process": "beside them the process",
     "weights": "weights",
     "casts": "their casts",
     "teacher": "teacher",
@@ -36,20 +36,20 @@ class Remedy(NamedTuple):
     needed: int  # bytes, beside what the process has already
 
 
-class Budget(NamedTuple):
-    """What a run needs, in bytes, and what there is of it."""
+class Needs(NamedTuple):
+    """What a run needs, in bytes."""
 
     memory: Memory
-    room: Room  # of the device's memory, beside this process
     disk: Disk
-    free: int  # on the disk of output_dir
-    remedies: list[Remedy]  # where the memory does not suffice, the least change first
 
-    @property
-    def fits(self) -> bool:
-        """Whether the memory that is free now suffices, as far as it is known."""
-        room = self.room.available
-        return room is None or self.memory.needed <= room
+
+class Budget(NamedTuple):
+    """What a run needs, and what there is of it, in bytes."""
+
+    needs: Needs | str  # or why nobody knows: a model whose code does not run without numbers
+    room: Room  # of the device's memory, beside this process
+    free: int  # on the disk of output_dir
+    remedies: list[Remedy]  # where the memory does not suffice: the last one does, or none
 
 
 def budget(setup: Setup) -> Budget:
@@ -58,73 +58,83 @@ def budget(setup: Setup) -> Budget:
     Nothing is read but configurations, and no memory is taken; some seconds, as most of the run's
     operations are gone through once. Completions count with `max_completion_tokens`.
     """
-    models = Models(setup)
-    found, room = models.memory(), memory_room(setup.device)
-    folder = Path(setup.config.output_dir)
-    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    labelled = len(setup.task.validation), len(setup.task.test)
-    taken = disk(models.sizes(), setup.config, *labelled)
-    made = Budget(found, room, taken, free_bytes(there), [])
-    return made if made.fits else made._replace(remedies=_remedies(setup, made))
+    folder = Path(setup.config.output_dir).absolute()
+    there = next(f for f in (folder, *folder.parents) if f.exists())
+    room, free = memory_room(setup.device), free_bytes(there)
+    try:
+        needs = _needs(setup)
+        tried = [] if _fits(needs.memory.needed, room) else _remedies(setup, room)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's code says to tensors without numbers
+        reason = " ".join(str(error).split())[:200]
+        return Budget(f"{type(error).__name__}: {reason}", room, free, [])
+    return Budget(needs, room, free, tried)
 
 
-def _remedies(setup: Setup, made: Budget) -> list[Remedy]:
+def _needs(setup: Setup) -> Needs:
+    models, task = Models(setup), setup.task
+    written = disk(models.sizes(), setup.config, len(task.validation), len(task.test))
+    return Needs(models.memory(), written)
+
+
+def _fits(needed: int, room: Room) -> bool:
+    return room.available is None or needed <= room.available
+
+
+def _remedies(setup: Setup, room: Room) -> list[Remedy]:
     """Changes one after the other, each behind those before it, until the memory suffices."""
     tried: list[Remedy] = []
     settings: dict[str, Any] = {}
     for name, value in CHANGES.items():
         current = getattr(setup.config, name)
-        if current == value or (name in LOWERED and current < value):
+        if current <= value if name in LOWERED else current:
             continue
         settings = {**settings, name: value}
         changed = setup._replace(config=replace(setup.config, **settings))
         tried.append(Remedy(settings, Models(changed).memory().needed))
-        if made.room.available is None or tried[-1].needed <= made.room.available:
+        if _fits(tried[-1].needed, room):
             break
     return tried
 
 
 def check_memory(made: Budget) -> None:
-    """Raise InputError if a run needs more than the whole machine has."""
-    total = made.room.total
-    if total is None or made.memory.peak <= total:
+    """Raise InputError if the device cannot hold what the run has between its steps."""
+    total, needs = made.room.total, made.needs
+    if total is None or isinstance(needs, str) or needs.memory.phases["optimizer"] <= total:
         return
-    last = made.remedies[-1] if made.remedies else None
     advice = "choose a smaller model, or a machine with more memory"
-    if last is not None and last.needed <= total:
-        pairs = ", ".join(f"{name} {value}" for name, value in last.settings.items())
-        advice = f"{size(last.needed)} would do with {pairs}"
+    if made.remedies and made.remedies[-1].needed <= total:
+        advice = f"set {_would_do(made.remedies[-1])}"
     raise InputError(
-        f"the run must fit the memory of the device, {size(total)}, but needs "
-        f"{size(made.memory.peak)}; {advice}"
+        f"the run must fit the {shown_size(total)} of memory that there are, but needs "
+        f"{shown_size(needs.memory.peak)}; {advice}"
     )
 
 
 def budget_lines(made: Budget) -> list[str]:
     """What a run needs, for people."""
-    memory, room = made.memory, made.room.available
+    if isinstance(made.needs, str):
+        return [f"memory    not known before the first step ({made.needs})"]
+    memory, disk_ = made.needs
     named = [
         f"{NAMES[part]} {nbytes / 1e9:.1f}"
         for part, nbytes in memory.parts.items()
         if nbytes >= WORTH_NAMING * memory.peak
     ]
-    height = max(memory.phases, key=lambda phase: memory.phases[phase])
-    free = "" if room is None else f", {size(room)} free"
+    room = made.room.available
+    free = "" if room is None else f" of {shown_size(room)}"
     lines = [
-        f"memory    {size(memory.needed)} at most{free} (in the {height}; {', '.join(named)})",
-        f"disk      {size(made.disk.peak)} at most, {size(made.free)} free; "
-        f"{size(made.disk.end)} at the end",
+        f"memory    {shown_size(memory.needed)} at most{free} ({', '.join(named)})",
+        f"disk      {shown_size(disk_.peak)} at most of {shown_size(made.free)}, "
+        f"{shown_size(disk_.end)} at the end",
     ]
-    if not made.fits:
-        lines += [
-            f"note      the memory that is free does not suffice; with "
-            f"{', '.join(f'{name} {value}' for name, value in remedy.settings.items())} "
-            f"{size(remedy.needed)}"
-            for remedy in made.remedies[-1:]
-        ]
+    if not _fits(memory.needed, made.room):
+        do = _would_do(made.remedies[-1]) if made.remedies else "nothing here"
+        lines.append(f"note      that is more memory than is free; what would do: {do}")
     return lines
 
 
-def size(nbytes: int) -> str:
-    """For people."""
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+def _would_do(remedy: Remedy) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in remedy.settings.items())
+    return f"{settings} ({shown_size(remedy.needed)})"

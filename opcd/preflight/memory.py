@@ -168,7 +168,8 @@ class Models:
         prefix, copies = self.prefix if shared else None, 0
         if prefix is not None and not prefix.only_attention:
             # Copies of other states cannot be made without numbers: of all, so that it is enough.
-            prefix, copies = None, len(ids) * prefix.nbytes
+            copies = len(ids) * prefix.nbytes
+            prefix = None
         rows = [Row([*prompt, *[0] * n], [(len(prompt), n)], prefix) for prompt in ids]
         with Tally() as tally, self.frozen():
             scored_hidden(self.teacher, rows, self.plan.packed)

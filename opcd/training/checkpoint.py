@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.preflight.disk import Sizes, disk
-from opcd.runtime.files import folder_bytes, free_bytes, remove_folder, write_folder
+from opcd.runtime.files import (
+    folder_bytes,
+    free_bytes,
+    remove_folder,
+    shown_size,
+    write_folder,
+)
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
 
@@ -65,10 +71,10 @@ def save_checkpoint(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kept = list_checkpoints(folder)
         left = f"{kept[-1].name} is kept" if kept else "no checkpoint is there yet"
+        needed, free = _sizes(distiller, writer).whole, free_bytes(folder.parent)
         raise InputError(
-            f"{target} must be written, got {reason}; it needs about "
-            f"{_size(_sizes(distiller, writer).whole)}, and {_size(free_bytes(folder.parent))} are "
-            f"free; make room and resume the run ({left})"
+            f"{target} must be written, got {reason}; it needs about {shown_size(needed)}, and "
+            f"{shown_size(free)} are free; make room and resume the run ({left})"
         ) from error
     return target
 
@@ -125,8 +131,8 @@ def check_room(
     room = free_bytes(folder) + folder_bytes(folder / "checkpoints")
     if needed > room:
         raise InputError(
-            f"output_dir must have room for the run's checkpoints, about {_size(needed)}, got "
-            f"{_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
+            f"output_dir must have room for the run's checkpoints, about {shown_size(needed)}, got "
+            f"{shown_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
             f"keep_checkpoints, or train an adapter with lora_rank"
         )
 
@@ -138,10 +144,6 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _sizes(distiller: Distiller, writer: ModelWriter) -> Sizes:
     return Sizes.of(writer.base, distiller.parameters, isinstance(distiller.student, PeftModel))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _save_student(student: Any, writer: ModelWriter, folder: Path) -> None:
