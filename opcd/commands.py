@@ -80,9 +80,12 @@ def _check(arguments: argparse.Namespace, config: TrainConfig) -> int:
     from opcd.runtime.files import write_json
     from opcd.tasks.prepare import prepare
     from opcd.terminal import Terminal
+    from opcd.training.duration import expected_seconds
 
+    setup = prepare(config)
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
-        found = check(prepare(config), terminal, arguments.expected_requests)
+        expected = arguments.expected_requests
+        found = check(setup, lambda: expected_seconds(setup), terminal, expected)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CHECK_FILE, found.as_dict())

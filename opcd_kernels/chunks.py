@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from opcd_kernels.options import Options
-from opcd_kernels.products import Products, products_for
+from opcd_kernels.products import Products, products_for, tile_bytes
 from opcd_kernels.rows import Found, Rows, empty_found
+from opcd_kernels.rows_torch import work_bytes
 from opcd_kernels.tokens import counting_tokens
 
 _CPU_BUFFER_BYTES = 128 * 2**20
@@ -239,6 +240,25 @@ def default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
         budget = _CPU_BUFFER_BYTES
     tokens = int(budget / (2 * 4 * vocab_size))
     return tokens // 128 * 128 if tokens >= 128 else max(1, tokens)
+
+
+def scratch_bytes(
+    tokens: int, student_weight: Tensor, teacher_weight: Tensor, compute_dtype: torch.dtype
+) -> int:
+    """Memory of a call in default chunks beside its inputs and its result, at most.
+
+    Of the backends "torch" and "triton"; of the heads only sizes and dtypes count.
+    """
+    heads = student_weight, teacher_weight
+    v, width, device = min(map(len, heads)), student_weight.shape[1], student_weight.device
+    wide = torch.promote_types(compute_dtype, torch.float32).itemsize
+    chunk = min(tokens, _equal_chunks(tokens, default_chunk_tokens(device, v)))
+    logits = 2 * chunk * v * wide
+    if device.type == "cuda":
+        copied = [w for w in heads if w.dtype != compute_dtype]
+        return logits + sum(v * w.shape[1] * compute_dtype.itemsize for w in copied)
+    product = 2 * chunk * width * wide + tile_bytes(student_weight, wide)
+    return logits + max(work_bytes(chunk, v, wide), product)
 
 
 def _equal_chunks(n: int, limit: int) -> int:

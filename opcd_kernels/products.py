@@ -50,6 +50,14 @@ def products_for(device: torch.device, dtype: torch.dtype) -> Products:
     return GpuProducts(dtype) if device.type == "cuda" else WideProducts(dtype)
 
 
+def tile_bytes(weight: Tensor, itemsize: int) -> int:
+    """Memory of the part of a head that `WideProducts` widens at a time."""
+    if weight.dtype.itemsize == itemsize:
+        return 0
+    row = weight.shape[1] * itemsize
+    return min(max(1, _TILE_BYTES // row), len(weight)) * row
+
+
 class GpuProducts:
     """CUDA and ROCm: the operands are rounded to `dtype`, the library sums and writes fp32."""
 

@@ -28,6 +28,11 @@ def row_width(v: int) -> int:
     return v
 
 
+def work_bytes(tokens: int, v: int, itemsize: int) -> int:
+    """Memory of `divergence_rows_` on a CPU beside the logits."""
+    return _BUFFERS * min(max(1, _CPU_BLOCK // v), tokens) * v * itemsize
+
+
 def divergence_rows_(
     student_logits: Tensor,  # (C, V) fp32 or fp64, without bias; its memory takes the gradient
     teacher_logits: Tensor,  # (C, V); its memory is used up

@@ -27,6 +27,7 @@ from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import prepare
 from opcd.terminal import Silent, Terminal
 from opcd.training.checkpoint import list_checkpoints
+from opcd.training.duration import expected_seconds
 from opcd.training.evaluate import evaluate_run
 from opcd.training.run import train
 
@@ -148,7 +149,7 @@ def check(
         given = _given(inputs, folder, model, tokenizer, context, parts, settings)
         setup = prepare(gather(given, preset=preset, caller="Python"))
         with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
-            return run_check(setup, shown, expected_requests)
+            return run_check(setup, lambda: expected_seconds(setup), shown, expected_requests)
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 lm            body, modes and limits of any causal LM of transformers
 head          its output head, measured
-adapter       what a LoRA adapter covers, in words
+adapter       LoRA: put on a model, and what it covers, in words
 cast_weights  fp32 weights in the dtype of the passes, cast once a step
 by_name       models and tokenizers by name or folder
 files         a model's own files, and where each tensor lies in them

@@ -1,11 +1,19 @@
-"""What a LoRA adapter covers of a model, in words."""
+"""LoRA adapters: put on a model, and what one covers, in words."""
 
 from collections import Counter
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
 WORTH_NAMING = 0.01  # of a model's weights
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+    """The model with an adapter on all linear layers but the head, drawn from torch's generator."""
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: PeftModel = get_peft_model(model, lora)
+    return adapted
 
 
 def lora_coverage(model: PeftModel) -> str:

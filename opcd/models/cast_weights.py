@@ -39,6 +39,11 @@ class CastWeights:
                         self._of_head.add(full)
         self._outdated = True
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the casts."""
+        return sum(cast.nbytes for cast in self._casts.values())
+
     def outdated(self) -> None:
         """The weights have changed."""
         self._outdated = True

@@ -69,6 +69,14 @@ def head_of(model: torch.nn.Module) -> Head:
     return Head(output.weight, bias, softcap, before * behind)
 
 
+def take_plain_head(model: torch.nn.Module) -> None:
+    """Let `head_of` take a model's logits as a product with its head, untried.
+
+    For models without numbers, of which only sizes count.
+    """
+    _KNOWN[causal_lm(model)] = _Transform(1.0, 1.0, None)
+
+
 def _output(lm: Any) -> Any:
     name, output = type(lm).__name__, lm.get_output_embeddings()
     if output is None:

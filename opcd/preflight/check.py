@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from opcd.evaluation.scorecard import accuracy
 from opcd.passes.agreement import Agreement
 from opcd.passes.hidden import Row
 from opcd.passes.prefix import shared_prefix_length
+from opcd.preflight.budget import Budget, budget, budget_lines
 from opcd.preflight.rendering import Rendering, rendering, rendering_lines
 from opcd.preflight.verdict import Found, Verdict, verdict
 from opcd.runtime.progress import Progress
@@ -52,12 +53,12 @@ class Checked(NamedTuple):
 
 
 def check(
-    setup: Setup, progress: Progress | None = None, expected_requests: float | None = None
+    setup: Setup,
+    run_seconds: Callable[[], float],  # how long a run would take here; called where it fits
+    progress: Progress | None = None,
+    expected_requests: float | None = None,  # that come between two changes of the prompt, if known
 ) -> Checked:
-    """Measure on a sample of the requests; says each part as it is known.
-
-    expected_requests: how many come between two changes of the prompt, where that is known.
-    """
+    """Measure on a sample of the requests; says each part as it is known."""
     progress = progress or Progress()
     lines: list[str] = []
 
@@ -70,6 +71,8 @@ def check(
     cases = spread(task.validation or task.training or task.test, SAMPLE)
     seen = rendering(setup, cases)
     say(*rendering_lines(seen))
+    needs = budget(setup)
+    say(*budget_lines(needs))
     models = Models(setup)
     try:
         teacher_model = models.get(config.teacher or config.model)
@@ -85,10 +88,18 @@ def check(
     finally:
         models.close()
     found = _found(setup, cases, alone, said, gap)._replace(
-        wrong_inputs="; ".join(wrong[:3]), expected_requests=expected_requests
+        wrong_inputs="; ".join(wrong[:3]), expected_requests=expected_requests, **_memory(needs)
     )
     likelihood, lost_at = _along(gap, shown.episodes, setup)
-    say(*_lines(found, likelihood, lost_at, seconds_saved))
+    say(*_lines(found, likelihood, lost_at))
+    if setup.task.train and found.needed_bytes <= found.room_bytes:
+        seconds = run_seconds()
+        found = found._replace(pays_after=seconds / max(seconds_saved, 1e-9))
+        say(
+            f"time      about {seconds / 60:.1f} min for a run on this machine; reading the prompt "
+            f"takes {1000 * seconds_saved:.0f} ms a request here without a prefix cache, so that a "
+            f"run pays after {found.pays_after:,.0f} requests"
+        )
     decided = verdict(found)
     say(f"verdict   {decided}")
     return Checked(found, decided, seen, likelihood, lost_at, lines)
@@ -194,9 +205,20 @@ def _along(gap: Gap, episodes: Sequence[Episode], setup: Setup) -> tuple[list[fl
     return likelihood, setup.tokenizer.decode([token])
 
 
-def _lines(
-    found: Found, likelihood: Sequence[float], lost_at: str, seconds_saved: float
-) -> list[str]:
+def _memory(made: Budget) -> dict[str, Any]:
+    """What a verdict must know of memory; nothing where the model's needs are not known."""
+    if isinstance(made.needs, str) or made.room.available is None:
+        return {}
+    fits = [r for r in made.remedies if r.needed <= made.room.available]
+    settings = fits[-1].settings if fits else {}
+    return {
+        "needed_bytes": made.needs.memory.needed,
+        "room_bytes": made.room.available,
+        "fits_with": ", ".join(f"{name} to {value}" for name, value in settings.items()),
+    }
+
+
+def _lines(found: Found, likelihood: Sequence[float], lost_at: str) -> list[str]:
     low, high = found.changed_interval
     lines = [
         f"prompt    changes {found.changed:.0%} of {found.requests} greedy answers ({low:.0%} – "
@@ -215,7 +237,6 @@ def _lines(
             f"{found.base_interval[1]:.0%}), with it {found.prompted:.1%} "
             f"({found.prompted_interval[0]:.0%} – {found.prompted_interval[1]:.0%}){constant}"
         )
-    lines.append(f"reading   the prompt takes {seconds_saved:.3f} s a request here, uncached")
     return lines
 
 

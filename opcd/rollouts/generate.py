@@ -19,6 +19,11 @@ from opcd.runtime.batches import batches_by_length
 TOKENS_A_ROW = 512
 
 
+def batch_rows(batch_size: int, total_tokens: int) -> int:
+    """Sequences of at most so many tokens, completion included, that are sampled at once."""
+    return max(batch_size, batch_size * TOKENS_A_ROW // max(total_tokens, 1))
+
+
 class TransformersEngine:
     """`transformers.generate` on the trained module itself: its weights are never stale.
 
@@ -52,7 +57,7 @@ class TransformersEngine:
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
-        size = max(self._batch_size, self._batch_size * TOKENS_A_ROW // max(total, 1))
+        size = batch_rows(self._batch_size, total)
         for batch in self._batches(lengths, pads, size):
             output = self._generate_batch(
                 [prompts[i] for i in batch], params, numbers[batch], prefix

@@ -57,6 +57,11 @@ def shown(path: str) -> str:
     return path
 
 
+def shown_size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def folder_bytes(folder: Path) -> int:
     """What the files in a folder take."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -1,6 +1,8 @@
-"""How much memory a run has taken."""
+"""How much memory a run has taken, and how much there is."""
 
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,3 +17,63 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not say (not Linux)."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0
+    import resource
+
+    return int(status.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+class Room(NamedTuple):
+    """Bytes of a machine's memory; None where nobody says."""
+
+    total: int | None
+    available: int | None
+
+
+def memory_room(device: torch.device) -> Room:
+    """Memory of a GPU; else of the machine, or of the control group that this process is in."""
+    if device.type == "cuda":
+        available, total = torch.cuda.mem_get_info(device)
+        return Room(total, available)
+    found = [_meminfo(), *(_group(*files) for files in _GROUPS)]
+    totals = [room.total for room in found if room.total is not None]
+    rooms = [room.available for room in found if room.available is not None]
+    return Room(min(totals, default=None), min(rooms, default=None))
+
+
+# Limit and use of a control group, versions 2 and 1, as a container sees its own.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def _meminfo() -> Room:
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return Room(None, None)
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
+    return Room(*(1024 * kib[k] if k in kib else None for k in ("MemTotal", "MemAvailable")))
+
+
+def _group(limit: str, used: str, stat: str) -> Room:
+    """Of a group without a limit nothing; cached files leave when there is need."""
+    try:
+        total = int(Path(limit).read_text(encoding="ascii"))
+        taken = int(Path(used).read_text(encoding="ascii"))
+        lines = Path(stat).read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):  # no such group, or "max"
+        return Room(None, None)
+    cached = {k: int(v) for k, v in (line.split() for line in lines)}.get("inactive_file", 0)
+    return Room(total, total - taken + cached)

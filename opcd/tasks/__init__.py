@@ -9,6 +9,7 @@ formats         one row of data, in any form that people have
 messages        chat messages as people write them, to roles and texts
 records         files to JSON objects, each with its place
 special_tokens  special tokens that data spell
+order           which prompts a step takes
 completions     completions of training prompts from a file
 chat            messages to token ids, with and without the context
 turn            a completion given as text, as the template writes an answered turn

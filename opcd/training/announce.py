@@ -5,6 +5,8 @@ from typing import Any
 from peft import PeftModel
 
 from opcd.models.adapter import lora_coverage
+from opcd.preflight.budget import budget, budget_lines, check_memory
+from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
 
@@ -43,6 +45,17 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
             f"learning rate ends at {config.steps / config.warmup_steps:.0%} of learning_rate"
         )
     return "\n".join(lines)
+
+
+def announce_budget(setup: Setup, progress: Progress) -> None:
+    """Say what a run needs, before weights are read.
+
+    Raises InputError if that is more than the machine has.
+    """
+    made = budget(setup)
+    check_memory(made)
+    for line in budget_lines(made):
+        progress.say(line)
 
 
 def notes(setup: Setup) -> list[str]:

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
+from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
 from opcd.passes.plan import find_plan
@@ -25,16 +26,10 @@ def build_distiller(setup: Setup) -> Distiller:
     config = setup.config
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     if config.lora_rank:
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
         model = setup.load(config.model)
         with torch.random.fork_rng([setup.device] if setup.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            student = get_peft_model(model, lora)
+            student = add_lora(model, config.lora_rank, config.lora_alpha)
     else:
         student = setup.load(config.model, torch.float32).requires_grad_(True)
     switch_off_dropout(student)

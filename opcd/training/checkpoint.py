@@ -8,7 +8,7 @@ follow, and nothing if not: what was chosen is in final/.
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.runtime.files import folder_bytes, free_bytes, remove_folder, write_folder
+from opcd.preflight.disk import Sizes, disk
+from opcd.runtime.files import (
+    folder_bytes,
+    free_bytes,
+    remove_folder,
+    shown_size,
+    write_folder,
+)
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
 
@@ -64,10 +71,10 @@ def save_checkpoint(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kept = list_checkpoints(folder)
         left = f"{kept[-1].name} is kept" if kept else "no checkpoint is there yet"
+        needed, free = _sizes(distiller, writer).whole, free_bytes(folder.parent)
         raise InputError(
-            f"{target} must be written, got {reason}; it needs about "
-            f"{_size(_Sizes.of(distiller).whole)}, and {_size(free_bytes(folder.parent))} are "
-            f"free; make room and resume the run ({left})"
+            f"{target} must be written, got {reason}; it needs about {shown_size(needed)}, and "
+            f"{shown_size(free)} are free; make room and resume the run ({left})"
         ) from error
     return target
 
@@ -116,18 +123,16 @@ def finish(folder: Path, config: TrainConfig, steps_done: int) -> None:
         remove_folder(checkpoint)
 
 
-def check_room(folder: Path, distiller: Distiller, final_bytes: int) -> None:
-    """Raise InputError if a run's checkpoints and its model will not fit on the disk of `folder`.
-
-    At its peak a run holds two whole checkpoints, the weights of the others, and final/.
-    """
-    sizes = _Sizes.of(distiller)
-    needed = 2 * sizes.whole + distiller.config.keep_checkpoints * sizes.weights + final_bytes
+def check_room(
+    folder: Path, distiller: Distiller, writer: ModelWriter, validation: int, test: int
+) -> None:
+    """Raise InputError if checkpoints and model of a run will not fit on the disk of `folder`."""
+    needed = disk(_sizes(distiller, writer), distiller.config, validation, test).peak
     room = free_bytes(folder) + folder_bytes(folder / "checkpoints")
     if needed > room:
         raise InputError(
-            f"output_dir must have room for the run's checkpoints, about {_size(needed)}, got "
-            f"{_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
+            f"output_dir must have room for the run's checkpoints, about {shown_size(needed)}, got "
+            f"{shown_size(room)} free in {str(folder)!r}; choose another output_dir, lower "
             f"keep_checkpoints, or train an adapter with lora_rank"
         )
 
@@ -137,22 +142,8 @@ def _clear_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-class _Sizes(NamedTuple):
-    """Bytes of a checkpoint's weights, and of a whole one."""
-
-    weights: int
-    whole: int
-
-    @classmethod
-    def of(cls, distiller: Distiller) -> "_Sizes":
-        trained = sum(p.numel() * p.element_size() for p in distiller.parameters)
-        everything = sum(p.numel() * p.element_size() for p in distiller.student.parameters())
-        weights = trained if isinstance(distiller.student, PeftModel) else everything
-        return cls(weights, weights + 2 * trained)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def _sizes(distiller: Distiller, writer: ModelWriter) -> Sizes:
+    return Sizes.of(writer.base, distiller.parameters, isinstance(distiller.student, PeftModel))
 
 
 def _save_student(student: Any, writer: ModelWriter, folder: Path) -> None:

@@ -104,31 +104,7 @@ class Distiller:
         """One optimizer step on the divergence; the same whatever `max_tokens_per_pass` is."""
         config = self.config
         lengths = scored_tokens(episodes)
-        weights = token_weights(lengths, config)
-        # Loss, Σ entropy, Σ of own and of guided tokens, Σ of both KL where they are computed.
-        totals = torch.zeros(6, device=self._device)
-        # Some models recompute activations in training mode only; dropout is off in either.
-        self.student.train(config.gradient_checkpointing)
-        nan = torch.tensor(math.nan, device=self._device)
-        for batch in batches_by_tokens(
-            [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
-        ):
-            arguments = (
-                [episodes[i] for i in batch],
-                targets.of(batch),
-                torch.cat([weights[i] for i in batch]),
-            )
-            out = self._loss(*arguments)
-            out.loss.backward()
-            totals += torch.stack(
-                [
-                    out.loss.detach(),
-                    out.student_entropy.sum(),
-                    *self._by_origin(arguments[0], out),
-                    *(nan if kl is None else kl.sum() for kl in (out.reverse_kl, out.forward_kl)),
-                ]
-            )
-        self.student.eval()
+        totals = self.backward(episodes, targets)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         loss, entropy, own, guided, reverse, forward, grad_norm = [*totals.tolist(), norm.item()]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -160,6 +136,39 @@ class Distiller:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
         }
+
+    def backward(self, episodes: Sequence[Episode], targets: Targets) -> Tensor:  # (6,)
+        """The gradient of a step, added to what the parameters have.
+
+        Returns the loss, Σ entropy, Σ of own and of guided tokens, Σ of both KL, NaN where they are
+        not computed.
+        """
+        config = self.config
+        weights = token_weights(scored_tokens(episodes), config)
+        totals = torch.zeros(6, device=self._device)
+        # Some models recompute activations in training mode only; dropout is off in either.
+        self.student.train(config.gradient_checkpointing)
+        nan = torch.tensor(math.nan, device=self._device)
+        for batch in batches_by_tokens(
+            [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
+        ):
+            arguments = (
+                [episodes[i] for i in batch],
+                targets.of(batch),
+                torch.cat([weights[i] for i in batch]),
+            )
+            out = self._loss(*arguments)
+            out.loss.backward()
+            totals += torch.stack(
+                [
+                    out.loss.detach(),
+                    out.student_entropy.sum(),
+                    *self._by_origin(arguments[0], out),
+                    *(nan if kl is None else kl.sum() for kl in (out.reverse_kl, out.forward_kl)),
+                ]
+            )
+        self.student.eval()
+        return totals
 
     def _by_origin(self, episodes: Sequence[Episode], out: Losses) -> tuple[Tensor, Tensor]:
         """What is minimised, summed over own tokens and over the others, in nats."""

@@ -16,7 +16,7 @@ from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.alarms import Alarms
-from opcd.training.announce import run_plan, step_note, validation_note
+from opcd.training.announce import announce_budget, run_plan, step_note, validation_note
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
     check_room,
@@ -51,6 +51,8 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     folder = check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
     finished = before.get("steps_done") == config.steps
+    if not finished:
+        announce_budget(setup, progress)
     if finished:
         check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
@@ -103,7 +105,7 @@ def _fit(
             f"restore it, or start another output_dir"
         )
     write_config(config, folder / "config.yaml")
-    check_room(folder, distiller, writer.base.nbytes)
+    check_room(folder, distiller, writer, len(task.validation), len(task.test))
     writer.rehearse(checkpoints)
     progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"

@@ -5,11 +5,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
-import torch
-
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
+from opcd.tasks.order import step_prompts
 from opcd.training.guided import GuidedCompletions
 
 BATCHES_AHEAD = 4  # of rollout_batch_size, that guided completions are made for at once
@@ -99,17 +98,3 @@ def scored_as(episode: Episode, origin: str, config: TrainConfig) -> Episode:
     if config.guided_objective == "cross_entropy":
         return replace(episode, origin=origin, divergence_weight=0.0, likelihood_weight=1.0)
     return replace(episode, origin=origin, forward_share=1.0)
-
-
-def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:
-    """The prompts of step number `step` (from 0): epochs of seeded shuffles, one after another."""
-    chosen = []
-    order: list[int] = []
-    first = step * config.prompts_per_step
-    for position in range(first, first + config.prompts_per_step):
-        epoch, offset = divmod(position, len(prompts))
-        if not order or offset == 0:
-            generator = torch.Generator().manual_seed(config.seed + 7919 * epoch)
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen.append(prompts[order[offset]])
-    return chosen

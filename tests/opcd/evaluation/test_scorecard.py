@@ -84,7 +84,7 @@ def evaluation(settings: dict, tmp_path: Path) -> Evaluation:
 
 
 def test_scorecard(evaluation: Evaluation, settings: dict) -> None:
-    card, answers = evaluation
+    card, answers, _ = evaluation
     assert json.loads(json.dumps(card)) == card
     assert [card[name] for name in ("context", "model", "teacher")] == [
         settings["context"],
@@ -468,7 +468,7 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
 
 
 def test_what_people_read(evaluation: Evaluation) -> None:
-    card, answers = evaluation
+    card, answers, _ = evaluation
     table = scorecard_table(card)
     assert "25.0%" in table
     assert "4.6% – 69.9%" in table

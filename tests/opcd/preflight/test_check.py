@@ -27,7 +27,9 @@ def test_the_command(settings: dict, capsys: pytest.CaptureFixture) -> None:
     assert found["wrong_inputs"] == ""
     assert found["requests"] == 3
     assert main(["check", "--config", str(config), "--json"]) == status
-    assert json.loads(capsys.readouterr().out) == found
+    again = json.loads(capsys.readouterr().out)
+    moving = {"room_bytes": 0, "pays_after": 0.0}  # what a machine has, and how fast it is
+    assert again | moving == found | moving
 
 
 def test_a_model_that_hears_nothing_needs_no_prompt(settings: dict, tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_a_model_that_hears_nothing_needs_no_prompt(settings: dict, tmp_path: Pa
     deaf.save_pretrained(tmp_path / "deaf")
     tiny_tokenizer().save_pretrained(tmp_path / "deaf")
     settings |= {"model": str(tmp_path / "deaf"), "validation_data": None}
-    found = check(prepare(TrainConfig(**settings)))
+    found = check(prepare(TrainConfig(**settings)), lambda: 60.0)
     assert found.found.changed == 0
     assert abs(found.found.gap) < 1e-5
     # Of 12 requests without answers: cut at the limit, as a random model's are.
@@ -53,7 +55,7 @@ def test_prompts_that_are_not_the_tokenizers_own_are_named(settings: dict) -> No
     found = rendering(setup, setup.task.test)
     assert found.differing == [f"{case.source}: the teacher's prompt"]
     assert "not what the tokenizer's own apply_chat_template writes" in rendering_lines(found)[-1]
-    checked = check(setup._replace(task=setup.task))
+    checked = check(setup, lambda: 60.0)
     assert checked.verdict.word != "wrong inputs", "the sample is the validation data"
 
 

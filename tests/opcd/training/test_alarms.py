@@ -383,8 +383,10 @@ def test_python_is_told_which_alarm(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model never ends by itself; here its teacher would."""
+    measured = iter([BASE, *[WELL] * 9])
     monkeypatch.setattr(
-        "opcd.training.validation.Validation.measure", lambda _: WELL | {"divergence": 0.1}
+        "opcd.training.validation.Validation.measure",
+        lambda _: next(measured) | {"divergence": 0.1},
     )
     names = ("context", "prompts", "validation_data", "model")
     given = {name: Path(settings.pop(name)) for name in names} | settings

@@ -1,0 +1,91 @@
+"""What sampling takes: keys and values of a batch at their full length, and the largest step."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from opcd.config import TrainConfig
+from opcd.models.lm import causal_lm
+from opcd.passes.prefix import SharedPrefix, common_prefix
+from opcd.preflight.weightless import Tally
+from opcd.rollouts.generate import batch_rows
+from opcd.rollouts.noise import drawn
+
+
+class Sampling(NamedTuple):
+    """Bytes beyond the model's."""
+
+    cache: int  # keys and values of all rows, and other states
+    peak: int
+
+
+def sampling(
+    model: torch.nn.Module,  # without numbers
+    prompts: Sequence[Sequence[int]],  # of one call of an engine
+    config: TrainConfig,
+    share_prefix: bool,
+    run: Callable[[Callable[[], Any]], Any],  # a pass, in the arithmetic of the engine
+) -> Sampling:
+    """Of the largest batch: its prompts' pass, and the last step of its completions."""
+    lm = causal_lm(model)
+    total = max(map(len, prompts)) + config.max_completion_tokens
+    rows = min(len(prompts), batch_rows(config.rollout_batch_size, total))
+    batch = sorted(prompts, key=len, reverse=True)[:rows]
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
+
+    def prefill() -> Any:
+        prefix = common_prefix(model, prompts) if share_prefix else None
+        if prefix is not None and not prefix.only_attention:
+            prefix = None  # copies of other states cannot be made without numbers: in full
+        start, width = len(prefix) if prefix is not None else 0, len(batch[0])
+        mask = torch.ones(rows, width, dtype=torch.long, device=lm.device)
+        for line, prompt in zip(mask, batch, strict=True):
+            line[start : start + width - len(prompt)] = 0
+        return lm(
+            input_ids=torch.zeros(rows, width - start, dtype=torch.long, device=lm.device),
+            attention_mask=mask,
+            past_key_values=prefix.expand(rows) if prefix is not None else None,
+            use_cache=True,
+            **keep,
+        )
+
+    def draw() -> torch.Tensor:
+        scores = out.logits[:, -1].float()
+        token = drawn(scores, torch.rand(rows, device=lm.device).double(), config.temperature)
+        return scores.scatter(1, token[:, None], torch.inf)
+
+    with torch.no_grad(), Tally() as first:
+        out = run(prefill)
+    with torch.no_grad(), Tally() as last:
+        draw()
+    layers = [_layer_bytes(layer, total) for layer in _layers(out)]
+    cache = sum(layers)
+    # A step copies the keys and values of one layer after the other.
+    return Sampling(cache, max(first.peak, cache + max(layers, default=0) + last.peak))
+
+
+def prefix_bytes(prefix: SharedPrefix, tokens: int) -> int:
+    """What a prefix of so many tokens keeps, by a recorded one."""
+    return prefix.nbytes * tokens // len(prefix)
+
+
+def _layers(holder: Any) -> list[Any]:
+    """Those of a cache, or of the cache of a model's output under any of its names."""
+    for name in ("past_key_values", "cache_params"):
+        holder = getattr(holder, name, holder)
+    return list(getattr(holder, "layers", []))
+
+
+def _layer_bytes(layer: Any, tokens: int) -> int:
+    """Of a cache's layer that holds so many tokens of each row, or what its window shows."""
+    found = 0
+    for name, value in vars(layer).items():
+        for tensor in (x for x in tree_leaves(value) if isinstance(x, torch.Tensor)):
+            found += tensor.nbytes
+            if name in ("keys", "values"):
+                seen = min(tokens, (getattr(layer, "sliding_window", None) or tokens + 1) - 1)
+                found += tensor.nbytes * seen // max(1, tensor.shape[-2]) - tensor.nbytes
+    return found

@@ -1,0 +1,245 @@
+"""The memory of a run, part by part, before its weights are read.
+
+Every tensor is counted on models without numbers (`weightless.py`), in the passes that the run will
+make: of its largest step, with every completion at its limit.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from peft import PeftModel
+
+from opcd.episodes import Prompt
+from opcd.models.cast_weights import CastWeights
+from opcd.models.files import ModelFiles
+from opcd.models.head import head_of
+from opcd.models.lm import autocast
+from opcd.objective import scratch_bytes
+from opcd.passes.hidden import Row, scored_hidden
+from opcd.passes.packed import packing_backends
+from opcd.passes.plan import Plan, planned_hidden
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
+from opcd.preflight.disk import Sizes
+from opcd.preflight.generation import Sampling, prefix_bytes, sampling
+from opcd.preflight.weightless import Tally, Weightless, nbytes
+from opcd.runtime.batches import batches_by_tokens
+from opcd.runtime.memory import resident_memory
+from opcd.tasks.order import step_prompts
+from opcd.tasks.prepare import Setup
+
+T = TypeVar("T")
+
+
+class Memory(NamedTuple):
+    """Bytes on the device of a run; on a CPU those of its process."""
+
+    parts: dict[str, int]  # what takes them
+    phases: dict[str, int]  # all that is there at the height of each phase
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at a time."""
+        return max(self.phases.values())
+
+    @property
+    def needed(self) -> int:
+        """What is taken beside what the process has already."""
+        return self.peak - self.parts["process"]
+
+
+class Models:
+    """Student and teacher of a run without numbers, as `build_distiller` puts them together."""
+
+    def __init__(self, setup: Setup) -> None:
+        config, dtype = setup.config, setup.dtype
+        self.setup, self.config = setup, config
+        self.on_cpu = setup.device.type == "cpu"
+        self.make = Weightless(setup.device)
+        self.base: Any = self.make.model(config.model, dtype)
+        self.student: Any = self.make.student(
+            config.model, dtype, config.lora_rank, config.lora_alpha
+        )
+        self.frozen: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.teacher: Any = self.base
+        if config.teacher:
+            self.teacher = self.make.model(config.teacher, dtype)
+        elif isinstance(self.student, PeftModel):
+            self.teacher, self.frozen = self.student, self.student.disable_adapter
+        if config.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.casts = CastWeights(self.student, dtype) if dtype != torch.float32 else None
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        with torch.no_grad(), Tally(), self.frozen():
+            self.plan, self.prefix = _plan(self.teacher, setup.task.a_prefix)
+
+    def memory(self) -> Memory:
+        """What a training run takes.
+
+        On a CPU the process itself is what is resident now, before weights are read, and gradients
+        stay between steps; on a GPU they are made anew in each. CUDA's own context is not counted.
+        """
+        task = self.setup.task
+        prefixes = self._prefixes()
+        weights, gradients = _weights(self.student), nbytes(self.trained)
+        casts = self.casts.nbytes if self.casts is not None else 0
+        teacher = 0 if self.teacher is self.student else _weights(self.teacher)
+        process = resident_memory() if self.on_cpu else 0
+        rollouts = self._rollouts()
+        update = self._update()
+        held = process + weights + casts + teacher + prefixes + 2 * gradients
+        between = held + (gradients if self.on_cpu else 0)
+        phases = {
+            "rollout": between + rollouts.peak,
+            "teacher": between + self._teacher_pass(),
+            "update": between + update.peak,
+            "optimizer": held + gradients,
+        }
+        if task.test:
+            phases["scorecard"] = process + self._scorecard()
+        parts = {
+            "process": process,
+            "weights": weights,
+            "casts": casts,
+            "teacher": teacher,
+            "gradients": gradients,
+            "adam": 2 * gradients,
+            "prefixes": prefixes,
+            "activations": update.activations,
+            "loss": update.loss,
+            "rollouts": rollouts.cache,
+        }
+        return Memory(parts, phases)
+
+    def sizes(self) -> Sizes:
+        """What the run writes."""
+        adapter, name = isinstance(self.student, PeftModel), self.config.model
+        try:
+            return Sizes.of(ModelFiles(name), self.trained, adapter)
+        except AssertionError:  # of a hub's model that is not fetched yet
+            return Sizes.of(self.base, self.trained, adapter)
+
+    # ---- what is kept of contexts ----
+
+    def _prefixes(self) -> int:
+        """Keys and values of every context; of more than the budget, what it holds and one more."""
+        if self.prefix is None or not self.plan.shares_prefix:
+            return 0
+        sizes = [prefix_bytes(self.prefix, len(ids)) for ids in self.setup.task.prefixes.values()]
+        return min(sum(sizes), self.config.prefix_cache_mib * 2**20 + max(sizes))
+
+    # ---- passes ----
+
+    def _low(self, function: Callable[[], T], head: bool) -> T:
+        """As `Distiller` makes the student's passes."""
+        with autocast(self.setup.device, self.setup.dtype):
+            if self.casts is None or (self.config.gradient_checkpointing and not head):
+                return function()
+            return self.casts.run(function, head)
+
+    def _update(self) -> "_Update":
+        """Of the pass with the most tokens of all steps, behind those before it."""
+        config, student, n = self.config, self.student, self.config.max_completion_tokens
+        ids = self._largest_pass(lambda prompt: prompt.student_ids)
+        rows = [Row([*prompt, *[0] * n], [(len(prompt), n)]) for prompt in ids]
+        for p in self.trained:
+            p.grad = self.make.like(p) if self.on_cpu else None
+        tally = Tally()
+        student.train(config.gradient_checkpointing)
+        hidden, activations = tally.kept_by(
+            lambda: self._low(lambda: planned_hidden(student, rows, self.plan), head=False)
+        )
+        forward, left = tally.peak, tally.live
+        heads = head_of(student).weight, head_of(self.teacher).weight
+        loss = scratch_bytes(len(hidden), *heads, self.setup.dtype)
+        with tally:
+            torch.autograd.backward(hidden, torch.empty_like(hidden))
+        student.eval()
+        return _Update(activations, loss, max(forward, left + hidden.nbytes + loss, tally.peak))
+
+    @torch.no_grad()
+    def _teacher_pass(self) -> int:
+        """The height of the teacher's largest pass."""
+        n, shared = self.config.max_completion_tokens, self.plan.shares_prefix
+        ids = self._largest_pass(
+            (lambda prompt: prompt.teacher_ids) if shared else self.setup.task.prompted_ids
+        )
+        prefix, copies = self.prefix if shared else None, 0
+        if prefix is not None and not prefix.only_attention:
+            # Copies of other states cannot be made without numbers: of all, so that it is enough.
+            copies = len(ids) * prefix.nbytes
+            prefix = None
+        rows = [Row([*prompt, *[0] * n], [(len(prompt), n)], prefix) for prompt in ids]
+        with Tally() as tally, self.frozen():
+            scored_hidden(self.teacher, rows, self.plan.packed)
+        return tally.peak + copies
+
+    def _largest_pass(self, ids_of: Callable[[Prompt], list[int]]) -> list[list[int]]:
+        """What the prompts of a step's pass are that holds the most tokens, of all steps."""
+        config, largest = self.config, (0, list[list[int]]())
+        for step in range(config.steps):
+            prompts = step_prompts(self.setup.task.train, step, config)
+            ids = [ids_of(p) for p in prompts for _ in range(config.completions_per_prompt)]
+            lengths = [len(x) + config.max_completion_tokens for x in ids]
+            for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
+                found = sum(lengths[i] for i in batch), [ids[i] for i in batch]
+                largest = max(largest, found, key=lambda x: x[0])
+        return largest[1]
+
+    # ---- sampling ----
+
+    def _rollouts(self) -> Sampling:
+        """Of the student's largest call: a step's prompts, or those of a validation."""
+        config, task = self.config, self.setup.task
+        step = [p.student_ids for p in step_prompts(task.train, 0, config)]
+        longest = sorted((p.student_ids for p in task.train), key=len, reverse=True)
+        calls = [
+            longest[: len(step)] * config.completions_per_prompt,
+            [case.prompt.student_ids for case in task.validation],
+        ]
+        return self._sampling(self.student, max(calls, key=lambda x: sum(map(len, x))))
+
+    def _scorecard(self) -> int:
+        """One model, and what it takes to answer test requests behind their contexts."""
+        by_context: dict[str, list[list[int]]] = {}
+        for case in self.setup.task.test:
+            ids = self.setup.task.prompted_ids(case.prompt)
+            by_context.setdefault(case.prompt.context, []).append(ids)
+        largest = max(by_context.values(), key=lambda x: sum(map(len, x)), default=None)
+        if largest is None:
+            return 0
+        return _weights(self.base) + self._sampling(self.base, largest).peak
+
+    def _sampling(self, model: Any, prompts: Sequence[list[int]]) -> Sampling:
+        return sampling(
+            model,
+            prompts,
+            self.config,
+            self.plan.shares_prefix,
+            lambda call: self._low(call, head=True) if model is self.student else call(),
+        )
+
+
+class _Update(NamedTuple):
+    """Bytes of an update's largest pass, beyond what is held."""
+
+    activations: int  # that backward waits for
+    loss: int  # scratch of the loss
+    peak: int
+
+
+def _weights(model: torch.nn.Module) -> int:
+    return nbytes([*model.parameters(), *model.buffers()])
+
+
+def _plan(model: torch.nn.Module, ids: Sequence[int]) -> tuple[Plan, SharedPrefix | None]:
+    """What `find_plan` finds, by the structure alone; and the prefix that it is tried on."""
+    try:
+        prefix = SharedPrefix(model, ids)
+    except UnsupportedModelError as error:
+        return Plan("recompute", "", str(error)), None
+    try:
+        return Plan("packed", packing_backends(model, prefix), ""), prefix
+    except Exception as error:  # whatever a model's code says, as there
+        return Plan("padded", "", str(error)), prefix

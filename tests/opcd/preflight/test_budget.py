@@ -1,0 +1,114 @@
+"""What a run needs beside what there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import opcd.preflight.budget as budgets
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.preflight.budget import Budget, Needs, budget, budget_lines, check_memory
+from opcd.runtime.files import folder_bytes, shown_size
+from opcd.runtime.memory import Room, memory_room, resident_memory
+from opcd.runtime.progress import Progress
+from opcd.tasks.prepare import prepare
+from opcd.training import checkpoint, run
+
+
+def of(settings: dict, **overrides: Any) -> Budget:
+    return budget(prepare(TrainConfig(**settings | overrides), for_training=True))
+
+
+def needs(made: Budget) -> Needs:
+    assert isinstance(made.needs, Needs), made.needs
+    return made.needs
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_disk_is_what_the_run_takes(
+    kind: str, schedule: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"schedule": schedule, "lora_rank": 16 if kind == "lora" else 0}
+    expected = needs(of(settings, keep_checkpoints=1)).disk
+    folder, most = Path(settings["output_dir"]), []
+    rotate, finish = checkpoint.rotate, checkpoint.finish
+    for name, function in (("rotate", rotate), ("finish", finish)):
+
+        def look(*arguments: Any, then: Any = function) -> None:
+            most.append(folder_bytes(folder))
+            then(*arguments)
+
+        monkeypatch.setattr(run, name, look)
+    run.train(TrainConfig(**settings, keep_checkpoints=1))
+    assert expected.peak == pytest.approx(max(most), rel=0.05)
+    assert expected.end == pytest.approx(folder_bytes(folder), rel=0.05)
+
+
+def test_what_does_not_fit_says_what_would(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings |= {"max_completion_tokens": 300}
+    first = of(settings)
+    assert len(budget_lines(first)) == 2
+    needed = needs(first).memory.needed
+    monkeypatch.setattr(budgets, "memory_room", lambda _: Room(2**40, needed - 1))
+    made = of(settings)
+    (remedy,) = made.remedies
+    assert remedy.settings == {"max_tokens_per_pass": 1024}
+    assert remedy.needed < needed
+    assert needs(of(settings | remedy.settings)).memory.needed == remedy.needed
+    assert budget_lines(made)[-1] == (
+        f"note      that is more memory than is free; what would do: max_tokens_per_pass 1024 "
+        f"({shown_size(remedy.needed)})"
+    )
+    check_memory(made)  # it may be free by then
+
+
+def test_remedies_come_one_after_the_other(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "memory_room", lambda _: Room(2**40, 1))
+    made = of(settings, max_tokens_per_pass=100, max_completion_tokens=300)
+    assert [list(r.settings)[-1] for r in made.remedies] == [
+        "rollout_batch_size",
+        "gradient_checkpointing",
+        "lora_rank",
+    ]
+    assert made.remedies[-1].settings == {
+        "rollout_batch_size": 8,
+        "gradient_checkpointing": True,
+        "lora_rank": 16,
+    }
+
+
+def test_what_no_memory_can_hold_is_an_error(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "memory_room", lambda _: Room(10**6, 10**6))
+    with pytest.raises(InputError, match=r"the run must fit the 1.0 MB of memory that there are"):
+        run.train(TrainConfig(**settings))
+    assert not (Path(settings["output_dir"]) / "config.yaml").exists()
+
+
+def test_a_model_that_needs_numbers_is_said_and_trained(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stubborn(_: Any) -> None:
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(budgets, "Models", stubborn)
+    said: list[str] = []
+
+    class Heard(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    run.train(TrainConfig(**settings | {"steps": 1}), progress=Heard())
+    assert "memory    not known before the first step (RuntimeError: data-dependent)" in said
+
+
+def test_the_room_is_the_machines() -> None:
+    found = memory_room(torch.device("cpu"))
+    assert found.total is not None
+    assert found.available is not None
+    assert 0 < found.available <= found.total
+    assert 50e6 < resident_memory() < found.total
