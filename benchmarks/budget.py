@@ -129,11 +129,11 @@ def measured(settings: dict[str, Any]) -> Row:
         "predicted_s": round(seconds, 1),
         "run_s": round(after["seconds"], 1),
         "time_error": round(seconds / after["seconds"] - 1, 3),
-        "parts_mib": {k: round(v / 2**20) for k, v in before["parts"].items()},
-        "phases_mib": {k: round(v / 2**20) for k, v in before["phases"].items()},
-        "step_s": {k: round(v, 3) for k, v in during["step"].items()},
-        "run_parts_s": {k: round(v, 1) for k, v in during["run"].items()},
         "steps_s": round(after["steps_s"], 1),
+        **{f"{k}_mib": round(v / 2**20) for k, v in before["parts"].items()},
+        **{f"in_{k}_mib": round(v / 2**20) for k, v in before["phases"].items()},
+        **{f"{k}_predicted_s": round(v, 1) for k, v in during["run"].items()},
+        **{f"step_{k}_s": round(v, 3) for k, v in during["step"].items() if k != "completions"},
     }
 
 

@@ -27,7 +27,8 @@ from opcd.tasks.task import Case, spread
 from opcd.teacher import teacher_of
 
 SAMPLE = 64  # requests that are answered without and with the context
-HARDLY_EVER = math.log(1e-3)  # log p of a token that hardly any rollout will hold
+HARD = math.log(0.01)  # log p of a token that few rollouts will hold
+MET_ANYWAY = 2  # places of an answer that a run meets and learns, however unlikely they are
 PLACES = 8  # of an answer, whose likelihood is printed
 
 
@@ -129,7 +130,8 @@ def _found(
         gap=nats["mean"],
         gap_interval=_pair(nats["interval_95"]),
         hard_tokens=fmean(
-            sum(logprob < HARDLY_EVER for logprob in answer) for answer in gap.student_logprobs
+            sum(logprob < HARD for logprob in answer[MET_ANYWAY:])
+            for answer in gap.student_logprobs
         ),
         cut=fmean(answer.finish == "length" for answer in said),
         empty=fmean(not answer.text for answer in said),
@@ -227,8 +229,8 @@ def _lines(found: Found, likelihood: Sequence[float], lost_at: str) -> list[str]
         f"{found.gap_interval[1]:.2f}) on what it makes the model say; most is missed at "
         f"{lost_at!r}",
         f"reach     without it the answer's first tokens have the probabilities "
-        f"{', '.join(f'{p:.2g}' for p in likelihood)} (medians); an answer holds "
-        f"{found.hard_tokens:.1f} below 0.001",
+        f"{', '.join(f'{p:.2g}' for p in likelihood)} (medians); behind the first "
+        f"two an answer holds {found.hard_tokens:.1f} below 0.01",
     ]
     if found.prompted is not None and found.base_interval and found.prompted_interval:
         constant = "" if found.constant is None else f"; one answer for all {found.constant:.0%}"

@@ -13,7 +13,7 @@ class Found(NamedTuple):
     changed_interval: Interval
     gap: float  # nats a token that the model without the context misses of the prompted answers
     gap_interval: Interval
-    hard_tokens: float  # of a prompted answer: less likely than 1 in 1000 without the context
+    hard_tokens: float  # of a prompted answer behind its first two: below 0.01 without the context
     cut: float  # share of prompted answers that run into max_completion_tokens
     empty: float  # share of prompted answers that are empty
     base: float | None = None  # accuracy without the context, where it can be judged
@@ -50,7 +50,9 @@ class Verdict(NamedTuple):
 
 UNCHANGED = 0.1  # of the answers: so few changes are not worth a run
 SILENT_GAP = 0.05  # nats a token: the models say the same with the same confidence
-HARD_TOKENS = 2.5  # see `_needs_guidance`
+# See `_needs_guidance`. At 135M the examples have 0.2 (intents) and 0.4 (safety), which plain runs
+# learn, and 1.9 (policy), which they learn in part (docs/results.md).
+HARD_TOKENS = 1.0
 BROKEN = 0.5  # of the prompted answers, cut or empty
 
 
@@ -148,15 +150,15 @@ def _does_not_pay(found: Found) -> Verdict | None:
 def _needs_guidance(found: Found) -> Verdict | None:
     """On its own samples a model meets a place only once all places before it are learned.
 
-    The first place of an answer is met in every sample, so that one label or two are learned
-    however unlikely they are; a format of many such places is not, within the steps of a run.
+    The first place of an answer is met in every sample, so that a label is learned however
+    unlikely it is; a format with more such places is not, within the steps of a run.
     """
     if found.guided_share or found.hard_tokens <= HARD_TOKENS:
         return None
     return Verdict(
         "needs guided rollouts",
         "the model never says by itself what the prompt asks for",
-        f"a prompted answer holds {found.hard_tokens:.1f} tokens that it finds less likely than "
-        f"one in a thousand",
+        f"behind its first two a prompted answer holds {found.hard_tokens:.1f} tokens that it "
+        f"finds less likely than one in a hundred",
         "set guided_share to 0.25",
     )

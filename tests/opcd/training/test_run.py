@@ -116,9 +116,8 @@ def test_a_run_leaves_everything_it_promises(
     assert "distilled_prompted" in printed
     stand = len("#user\n")  # what the template writes in front of a request without a context
     saved = len("#system\nAnswer with one letter.#\n")
-    assert (
-        f"\ncontext   {stand + saved} tokens where {stand} stand without it ({saved} saved), computed"
-    ) in printed
+    tokens = f"{stand + saved} tokens where {stand} stand without it ({saved} saved), computed"
+    assert f"\ncontext   {tokens}" in printed
     assert printed.startswith("memory    ")
     assert "from_pretrained" in printed
 
