@@ -17,6 +17,8 @@ from opcd.runtime.progress import Progress
 from opcd.tasks.elsewhere import ANSWER_TOKENS
 from opcd.tasks.prepare import Setup
 
+SHARES = {"agreement", "common_prefix"}
+
 
 class Elsewhere(NamedTuple):
     """The figures, and both answers to every request."""
@@ -98,7 +100,7 @@ def card_of(figures: dict[str, PerRequest], setup: Setup) -> dict[str, Any]:
             kinds.setdefault(request.kind, []).append(i)
     return {
         "prompts": len(setup.elsewhere),
-        **{name: figure.summary() for name, figure in figures.items()},
+        **{name: figure.summary(share=name in SHARES) for name, figure in figures.items()},
         "by_kind": {
             kind: {"prompts": len(members)}
             | {name: _of(figure, members).mean for name, figure in figures.items()}

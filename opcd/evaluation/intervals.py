@@ -20,13 +20,19 @@ class PerRequest(NamedTuple):
         """``sum(totals) / sum(counts)``."""
         return sum(self.totals) / sum(self.counts)
 
-    def summary(self) -> dict[str, Any]:
-        """The mean and its interval, as files hold them."""
-        return {
-            "mean": self.mean,
-            "interval_95": bootstrap_interval(self.totals, self.counts),
-            "requests": len(self.totals),
-        }
+    def summary(self, share: bool = False) -> dict[str, Any]:
+        """The mean and its interval, as files hold them.
+
+        share: of values from 0 to 1, one a request; the interval is then Wilson's, for drawn anew 0
+            of 300 would be 0 for certain.
+        """
+        n = len(self.totals)
+        interval = (
+            wilson_interval(sum(self.totals), n)
+            if share
+            else bootstrap_interval(self.totals, self.counts)
+        )
+        return {"mean": self.mean, "interval_95": interval, "requests": n}
 
 
 def bootstrap_interval(totals: Sequence[float], counts: Sequence[float]) -> list[float]:

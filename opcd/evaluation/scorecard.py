@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from opcd.evaluation.contenders import Answer, Contender
-from opcd.evaluation.intervals import wilson_interval
+from opcd.evaluation.intervals import PerRequest, wilson_interval
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
 from opcd.scoring.texts import bare, folded
@@ -128,15 +128,10 @@ def _accuracy(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _column(answers: Sequence[Answer], said: Sequence[Answer]) -> dict[str, Any]:
-    same = sum(a.text == b.text for a, b in zip(answers, said, strict=True))
-    n = len(answers)
+    same = [float(a.text == b.text) for a, b in zip(answers, said, strict=True)]
     column = {
-        "greedy_agreement": {
-            "mean": same / n,
-            "interval_95": wilson_interval(same, n),
-            "requests": n,
-        },
-        "n": n,
+        "greedy_agreement": PerRequest(same, [1] * len(same)).summary(share=True),
+        "n": len(answers),
         "mean_completion_tokens": fmean(answer.tokens for answer in answers),
         "truncated_share": fmean(answer.finish == "length" for answer in answers),
     }

@@ -13,7 +13,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.evaluation.elsewhere import Elsewhere, card_of, common_tokens, measure_elsewhere
 from opcd.evaluation.evaluate import evaluate, write_evaluation
-from opcd.evaluation.intervals import PerRequest
+from opcd.evaluation.intervals import PerRequest, wilson_interval
 from opcd.evaluation.report import elsewhere_table, scorecard_facts
 from opcd.models.by_name import load_model
 from opcd.runtime.progress import Progress
@@ -75,7 +75,10 @@ def test_an_unchanged_model_is_the_original(setup: Setup, tmp_path: Path) -> Non
     card, answers = measured(setup, str(tmp_path / "copy"))
     for name, value in (("agreement", 1), ("common_prefix", 1), ("reverse_kl", 0)):
         assert card[name]["mean"] == pytest.approx(value, abs=1e-6)
-        assert card[name]["interval_95"] == pytest.approx([value] * 2, abs=1e-6)
+    assert card["reverse_kl"]["interval_95"] == pytest.approx([0, 0], abs=1e-6)
+    n = len(answers)
+    for name in ("agreement", "common_prefix"):
+        assert card[name]["interval_95"] == pytest.approx(wilson_interval(n, n))
     assert card["forward_kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert all(row["same"] for row in answers)
 

@@ -3,7 +3,7 @@
 import math
 import random
 
-from opcd.evaluation.intervals import bootstrap_interval
+from opcd.evaluation.intervals import PerRequest, bootstrap_interval, wilson_interval
 
 
 def test_of_many_it_is_that_of_the_normal_distribution() -> None:
@@ -32,3 +32,11 @@ def test_equal_requests_leave_nothing_to_chance() -> None:
     low, high = bootstrap_interval([2.0] * 5, [4.0] * 5)
     assert math.isclose(low, 0.5)
     assert math.isclose(high, 0.5)
+
+
+def test_nothing_of_many_is_not_certain() -> None:
+    none = PerRequest([0.0] * 300, [1] * 300).summary(share=True)
+    assert none == {"mean": 0.0, "interval_95": wilson_interval(0, 300), "requests": 300}
+    assert none["interval_95"][1] > 0.01
+    nats = PerRequest([0.0, 1.0] * 50, [2] * 100).summary()
+    assert nats["interval_95"] == bootstrap_interval([0.0, 1.0] * 50, [2] * 100)
