@@ -96,6 +96,9 @@ class Models:
             "update": between + update.peak,
             "optimizer": held + gradients,
         }
+        if self.on_cpu:  # the base merged, as it is mapped, and copied into the new file
+            copies = 2 if isinstance(self.student, PeftModel) else 1
+            phases["export"] = process + copies * self.sizes().final
         if task.test:
             phases["scorecard"] = process + self._scorecard()
         parts = {

@@ -1,5 +1,7 @@
 """How much memory a run has taken, and how much there is."""
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,13 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory() -> None:
+    """Give back what is no longer used: the C library keeps it, most of what was trained."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
 def resident_memory() -> int:

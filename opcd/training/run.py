@@ -12,6 +12,7 @@ from opcd.errors import InputError
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_jsonl
+from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
@@ -60,7 +61,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         outcome, best, writer = _fit(setup, folder, resume, progress)
         if outcome.stopped:
             return outcome
-        # What was trained is out of memory by now.
+        release_memory()  # nothing that was trained is needed from here on
         export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
     if finished and (_is_scored(folder) or not setup.task.test):
