@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opcd.errors import InputError
 
+SUMMED = 2**22  # numbers at once
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -116,4 +117,12 @@ def _marks(model: torch.nn.Module) -> list[Any]:
 def _sums(model: torch.nn.Module) -> list[int]:
     """Of each weight the sum of its bits, read as whole numbers."""
     used = (p for p in used_weights(model) if p.element_size() in BITS)
-    return [int(p.view(BITS[p.element_size()]).sum(dtype=torch.int64).item()) for p in used]
+    return [_sum(p.view(BITS[p.element_size()])) for p in used]
+
+
+def _sum(bits: Tensor) -> int:
+    """On a CPU a part at a time: the sum makes 64-bit numbers of all that it is given."""
+    if bits.device.type != "cpu" or bits.dim() == 0:
+        return int(bits.sum(dtype=torch.int64).item())
+    rows = max(1, SUMMED // bits[:1].numel())
+    return sum(int(part.sum(dtype=torch.int64).item()) for part in bits.split(rows))
