@@ -1,6 +1,7 @@
 """A tiny random model with a real tokenizer and chat template, and a task for it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         "pad_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+BUDGETED = ("test_budget", "test_check", "test_a_run_leaves_everything")
+
+
+@pytest.fixture(autouse=True)
+def _no_budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second a run, which few tests are about."""
+    if "opcd.training.run" in sys.modules and not any(n in request.node.nodeid for n in BUDGETED):
+        monkeypatch.setattr("opcd.training.run.announce_budget", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
