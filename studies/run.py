@@ -118,7 +118,8 @@ def carried_out(run: Run, folders: dict[str, str]) -> dict[str, Any]:
     answers = base
     if run.cell != BEFORE:
         command = ["opcd.cli", "train", "--config", f"examples/{run.task}/config.yaml"]
-        given = {"output_dir": folder / "run", "model": base, "test_data": None, "seed": run.seed}
+        given = {"output_dir": folder / "run", "model": base, "seed": run.seed}
+        given |= {"test_data": None, "elsewhere_prompts": 0}  # `studies.answers` measures
         for name, value in {**given, **run.settings}.items():
             command += [f"--{name}", "null" if value is None else str(value)]
         row["train_s"] = timed(command, folder)
