@@ -54,6 +54,7 @@ def main() -> int:
     )
     parser.add_argument("study", type=Path)
     parser.add_argument("--stage", action="append", help="only this one, or these; default: all")
+    parser.add_argument("--cell", action="append", help="only this one, or these; default: all")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no run after that")
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=FOLDER", help="where a model lies"
@@ -62,7 +63,11 @@ def main() -> int:
     folders = dict(pair.split("=", 1) for pair in arguments.model)
     begin, kept = time.monotonic(), RESULTS / f"{arguments.study.stem}.jsonl"
     finished = {key(row) for row in read(kept)} if kept.exists() else set()
-    pending = [run for run in runs(arguments.study, arguments.stage) if run.key not in finished]
+    pending = [
+        run
+        for run in runs(arguments.study, arguments.stage, arguments.cell)
+        if run.key not in finished
+    ]
     for number, run in enumerate(pending, 1):
         if time.monotonic() - begin > arguments.hours * 3600:
             print(f"{len(pending) - number + 1} runs left", flush=True)
@@ -75,7 +80,9 @@ def main() -> int:
     return 0
 
 
-def runs(study: Path, stages: Sequence[str] | None = None) -> Iterator[Run]:
+def runs(
+    study: Path, stages: Sequence[str] | None = None, cells: Sequence[str] | None = None
+) -> Iterator[Run]:
     """The runs of a study, in the order of its file."""
     found = yaml.safe_load(study.read_text(encoding="utf-8"))["stages"]
     if unknown := set(stages or ()) - set(found):
@@ -86,6 +93,8 @@ def runs(study: Path, stages: Sequence[str] | None = None) -> Iterator[Run]:
         for seed in stage["seeds"]:
             for task in stage["tasks"]:
                 for cell, own in stage["cells"].items():
+                    if cells and cell not in cells:
+                        continue
                     settings = {**stage.get("settings", {}), **(own or {})}
                     model = settings.pop("model", None) or _model_of(task)
                     if cell != BEFORE or seed == stage["seeds"][0]:
