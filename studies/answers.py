@@ -32,9 +32,10 @@ def reached(config: TrainConfig, model: str) -> dict[str, Any]:
     cases = setup.task.test
     contenders = both_contenders(Models(setup), model, "now", ("alone", "prompted"))
     answers = {c.name: c.answer(cases) for c in contenders}
-    columns, _ = scorecard(contenders, answers, cases, setup.task.scorer)
+    # The tasks are judged by their answers: what the teacher says is not asked for again.
+    columns, _ = scorecard(contenders, answers, answers["prompted"], cases, setup.task.scorer)
     for column in columns.values():
-        del column["meaning"]
+        del column["meaning"], column["greedy_agreement"]
         rates = column.pop("rates", {})
         column["class_rates"] = {name: rate["mean"] for name, rate in rates.items()} or None
     return columns
