@@ -14,6 +14,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := -m pytest --numprocesses logical --dist loadfile
 ELSEWHERE := .venv-export
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
@@ -28,7 +29,7 @@ demo: $(call READY,train)
 	    --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(call READY,dev)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python $(PYTEST) -m "not gpu"
 
 check: $(call READY,dev)
 	$(BIN)/ruff check .
@@ -63,14 +64,14 @@ test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(PYTHON) tests/versions.py > $(OLDEST)/lowest.txt
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) -c $(OLDEST)/lowest.txt -e ".[test]"
-	$(OLDEST)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(OLDEST)/bin/python $(PYTEST) -m "not gpu" $(ARGS)
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) \
 	    -e ".[test]"
 	$(NEWEST)/bin/python -m pip freeze
-	$(NEWEST)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(ARGS)
 
 $(ELSEWHERE)/export.ok:
 	$(if $(filter $(VENV)/bin,$(BIN)),$(PYTHON),$(BIN)/python) -m venv $(ELSEWHERE)

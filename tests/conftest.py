@@ -1,6 +1,7 @@
 """A tiny random model with a real tokenizer and chat template, and a task for it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opcd.config.fields import FIELDS
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, and so for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"

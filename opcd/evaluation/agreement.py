@@ -27,11 +27,19 @@ class Side(NamedTuple):
     head: Head
 
 
-class Divergences(NamedTuple):
-    """What two models make of the same tokens, in nats over tokens, a request each."""
+class KL(NamedTuple):
+    """How far two models are apart on the same tokens, in nats over tokens, a request each."""
 
     reverse_kl: PerRequest  # KL(student ‖ teacher)
     forward_kl: PerRequest  # KL(teacher ‖ student)
+    student_entropy: PerRequest
+
+
+class Divergences(NamedTuple):
+    """What two models make of the same tokens, in nats over tokens, a request each."""
+
+    reverse_kl: PerRequest
+    forward_kl: PerRequest
     student_entropy: PerRequest
     teacher_entropy: PerRequest
 
@@ -79,17 +87,22 @@ def teacher_side(teacher: SharedPrefixTeacher, episodes: Sequence[Episode]) -> S
     return Side([*episodes], targets.hidden, targets.head)
 
 
-@torch.no_grad()
 def divergences(student: Side, teacher: Side, temperature: float) -> Divergences:
     """Both KL and both entropies, of the student's and the teacher's side of the same tokens."""
+    # What the loss reports of a student is asked of the teacher, in the student's place.
+    back = kl_both_ways(teacher, student, temperature)
+    return Divergences(*kl_both_ways(student, teacher, temperature), back.student_entropy)
+
+
+@torch.no_grad()
+def kl_both_ways(student: Side, teacher: Side, temperature: float) -> KL:
+    """Both KL and the student's entropy, in one pass over the vocabulary."""
     sides = student.hidden, student.head, teacher.hidden, teacher.head
     out = head_divergence(*sides, temperature=temperature, forward_share=0.5)
-    # What the loss reports of a student is asked of the teacher, in the student's place.
-    back = head_divergence(*sides[2:], *sides[:2], temperature=temperature)
     assert out.reverse_kl is not None
     assert out.forward_kl is not None
-    found = (out.reverse_kl, out.forward_kl, out.student_entropy, back.student_entropy)
-    return Divergences(*(_per_request(values, student.episodes) for values in found))
+    found = out.reverse_kl, out.forward_kl, out.student_entropy
+    return KL(*(_per_request(values, student.episodes) for values in found))
 
 
 @torch.no_grad()

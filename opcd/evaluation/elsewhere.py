@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from opcd.episodes import Episode, Prompt
-from opcd.evaluation.agreement import Divergences, Side, divergences, student_side
-from opcd.evaluation.contenders import LoadedModel, Models
+from opcd.evaluation.agreement import KL, Side, kl_both_ways, student_side
+from opcd.evaluation.contenders import LoadedModel
 from opcd.evaluation.intervals import PerRequest
 from opcd.rollouts.protocol import SamplingParams
-from opcd.runtime.progress import Progress
 from opcd.tasks.elsewhere import ANSWER_TOKENS
 from opcd.tasks.prepare import Setup
 
@@ -27,28 +26,25 @@ class Elsewhere(NamedTuple):
     answers: list[dict[str, Any]]
 
 
-def measure_elsewhere(setup: Setup, distilled: str, progress: Progress) -> Elsewhere | None:
-    """Hold a distilled model against the original, one in memory at a time.
+def original_side(model: LoadedModel) -> Side:
+    """What the model before training answers elsewhere, and what it makes of that."""
+    prompts = [Prompt(r.token_ids, r.token_ids) for r in model.setup.elsewhere]
+    pairs = zip(prompts, _greedy(model), strict=True)
+    episodes = [Episode.of_completion(prompt, answer) for prompt, answer in pairs]
+    return student_side(model.model, model.plan, episodes, model.setup.config)
 
-    `distilled` is a name or a folder. The divergences are KL(distilled ‖ original), the reverse,
-    and KL(original ‖ distilled), at temperature 1 and over the whole vocabulary.
 
-    None where `elsewhere_prompts` is 0.
+def held_against(original: Side, model: LoadedModel) -> Elsewhere:
+    """What a distilled model answers, and how far it is from the original on that one's answers.
+
+    The divergences are KL(distilled ‖ original), the reverse, and KL(original ‖ distilled), at
+    temperature 1 and over the whole vocabulary.
     """
-    if not setup.elsewhere:
-        return None
-    models = Models(setup)
-    progress.begin("elsewhere", total=2)
-    try:
-        original = _original(models.get(setup.config.model))
-        progress.part("original")
-        answers, apart = _held_against(original, models.get(distilled))
-        progress.part("distilled")
-    finally:
-        progress.end()
-        models.close()
+    setup = model.setup
     said = [episode.scored_ids for episode in original.episodes]
-    figures = _figures(said, answers, apart)
+    answers = _greedy(model)
+    side = student_side(model.model, model.plan, original.episodes, setup.config)
+    figures = _figures(said, answers, kl_both_ways(side, original, temperature=1.0))
     return Elsewhere(card_of(figures, setup), _rows(said, answers, figures, setup))
 
 
@@ -56,20 +52,6 @@ def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two answers begin with alike."""
     pairs = zip(one, other, strict=False)
     return [*(a == b for a, b in pairs), False].index(False)
-
-
-def _original(model: LoadedModel) -> Side:
-    """What the model before answers, and what it makes of that."""
-    prompts = [Prompt(r.token_ids, r.token_ids) for r in model.setup.elsewhere]
-    pairs = zip(prompts, _greedy(model), strict=True)
-    episodes = [Episode.of_completion(prompt, answer) for prompt, answer in pairs]
-    return student_side(model.model, model.plan, episodes, model.setup.config)
-
-
-def _held_against(original: Side, model: LoadedModel) -> tuple[list[list[int]], Divergences]:
-    """What a distilled model answers, and how far it is from the original on that one's answers."""
-    side = student_side(model.model, model.plan, original.episodes, model.setup.config)
-    return _greedy(model), divergences(side, original, temperature=1.0)
 
 
 def _greedy(model: LoadedModel) -> list[list[int]]:
@@ -80,7 +62,7 @@ def _greedy(model: LoadedModel) -> list[list[int]]:
 
 
 def _figures(
-    original: Sequence[Sequence[int]], distilled: Sequence[Sequence[int]], apart: Divergences
+    original: Sequence[Sequence[int]], distilled: Sequence[Sequence[int]], apart: KL
 ) -> dict[str, PerRequest]:
     pairs = [*zip(original, distilled, strict=True)]
     each = [1.0] * len(pairs)

@@ -26,7 +26,7 @@ from opcd.evaluation.contenders import (
     Models,
     both_contenders,
 )
-from opcd.evaluation.elsewhere import measure_elsewhere
+from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import internalised, scorecard
@@ -63,13 +63,15 @@ def evaluate(
         _check_same_kind(setup, distilled)
         names["after"] = distilled
     held_out = spread(task.test, config.divergence_prompts)
-    elsewhere = measure_elsewhere(setup, distilled, progress) if distilled is not None else None
     models = Models(setup)
     contenders: list[Contender] = []
     answers: dict[str, list[Answer]] = {}
     owns: dict[str, Side] = {}
     gaps: dict[str, Gap] = {}
-    progress.begin("evaluate", total=1 + 4 * len(names))
+    original: Side | None = None
+    elsewhere: Elsewhere | None = None
+    wanted = bool(setup.elsewhere) and distilled is not None
+    progress.begin("evaluate", total=1 + (4 if wanted else 3) * len(names))
     try:
         said = models.get(teacher_name).prompted(task.test)
         shown = teacher_side(_teacher(models, setup), episodes_of(task.test, said, held_out))
@@ -83,6 +85,12 @@ def evaluate(
             owns[when], missed = _sides(models.get(name), held_out, shown, config)
             gaps[when] = gap_between(missed, shown, config.temperature)
             contenders += pair
+            if wanted:
+                if original is None:
+                    original = original_side(models.get(name))
+                else:
+                    elsewhere = held_against(original, models.get(name))
+                progress.part(f"elsewhere {when}")
         teacher = _teacher(models, setup)
         apart: dict[str, Divergences] = {}
         for when, own in owns.items():
@@ -117,10 +125,10 @@ def evaluate(
     }
     if selection is not None:
         card["selection"] = selection
-    if distilled is not None:
-        card["verdict"] = verdict(card)._asdict()
     if elsewhere is not None:
         card["elsewhere"] = elsewhere.card
+    if distilled is not None:
+        card["verdict"] = verdict(card)._asdict()
     return Evaluation(card, rows, elsewhere.answers if elsewhere is not None else [])
 
 

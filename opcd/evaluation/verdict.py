@@ -7,6 +7,7 @@ from opcd.evaluation.intervals import wilson_interval
 SAME = 0.9  # of a rate, or of answers: as good as the prompted model's
 CLOSED = 0.8  # of the gap in nats: what is left is noise of the size that seeds make
 SMALL_GAP = 0.02  # nats a token: nothing that anybody would notice
+KEPT = 0.5  # of the answers elsewhere: below it a model is no longer of use for anything else
 FEW = 5  # requests: a rate of fewer says nothing
 MORE = "train longer, or with guided_share 0.25"
 MISSED = "set guided_share to 0.25, and look at the learning rate"
@@ -26,9 +27,26 @@ class Verdict(NamedTuple):
 
 
 def verdict(card: dict[str, Any]) -> Verdict:
-    """Of a scorecard with a distilled model: by accuracy where it was judged, else by the gap."""
+    """Of a scorecard with a distilled model: by accuracy where it was judged, else by the gap.
+
+    What was lost elsewhere does not change the word: a model for one task may lose the others. It
+    is said with the advice.
+    """
     judged = "accuracy" in card["contenders"]["base"]
-    return (_by_accuracy if judged else _by_gap)(card["contenders"])
+    found = (_by_accuracy if judged else _by_gap)(card["contenders"])
+    return found._replace(advice="; ".join(filter(None, (found.advice, _elsewhere(card)))))
+
+
+def _elsewhere(card: dict[str, Any]) -> str:
+    """A warning where the model has lost what the prompt is not about; "" where it has not."""
+    kept = card.get("elsewhere", {}).get("agreement")
+    if kept is None or kept["interval_95"][1] >= KEPT:
+        return ""
+    low, high = kept["interval_95"]
+    return (
+        f"give it such requests alone: on others {kept['mean']:.0%} ({low:.0%} – {high:.0%}) of "
+        f"its answers are still the original model's"
+    )
 
 
 def _by_accuracy(columns: dict[str, Any]) -> Verdict:

@@ -143,7 +143,7 @@ class _Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = uniforms(self._streams, input_ids.shape[1] - self._width)
         token = drawn(scores.float(), uniform, self._temperature)
-        return scores.scatter(1, token[:, None], torch.inf)
+        return scores.scatter_(1, token[:, None], torch.inf)  # a copy that generate made
 
 
 @contextlib.contextmanager

@@ -68,8 +68,12 @@ def drawn(
     scaled to what the entries sum to: each token comes as often as its fp32 probability says,
     also where that is 1e-30. Nothing waits for the device, and every sum has a fixed order.
     """
-    p = torch.softmax(logits / temperature, -1)
-    p = pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    # Of 49k logits a row each copy counts: nothing is divided by 1, and nothing padded by 0.
+    scaled = isinstance(temperature, Tensor) or temperature != 1
+    p = torch.softmax(logits / temperature if scaled else logits, -1)
+    if missing := -p.shape[1] % BLOCK:
+        p = pad(p, (0, missing))
+    p = p.unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
     block, rest = _located(p.sum(-1), uniform)
     entries = p.gather(1, block[:, None, None].expand(-1, 1, BLOCK))[:, 0]  # (B, BLOCK)
     entry, _ = _located(entries, rest)

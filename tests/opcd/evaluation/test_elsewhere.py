@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from opcd.config import TrainConfig
-from opcd.evaluation.elsewhere import Elsewhere, card_of, common_tokens, measure_elsewhere
+from opcd.evaluation.contenders import Models
+from opcd.evaluation.elsewhere import (
+    Elsewhere,
+    card_of,
+    common_tokens,
+    held_against,
+    original_side,
+)
 from opcd.evaluation.evaluate import evaluate, write_evaluation
 from opcd.evaluation.intervals import PerRequest, wilson_interval
 from opcd.evaluation.report import elsewhere_table, scorecard_facts
@@ -65,8 +72,10 @@ def setup(settings: dict, tmp_path: Path) -> Setup:
 
 
 def measured(setup: Setup, distilled: str) -> Elsewhere:
-    found = measure_elsewhere(setup, distilled, Progress())
-    assert found is not None
+    models = Models(setup)
+    original = original_side(models.get(setup.config.model))
+    found = held_against(original, models.get(distilled))
+    models.close()
     return found
 
 
@@ -191,15 +200,16 @@ def test_one_model_is_in_memory_at_a_time(
         return model
 
     monkeypatch.setattr(Setup, "load", watched)
-    measured(setup, changed)
-    assert len(alive) == 2
+    evaluate(setup, changed, Progress())
+    assert len(alive) == 3, "and the teacher's again, for what the distilled model said"
     assert not any(ref() is not None for ref in alive)
 
 
 def test_it_stands_in_scorecard_and_report(setup: Setup, changed: str, tmp_path: Path) -> None:
     heard = Heard()
     found = evaluate(setup, changed, heard)
-    assert heard.said[:4] == ["elsewhere 2", "original", "distilled", "evaluate 9"]
+    assert heard.said[0] == f"evaluate {len(heard.said) - 1}", "every part is said"
+    assert [x for x in heard.said if "elsewhere" in x] == ["elsewhere before", "elsewhere after"]
     card = found.card["elsewhere"]
     assert card["prompts"] == len(found.elsewhere) == 30
     assert card["file"] is None
@@ -226,7 +236,9 @@ def test_it_stands_in_scorecard_and_report(setup: Setup, changed: str, tmp_path:
     assert "elsewhere" not in alone.card
     assert alone.elsewhere == []
     setup = setup._replace(elsewhere=[])
-    assert measure_elsewhere(setup, changed, Progress()) is None
+    heard = Heard()
+    assert "elsewhere" not in evaluate(setup, changed, heard).card
+    assert heard.said[0] == f"evaluate {len(heard.said) - 1}"
 
 
 def test_scorecards_are_compared_where_elsewhere_is_the_same(settings: dict) -> None:

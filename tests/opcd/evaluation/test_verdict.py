@@ -42,6 +42,18 @@ def test_a_lost_rate_is_named() -> None:
     assert str(found).endswith("; train longer, or with guided_share 0.25")
 
 
+@pytest.mark.parametrize(("kept", "warned"), [(0, True), (90, True), (140, False), (290, False)])
+def test_what_is_lost_elsewhere_is_said_with_the_advice(kept: int, warned: bool) -> None:
+    card = judged(0.0, 0.85, 0.9)
+    before = verdict(card)
+    share = {"mean": kept / 300, "interval_95": wilson_interval(kept, 300)}
+    found = verdict(card | {"elsewhere": {"agreement": share}})
+    assert (found.word, found.reason) == (before.word, before.reason)
+    said = f"; give it such requests alone: on others {kept / 300:.0%} ("
+    assert found.advice.startswith(before.advice)
+    assert (said in found.advice) == warned
+
+
 def unjudged(before: float, after: float, agreed: float = 0.0, agrees: float = 0.5) -> dict:
     return {
         "contenders": {
