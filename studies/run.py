@@ -120,7 +120,7 @@ def carried_out(run: Run, folders: dict[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         **{name: getattr(run, name) for name in ("stage", "cell", "task", "seed", "model")},
         "settings": run.settings,
-        "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
         "device": device(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -186,7 +186,8 @@ def _model_of(task: str) -> str:
     return gather({}, ROOT / "examples" / task / "config.yaml").model
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a command prints."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

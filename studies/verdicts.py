@@ -1,0 +1,79 @@
+"""Holds what `opcd check` says of a prompt against what training then gives.
+
+    python -m studies.verdicts check     eight prompts, before any training
+    python -m studies.verdicts train     the same, as they are configured
+
+The prompts are the four examples and the four of `studies/prompts`. A verdict is a line of
+`results/verdicts.jsonl`, and so is an outcome; what is there is not done again, and nothing is
+trained before all are checked.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from studies.run import RESULTS, ROOT, device, output, read
+
+KEPT = RESULTS / "verdicts.jsonl"
+EXAMPLES = ("voice_assistant", "safety", "policy", "structured_output")
+SMALL = ("meeting_or_task", "signature", "polite", "reverse")
+TASKS = {name: ROOT / "examples" / name for name in EXAMPLES} | {
+    name: ROOT / "studies" / "prompts" / name for name in SMALL
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("check", "train"))
+    parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
+    parser.add_argument("--model", help="in place of the one that is configured")
+    arguments = parser.parse_args()
+    asked, tasks = arguments.model and Path(arguments.model).name, arguments.task or list(TASKS)
+    for task in tasks:
+        found = read(KEPT) if KEPT.exists() else []
+        done = {(row["part"], row["task"]) for row in found if row["asked"] == asked}
+        unchecked = [t for t in tasks if ("check", t) not in done]
+        if arguments.part == "train" and unchecked:
+            raise SystemExit(f"check first: {', '.join(unchecked)}")
+        if (arguments.part, task) in done:
+            continue
+        row = carried_out(arguments.part, task, arguments.model)
+        with KEPT.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{task}: {row['found']['verdict']}, {row['seconds']:.0f} s", flush=True)
+    return 0
+
+
+def carried_out(part: str, task: str, model: str | None) -> dict[str, Any]:
+    """What the command printed as JSON, and how long it took."""
+    folder = ROOT / "runs" / "verdicts" / task
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "opcd", part, "--config", str(TASKS[task] / "config.yaml")]
+    command += ["--json", "--output_dir", str(folder), "--elsewhere_prompts", "0"]
+    command += ["--model", model] if model else []
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if not done.stdout:  # a check that says no has a status of its own
+        raise SystemExit(f"{task}: `opcd {part}` ended with status {done.returncode}")
+    found = json.loads(done.stdout)
+    shutil.rmtree(folder)
+    return {
+        "part": part,
+        "task": task,
+        "asked": model and Path(model).name,
+        "found": found,
+        "seconds": round(time.monotonic() - begin, 1),
+        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "device": device(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
