@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 RESAMPLES = 2000
+AT_ONCE = 1 << 22  # of the numbers drawn: what they take of memory is bounded
+EXACT = 12  # differences: of no more, all signs are tried
+SIGNS = 9999  # that are drawn of more
+CHANCE = 0.05  # what comes by chance less often counts as beyond it
 
 
 class PerRequest(NamedTuple):
@@ -45,13 +49,84 @@ def bootstrap_interval(totals: Sequence[float], counts: Sequence[float]) -> list
     n = len(totals)
     values = torch.tensor([list(totals), list(counts)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    sums = torch.empty(2, RESAMPLES, dtype=torch.float64)
-    for i in range(RESAMPLES):
-        drawn = torch.randint(n, (n,), generator=generator)
-        sums[:, i] = values[:, drawn].sum(1)
+    sums = torch.cat(
+        [
+            values[:, torch.randint(n, (resamples, n), generator=generator)].sum(-1)
+            for resamples in _shares(RESAMPLES, AT_ONCE // n)
+        ],
+        dim=1,
+    )
     means = sums[0] / sums[1]
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [low, high]
+
+
+class Difference(NamedTuple):
+    """How much more a mean is than another one over the same requests."""
+
+    mean: float
+    interval: list[float]  # 95 %
+    p_value: float  # how often chance alone gives one as large, in either direction
+    requests: int
+
+    @property
+    def more(self) -> bool:
+        """Whether it is more beyond chance."""
+        return self.mean > 0 and self.p_value < CHANCE
+
+    @property
+    def less(self) -> bool:
+        """Whether it is less beyond chance."""
+        return self.mean < 0 and self.p_value < CHANCE
+
+    def summary(self) -> dict[str, Any]:
+        """As files hold it."""
+        return {
+            "mean": self.mean,
+            "interval_95": self.interval,
+            "p_value": self.p_value,
+            "requests": self.requests,
+        }
+
+
+def paired_difference(more: PerRequest, less: PerRequest) -> Difference:
+    """The mean of `more` minus that of `less`, of the same requests in the same order.
+
+    Two intervals that overlap say little of models that were asked the same: most of what makes
+    them wide is the requests. So each request is compared with itself, and the p value is that of
+    the differences with their signs drawn anew (Fisher's randomisation test; of answers that are
+    right or wrong it is McNemar's). Raises ValueError for other counts on either side.
+    """
+    if list(more.counts) != list(less.counts):
+        raise ValueError("both sides must have the same counts a request; pass the same requests")
+    apart = [a - b for a, b in zip(more.totals, less.totals, strict=True)]
+    each = PerRequest(apart, more.counts)
+    interval = bootstrap_interval(apart, more.counts)
+    return Difference(each.mean, interval, _by_chance(apart), len(apart))
+
+
+def _by_chance(differences: Sequence[float]) -> float:
+    """Share of all signs, or of many that are drawn, with a sum as far from 0 as this one."""
+    moved = torch.tensor([d for d in differences if d], dtype=torch.float64)
+    n = len(moved)
+    if n == 0:
+        return 1.0
+    found = moved.sum().abs() * (1 - 1e-9)  # sums of the same numbers differ in their last bit
+    if n <= EXACT:
+        bits = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
+        return ((1 - 2 * bits).double() @ moved).abs().ge(found).double().mean().item()
+    generator = torch.Generator().manual_seed(0)
+    as_far = 0
+    for draws in _shares(SIGNS, AT_ONCE // n):
+        bits = torch.randint(2, (draws, n), generator=generator)
+        as_far += int(((1 - 2 * bits).double() @ moved).abs().ge(found).sum())
+    return (1 + as_far) / (1 + SIGNS)
+
+
+def _shares(total: int, most: int) -> list[int]:
+    """A total in parts of at most so many, at least one each."""
+    size = max(most, 1)
+    return [min(size, total - done) for done in range(0, total, size)]
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float]:

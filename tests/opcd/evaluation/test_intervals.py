@@ -3,7 +3,14 @@
 import math
 import random
 
-from opcd.evaluation.intervals import PerRequest, bootstrap_interval, wilson_interval
+import pytest
+
+from opcd.evaluation.intervals import (
+    PerRequest,
+    bootstrap_interval,
+    paired_difference,
+    wilson_interval,
+)
 
 
 def test_of_many_it_is_that_of_the_normal_distribution() -> None:
@@ -40,3 +47,54 @@ def test_nothing_of_many_is_not_certain() -> None:
     assert none["interval_95"][1] > 0.01
     nats = PerRequest([0.0, 1.0] * 50, [2] * 100).summary()
     assert nats["interval_95"] == bootstrap_interval([0.0, 1.0] * 50, [2] * 100)
+
+
+def answers(right: int, of: int) -> PerRequest:
+    return PerRequest([1.0] * right + [0.0] * (of - right), [1] * of)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided and exact: of so many coins, how often as few fall on one side."""
+    n, few = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(5, 0), (6, 0), (4, 4), (9, 1), (20, 6), (30, 30)])
+def test_right_or_wrong_is_mcnemars_test(gained: int, lost: int) -> None:
+    before = PerRequest([0.0] * gained + [1.0] * lost + [1.0] * 40, [1] * (gained + lost + 40))
+    after = PerRequest([1.0] * gained + [0.0] * lost + [1.0] * 40, before.counts)
+    found = paired_difference(after, before)
+    assert math.isclose(found.mean, (gained - lost) / (gained + lost + 40))
+    assert abs(found.p_value - mcnemar(gained, lost)) < 0.01
+    assert found.more == ((gained, lost) in ((6, 0), (9, 1), (20, 6)))
+    back = paired_difference(before, after)
+    assert (back.mean, back.p_value, back.less) == (-found.mean, found.p_value, found.more)
+
+
+def test_the_same_requests_are_compared_where_intervals_overlap() -> None:
+    """46 of 64 against 32 of 64, and nothing lost."""
+    more, less = answers(46, 64), answers(32, 64)
+    assert wilson_interval(46, 64)[0] < wilson_interval(32, 64)[1]
+    found = paired_difference(more, less)
+    assert found.more
+    assert 0.1 < found.interval[0] < found.mean < found.interval[1] < 0.35
+
+
+def test_few_requests_are_never_beyond_chance() -> None:
+    assert not paired_difference(answers(5, 5), answers(0, 5)).more
+    assert not paired_difference(answers(1, 1), answers(0, 1)).more
+
+
+def test_chance_alone_is_beyond_chance_as_often_as_it_says() -> None:
+    """Nats over tokens, skewed, 40 requests; 200 times."""
+    draw, beyond = random.Random(2), 0
+    for _ in range(200):
+        counts = [float(draw.randint(1, 30)) for _ in range(40)]
+        sides = [PerRequest([draw.expovariate(1.0) * n for n in counts], counts) for _ in range(2)]
+        beyond += paired_difference(*sides).p_value < 0.05
+    assert 2 <= beyond <= 20  # 10 expected
+
+
+def test_other_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same counts"):
+        paired_difference(PerRequest([1.0], [1]), PerRequest([1.0], [2]))
