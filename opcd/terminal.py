@@ -22,6 +22,7 @@ from opcd.evaluation.verdict import Verdict
 from opcd.runtime.files import read_metrics, shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
+from opcd.training.export import read_selection
 from opcd.training.run import Outcome
 
 SECONDS_A_LINE = 30.0  # between lines about a phase, where no terminal shows a bar
@@ -179,9 +180,15 @@ def _verdict(run: Path) -> str:
     """What has become of a run, in a line."""
     card = read_scorecard(run)
     if card is None or "verdict" not in card:
-        return (
-            "Trained. Whether the context was learned is not known: nothing was kept to measure on"
-        )
+        found = read_selection(run).get("validation")
+        if found is None:
+            known = "nothing was kept to measure on"
+        elif "accuracy" in found:
+            known = f"the validation data, of which {found['accuracy']:.1%} are answered right, "
+        else:
+            known = f"the validation data, with a gap of {found['gap']:.3f} nats a token, "
+        chosen = "" if found is None else "chose the checkpoint, and there are no test data"
+        return f"Trained. Whether the context was learned is not known: {known}{chosen}"
     return str(Verdict(**card["verdict"]))
 
 

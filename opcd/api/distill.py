@@ -73,7 +73,7 @@ def distill(
     quiet: bool = False,
     **settings: Any,
 ) -> Distilled:
-    """Move a context into a model's weights, and measure it where there is `test_data`.
+    """Move a context into a model's weights, and measure it on `test_data` or prompts kept out.
 
     model: a Hugging Face name, a folder, or a loaded model with its `tokenizer`. A loaded model is
         written to the run's folder first, and never changed unless `in_place`, which puts the

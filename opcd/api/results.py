@@ -43,8 +43,14 @@ class Evaluated:
     def __repr__(self) -> str:
         reached = ""
         if card := self.scorecard:
-            columns = card["contenders"].items()
-            reached = ", ".join(f"{name} {column['accuracy']:.1%}" for name, column in columns)
+            columns = card["contenders"]
+            judged = "accuracy" in columns["base"]
+            shares = {
+                name: column["accuracy"] if judged else column["greedy_agreement"]["mean"]
+                for name, column in columns.items()
+            }
+            listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            reached = listed if judged else f"answers as the prompted model's: {listed}"
         return f"{type(self).__name__}({str(self.folder)!r}: {reached or 'not scored'})"
 
 

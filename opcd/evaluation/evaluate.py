@@ -27,10 +27,11 @@ from opcd.evaluation.contenders import (
     both_contenders,
 )
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
+from opcd.evaluation.intervals import paired_difference
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
-from opcd.evaluation.scorecard import internalised, scorecard
-from opcd.evaluation.verdict import verdict
+from opcd.evaluation.scorecard import internalised, more_right, scorecard
+from opcd.evaluation.verdict import reference_of, verdict
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
 from opcd.runtime.files import read_metrics, write_json, write_jsonl
 from opcd.runtime.progress import Progress
@@ -85,6 +86,9 @@ def evaluate(
             owns[when], missed = _sides(models.get(name), held_out, shown, config)
             gaps[when] = gap_between(missed, shown, config.temperature)
             contenders += pair
+            if when == "before" and teacher_name != config.model:
+                contenders.append(Contender("teacher", _who(teacher_name), lambda _: said))
+                answers["teacher"] = said
             if wanted:
                 if original is None:
                     original = original_side(models.get(name))
@@ -104,7 +108,8 @@ def evaluate(
     for when, (alone, _) in CONTENDERS.items():
         if when in names:
             columns[alone] |= _agreement(gaps[when], apart[when])
-    gain = [columns[c].get("accuracy") for c in ("base", "prompted", "distilled") if c in columns]
+    reference = reference_of(columns)
+    gain = [columns[c].get("accuracy") for c in ("base", reference, "distilled") if c in columns]
     card = {
         "context": config.context,
         "model": config.model,
@@ -112,6 +117,7 @@ def evaluate(
         "teacher": teacher_name,
         "contenders": columns,
         "internalised": internalised(*gain) if distilled is not None and None not in gain else None,
+        "differences": _differences(rows, columns, gaps),
         "divergence": {
             **{w: apart[w].reverse_kl.mean if w in apart else None for w in CONTENDERS},
             "unit": "nats per completion token, student || teacher",
@@ -120,7 +126,10 @@ def evaluate(
         "prompt_tokens_saved": task.prompt_tokens_saved,
         "scorer": config.scorer if task.judges(task.test) else None,
         "decoding": {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens},
-        "data": {"part": "test", "file": config.test_data or config.prompts},
+        "data": {
+            "part": "test" if config.test_data else "held out",
+            "file": config.test_data or config.prompts,
+        },
         "measured_by": measured_by(setup),
     }
     if selection is not None:
@@ -128,8 +137,28 @@ def evaluate(
     if elsewhere is not None:
         card["elsewhere"] = elsewhere.card
     if distilled is not None:
-        card["verdict"] = verdict(card)._asdict()
+        card["verdict"] = verdict(card, config.guided_share)._asdict()
     return Evaluation(card, rows, elsewhere.answers if elsewhere is not None else [])
+
+
+def _who(teacher: str) -> str:
+    return f"{Path(teacher).name}, with the context"
+
+
+def _differences(
+    rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: dict[str, Gap]
+) -> dict[str, Any]:
+    """What was gained and lost, request by request: accuracy, and nats a token of the gap."""
+    found = {}
+    reference = reference_of(columns)
+    pairs = {"gain": (reference, "base"), "learned": ("distilled", "base")}
+    for name, (one, other) in {**pairs, "left": ("distilled", reference)}.items():
+        if one in columns and "accuracy" in columns[one]:
+            found[name] = more_right(rows, one, other).summary()
+    if "after" in gaps:
+        closed = paired_difference(gaps["before"].nats, gaps["after"].nats)
+        found["gap_closed"] = closed.summary()
+    return found
 
 
 def episodes_of(

@@ -8,8 +8,9 @@ from typing import Any
 
 from opcd import __version__
 from opcd.config import TrainConfig
+from opcd.evaluation.intervals import CHANCE
 from opcd.evaluation.spikes import spikes
-from opcd.evaluation.verdict import Verdict
+from opcd.evaluation.verdict import Verdict, reference_of
 from opcd.runtime.files import shown
 
 SPIKES_SHOWN = 5
@@ -71,7 +72,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     """What the table does not say, a sentence each."""
     columns = card["contenders"]
     judged = "accuracy" in columns["base"]
-    facts = [_gain(columns["base"], columns["prompted"])] if judged else []
+    facts = [_gain(card)] if judged else []
     if judged and "distilled" in columns:
         share = card["internalised"]
         facts.append(
@@ -100,7 +101,8 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     if "elsewhere" in card:
         facts.append(_elsewhere(card["elsewhere"]))
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
-    facts.append(f"scored on test data: {shown(card['data']['file'])}")
+    where = "test data:" if card["data"]["part"] == "test" else "requests kept out of"
+    facts.append(f"scored on {where} {shown(card['data']['file'])}")
     facts.append(
         f"agrees: answers that are the prompted model's word for word; tokens: mean length of an "
         f"answer; cut: share that reached max_completion_tokens "
@@ -125,17 +127,19 @@ def _gap(columns: dict[str, Any]) -> str:
     )
 
 
-def _gain(base: dict[str, Any], prompted: dict[str, Any]) -> str:
+def _gain(card: dict[str, Any]) -> str:
     """Whether the prompt is worth anything, as far as the requests can tell."""
-    low, high = base["accuracy_interval_95"]
-    prompted_low, prompted_high = prompted["accuracy_interval_95"]
-    if prompted_low > high:
-        verdict = "a gain beyond both 95 % intervals: there is something to distil"
-    elif prompted_high < low:
-        verdict = "a loss beyond both 95 % intervals: mend the prompt before it is distilled"
-    else:
+    columns = card["contenders"]
+    base, reference = columns["base"], columns[reference_of(columns)]
+    gain = card["differences"]["gain"]
+    low, high = gain["interval_95"]
+    if gain["p_value"] >= CHANCE:
         verdict = f"which may be chance (requests: {base['n']}): mend the prompt or measure on more"
-    return f"the prompt: {base['accuracy']:.1%} → {prompted['accuracy']:.1%}, {verdict}"
+    elif gain["mean"] > 0:
+        verdict = f"a gain of {low:.1%} to {high:.1%}: there is something to distil"
+    else:
+        verdict = f"a loss of {-high:.1%} to {-low:.1%}: mend the prompt before it is distilled"
+    return f"the prompt: {base['accuracy']:.1%} → {reference['accuracy']:.1%}, {verdict}"
 
 
 def _elsewhere(found: dict[str, Any]) -> str:
@@ -192,7 +196,7 @@ def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
     for i in range(min(count, len(answers))):
         row = answers[i * len(answers) // count if len(answers) > count else i]
         lines.append(f"  {_short(row['prompt'][-1]['content'], 88)}")
-        for name in ("base", "prompted", "distilled"):
+        for name in ("base", "prompted", "teacher", "distilled"):
             if name in row:
                 value = row.get(f"{name}_right")
                 mark = " " if value is None else {1: "✓", 0: "✗"}.get(value, f"{value:.0%}")

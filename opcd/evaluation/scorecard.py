@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from opcd.evaluation.contenders import Answer, Contender
-from opcd.evaluation.intervals import PerRequest, wilson_interval
+from opcd.evaluation.intervals import Difference, PerRequest, paired_difference, wilson_interval
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
 from opcd.scoring.texts import bare, folded
@@ -58,6 +58,13 @@ def scorecard(
                     row[f"{contender.name}_rates"] = own
         columns[contender.name] = {"meaning": contender.meaning, **column}
     return columns, rows
+
+
+def more_right(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> Difference:
+    """How much more accurate one contender is than another, by the rows of `scorecard`."""
+    each = [1.0] * len(rows)
+    sides = ([float(row[f"{name}_right"]) for row in rows] for name in (one, other))
+    return paired_difference(*(PerRequest(values, each) for values in sides))
 
 
 def classes_of(cases: Sequence[Case]) -> list[str] | None:

@@ -2,22 +2,26 @@
 
 from typing import Any, NamedTuple
 
-from opcd.evaluation.intervals import wilson_interval
+from opcd.evaluation.intervals import CHANCE, wilson_interval
 
-SAME = 0.9  # of a rate, or of answers: as good as the prompted model's
+NEAR = 0.97  # of the prompted model's accuracy: what is lost beyond chance, and yet of no matter
+SAME = 0.9  # of an accuracy, a rate, or answers: as good as the prompted model's
 CLOSED = 0.8  # of the gap in nats: what is left is noise of the size that seeds make
 SMALL_GAP = 0.02  # nats a token: nothing that anybody would notice
+SILENT_GAP = 0.05  # nats a token: the models say the same with the same confidence
 KEPT = 0.5  # of the answers elsewhere: below it a model is no longer of use for anything else
+ENOUGH = 20  # requests: of fewer no word is said
 FEW = 5  # requests: a rate of fewer says nothing
-MORE = "train longer, or with guided_share 0.25"
-MISSED = "set guided_share to 0.25, and look at the learning rate"
+GUIDED = "guided_share 0.25"
 SERVE = "serve it without the prompt"
 
 
 class Verdict(NamedTuple):
-    """One of four words, why, and what to do."""
+    """One of six words, why, and what to do."""
 
-    word: str  # "learned", "learned in part", "not learned", "nothing to learn"
+    # "learned", "learned in part", "not learned", "worse than before", "nothing to learn", "too few
+    # requests"
+    word: str
     reason: str
     advice: str
 
@@ -26,49 +30,106 @@ class Verdict(NamedTuple):
         return f"{self.word[0].upper()}{self.word[1:]}: {ends}"
 
 
-def verdict(card: dict[str, Any]) -> Verdict:
+def verdict(card: dict[str, Any], guided_share: float = 0.0) -> Verdict:
     """Of a scorecard with a distilled model: by accuracy where it was judged, else by the gap.
+
+    guided_share: as the run had it, so that no run is told to set what it has set.
 
     What was lost elsewhere does not change the word: a model for one task may lose the others. It
     is said with the advice.
     """
-    judged = "accuracy" in card["contenders"]["base"]
-    found = (_by_accuracy if judged else _by_gap)(card["contenders"])
+    columns, differences = card["contenders"], card["differences"]
+    judge = _by_accuracy if "accuracy" in columns["base"] else _by_gap
+    found = judge(columns, differences, guided_share)
     return found._replace(advice="; ".join(filter(None, (found.advice, _elsewhere(card)))))
 
 
-def _elsewhere(card: dict[str, Any]) -> str:
-    """A warning where the model has lost what the prompt is not about; "" where it has not."""
-    kept = card.get("elsewhere", {}).get("agreement")
-    if kept is None or kept["interval_95"][1] >= KEPT:
-        return ""
-    low, high = kept["interval_95"]
-    return (
-        f"give it such requests alone: on others {kept['mean']:.0%} ({low:.0%} – {high:.0%}) of "
-        f"its answers are still the original model's"
+def reference_of(columns: dict[str, Any]) -> str:
+    """Whom the student learns from: a teacher of its own, or itself with the prompt."""
+    return "teacher" if "teacher" in columns else "prompted"
+
+
+def _by_accuracy(
+    columns: dict[str, Any], differences: dict[str, Any], guided_share: float
+) -> Verdict:
+    base, prompted, distilled = (
+        columns[name] for name in ("base", reference_of(columns), "distilled")
     )
-
-
-def _by_accuracy(columns: dict[str, Any]) -> Verdict:
-    base, prompted, distilled = (columns[name] for name in ("base", "prompted", "distilled"))
     b, p, d = (column["accuracy"] for column in (base, prompted, distilled))
-    (_, chance), (least, _), (_, most) = (
-        column["accuracy_interval_95"] for column in (base, prompted, distilled)
-    )
     found = f"{b:.1%} without the prompt before, {p:.1%} with it, {d:.1%} without it now"
-    if d > chance:
+    if base["n"] < ENOUGH:
+        return _too_few(found, base["n"])
+    learned, left = differences["learned"], differences["left"]
+    if _beyond_chance(learned):
+        if d < b:
+            return Verdict("worse than before", found, _harder(guided_share))
         if lost := _lost_rates(prompted, distilled):
-            return Verdict("learned in part", f"{found}, but {lost}", MORE)
-        if most >= p:
-            return Verdict("learned", found, SERVE)
-        return Verdict("learned in part", f"{found}, below it beyond chance", MORE)
-    if least <= chance:
+            return Verdict("learned in part", f"{found}, but {lost}", _more(guided_share))
+        if d < NEAR * p and _beyond_chance(left):
+            return Verdict(
+                "learned in part", f"{found}, below it beyond chance", _more(guided_share)
+            )
+        if d < SAME * p:
+            return Verdict("learned in part", f"{found}, which may be chance", _more(guided_share))
+        return Verdict("learned", found, SERVE)
+    if p <= b or not _beyond_chance(differences["gain"]):
         return Verdict(
             "nothing to learn",
             f"{found}: the prompt itself gains nothing beyond chance",
             "mend the prompt, or measure on more requests",
         )
-    return Verdict("not learned", f"{found}, within what chance gives base", MISSED)
+    return Verdict("not learned", f"{found}, within what chance gives base", _harder(guided_share))
+
+
+def _by_gap(columns: dict[str, Any], differences: dict[str, Any], guided_share: float) -> Verdict:
+    base, distilled = columns["base"], columns["distilled"]
+    before, after, closed = base["gap"], distilled["gap"], differences["gap_closed"]
+    agreed, agrees = (column["greedy_agreement"]["mean"] for column in (base, distilled))
+    found = (
+        f"the gap on the prompted model's answers went from {before['mean']:.3f} to "
+        f"{after['mean']:.3f} nats a token, and {agrees:.0%} of answers are its (before "
+        f"{agreed:.0%})"
+    )
+    if before["requests"] < ENOUGH:
+        return _too_few(found, before["requests"])
+    if before["interval_95"][1] < SILENT_GAP and agreed > SAME:
+        return Verdict(
+            "nothing to learn",
+            f"{found}: the model does without the prompt what it does with it",
+            "leave the prompt out",
+        )
+    if not _beyond_chance(closed):
+        return Verdict("not learned", found, _harder(guided_share))
+    if closed["mean"] < 0:
+        return Verdict("worse than before", found, _harder(guided_share))
+    if after["mean"] <= max((1 - CLOSED) * before["mean"], SMALL_GAP):
+        return Verdict("learned", found, SERVE)
+    return Verdict("learned in part", found, _more(guided_share))
+
+
+def _beyond_chance(difference: dict[str, Any]) -> bool:
+    below: bool = difference["p_value"] < CHANCE
+    return below
+
+
+def _too_few(found: str, n: int) -> Verdict:
+    return Verdict(
+        "too few requests",
+        f"{found}, of {n} requests",
+        f"score it on {ENOUGH} or more, better 200",
+    )
+
+
+def _more(guided_share: float) -> str:
+    """What to do where something was learned."""
+    return "train longer" if guided_share else f"train longer, or with {GUIDED}"
+
+
+def _harder(guided_share: float) -> str:
+    """What to do where nothing was."""
+    if guided_share:
+        return "look at the learning rate, and at the training prompts"
+    return f"set {GUIDED.replace(' ', ' to ')}, and look at the learning rate"
 
 
 def _lost_rates(prompted: dict[str, Any], distilled: dict[str, Any]) -> str:
@@ -86,23 +147,13 @@ def _lost_rates(prompted: dict[str, Any], distilled: dict[str, Any]) -> str:
     return ", ".join(lost)
 
 
-def _by_gap(columns: dict[str, Any]) -> Verdict:
-    base, distilled = columns["base"], columns["distilled"]
-    before, after = base["gap"], distilled["gap"]
-    agrees = distilled["greedy_agreement"]["mean"]
-    found = (
-        f"the gap on the prompted model's answers went from {before['mean']:.3f} to "
-        f"{after['mean']:.3f} nats a token, and {agrees:.0%} of answers are its "
-        f"(before {base['greedy_agreement']['mean']:.0%})"
+def _elsewhere(card: dict[str, Any]) -> str:
+    """A warning where the model has lost what the prompt is not about; "" where it has not."""
+    kept = card.get("elsewhere", {}).get("agreement")
+    if kept is None or kept["interval_95"][1] >= KEPT:
+        return ""
+    low, high = kept["interval_95"]
+    return (
+        f"give it such requests alone: on others {kept['mean']:.0%} ({low:.0%} – {high:.0%}) of "
+        f"its answers are still the original model's"
     )
-    if before["mean"] < SMALL_GAP and base["greedy_agreement"]["interval_95"][0] > SAME:
-        return Verdict(
-            "nothing to learn",
-            f"{found}: the model does without the prompt what it does with it",
-            "leave the prompt out",
-        )
-    if after["interval_95"][1] >= before["interval_95"][0]:
-        return Verdict("not learned", found, MISSED)
-    if after["mean"] <= max((1 - CLOSED) * before["mean"], SMALL_GAP):
-        return Verdict("learned", found, SERVE)
-    return Verdict("learned in part", found, MORE)

@@ -115,7 +115,7 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
     messages = _with_system(messages, given, source)
     if name == "messages" and messages[0]["role"] == "system":
         form = "OpenAI"
-    answers, spelled = _answers(given, source) if "answer" in wanted else _no_answers(given)
+    answers, spelled = accepted_answers(given, source) if "answer" in wanted else _no_answers(given)
     context = given.get("context", "")
     if not isinstance(context, str) or (context and not context.strip()):
         raise InputError(
@@ -285,8 +285,8 @@ def _completion(value: Any, name: str, source: str) -> str:
     return _text(value, name, source)
 
 
-def _answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:
-    """The accepted answers as text, and how they were read."""
+def accepted_answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:
+    """The accepted answers of a row as text, and how they were read. Raises InputError."""
     found = [name for name in ANSWERS if name in given]
     if len(found) > 1:
         raise InputError(

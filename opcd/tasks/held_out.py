@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from opcd.tasks.data import Example, request_of
+from opcd.tasks.formats import ANSWERS, accepted_answers
+from opcd.tasks.records import read_records
 
 FEWEST = 40  # prompts: of fewer none are kept out
 MOST_VALIDATION, MOST_TEST = 64, 256
@@ -42,3 +45,23 @@ def hold_out(prompts: Sequence[Example], share: float) -> Parts:
     for example in prompts:
         parts[part_of[id(example)]].append(example)
     return Parts(*parts)
+
+
+def with_their_answers(parts: Parts, path: str) -> Parts:
+    """What is kept out, with the answers that every row of the file has beside its request.
+
+    As it is where a row has none. A completion is no answer here: what a log's model once said is
+    not what counts as right.
+    """
+    records = {
+        source: {key: value for key, value in record.items() if value is not None}
+        for source, record in read_records(path, "prompts")
+    }
+    if not all(set(ANSWERS) & set(record) for record in records.values()):
+        return parts
+
+    def labelled(examples: Sequence[Example]) -> list[Example]:
+        found = [accepted_answers(records[e.source], e.source)[0] for e in examples]
+        return [replace(e, answers=a) for e, a in zip(examples, found, strict=True)]
+
+    return Parts(parts.train, labelled(parts.validation), labelled(parts.test))

@@ -24,7 +24,7 @@ from opcd.tasks.data import (
     repeat_remarks,
 )
 from opcd.tasks.gold import check_gold
-from opcd.tasks.held_out import Parts, hold_out
+from opcd.tasks.held_out import Parts, hold_out, with_their_answers
 from opcd.tasks.limits import check_lengths, check_tokens
 from opcd.tasks.messages import Message, user
 
@@ -146,6 +146,8 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
             remarks += said
     if not (config.validation_data or config.test_data):
         found = hold_out(parts["train"], config.held_out_share)
+        if config.prompts:
+            found = with_their_answers(found, config.prompts)
         parts |= found._asdict()
         remarks += _held_out_remarks(found, config)
     check_contexts(parts, contexts)
@@ -165,7 +167,11 @@ def _held_out_remarks(parts: Parts, config: TrainConfig) -> list[str]:
     total = sum(map(len, parts))
     kept_out = f"{len(parts.validation)} to choose the checkpoint by and {len(parts.test)} to test"
     if parts.test:
-        return [f"of {total} prompts {len(parts.train)} are trained on, {kept_out} the model with"]
+        judged = ", by the answers that they have" if parts.test[0].answers else ""
+        return [
+            f"of {total} prompts {len(parts.train)} are trained on, {kept_out} the model with"
+            f"{judged}"
+        ]
     if config.held_out_share and total:
         return [
             f"{total} prompts are too few to keep some out of training: nothing will be measured "
@@ -183,7 +189,8 @@ def _unjudged(
     if scorer.spec != TrainConfig.scorer:
         raise InputError(
             f"{file}: scorer {scorer.spec} compares with accepted answers, got rows without; add "
-            f'"answer" to each, leave scorer out, or write a function that needs none'
+            f'"answer" to each, leave scorer out, write a function that needs none, or set '
+            f"held_out_share to 0"
         )
     return [f"{shown(file)} has no answers: models are held against what the prompted one says"]
 

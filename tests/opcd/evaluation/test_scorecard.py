@@ -16,7 +16,7 @@ from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender, greedy_answers
 from opcd.evaluation.evaluate import Evaluation, evaluate
-from opcd.evaluation.intervals import wilson_interval
+from opcd.evaluation.intervals import PerRequest, paired_difference, wilson_interval
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
 from opcd.evaluation.scorecard import (
     accuracy,
@@ -333,6 +333,13 @@ def test_the_divergence_is_that_of_all_tokens_of_the_prompts_to_the_teacher(sett
     assert card["divergence"]["before"] == pytest.approx(expected, rel=1e-4)
     assert card["divergence"]["prompts"] == 3
     assert card["teacher"] == settings["teacher"]
+    columns = card["contenders"]
+    assert list(columns) == ["base", "prompted", "teacher"]
+    assert columns["teacher"]["meaning"] == "teacher, with the context"
+    assert columns["teacher"]["greedy_agreement"]["mean"] == 1.0
+    assert columns["prompted"]["greedy_agreement"]["mean"] < 1.0
+    gain = columns["teacher"]["accuracy"] - columns["base"]["accuracy"]
+    assert card["differences"]["gain"]["mean"] == gain
 
     config = TrainConfig(**settings | {"steps": 1, "test_data": None})
     with torch.enable_grad():
@@ -494,8 +501,12 @@ def a_card(**accuracies: float) -> dict:
         if name in columns:
             columns[name]["gap"] = {"mean": nats, "interval_95": [nats / 2, nats * 2]}
             columns[name]["top1_agreement"] = {"mean": top}
+    gain = [(i < 100 * accuracies["prompted"]) - (i < 100 * accuracies["base"]) for i in range(100)]
+    apart = PerRequest([float(x) for x in gain], [1] * 100)
+    none = PerRequest([0.0] * 100, [1] * 100)
     return {
         "contenders": columns,
+        "differences": {"gain": paired_difference(apart, none).summary()},
         "internalised": 0.925,
         "divergence": {"before": 1.294, "after": 0.217, "prompts": 48},
         "prompt_tokens_saved": 678.4,
@@ -513,8 +524,7 @@ def test_every_fact_has_its_number() -> None:
     columns["prompted"]["reasoning_share"] = 0.25
     columns["base"]["several_labels_share"] = 0.31
     assert scorecard_facts(card) == [
-        "the prompt: 10.0% → 50.0%, a gain beyond both 95 % intervals: there is something to "
-        "distil",
+        "the prompt: 10.0% → 50.0%, a gain of 31.0% to 50.0%: there is something to distil",
         "internalised: 92.5% of what the prompt gained is now in the weights",
         "most answers were cut (base 97%, distilled 51%): raise max_completion_tokens, or look at "
         "what ends an answer there",
@@ -536,9 +546,9 @@ def test_every_fact_has_its_number() -> None:
 @pytest.mark.parametrize(
     ("base", "prompted", "verdict"),
     [
-        (0.1, 0.5, "a gain beyond both 95 % intervals: there is something to distil"),
-        (0.5, 0.6, "which may be chance (requests: 100): mend the prompt or measure on more"),
-        (0.5, 0.1, "a loss beyond both 95 % intervals: mend the prompt before it is distilled"),
+        (0.1, 0.5, "a gain of 31.0% to 50.0%: there is something to distil"),
+        (0.5, 0.54, "which may be chance (requests: 100): mend the prompt or measure on more"),
+        (0.5, 0.1, "a loss of 31.0% to 50.0%: mend the prompt before it is distilled"),
     ],
 )
 def test_what_a_prompt_is_worth_before_anything_is_distilled(

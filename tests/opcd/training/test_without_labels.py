@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from opcd.api.results import Distilled
 from opcd.cli import main
 from opcd.config import TrainConfig
+from opcd.errors import InputError
 from opcd.evaluation.agreement import gap_between, student_side, teacher_side
 from opcd.evaluation.evaluate import episodes_of
 from opcd.models.by_name import load_model
 from opcd.objective import head_logprobs
 from opcd.runtime.files import read_metrics
 from opcd.tasks.prepare import prepare
+from opcd.tasks.task import read_task_files
 from opcd.teacher import teacher_of
 from opcd.training.build import build_distiller
 from opcd.training.validation import Validation
@@ -60,7 +63,12 @@ def test_prompts_are_kept_out_and_measured_on(
     for name in ("gap", "top1_agreement", "reverse_kl", "forward_kl"):
         low, high = columns["distilled"][name]["interval_95"]
         assert low <= columns["distilled"][name]["mean"] <= high
-    assert card["verdict"]["word"] in ("learned", "learned in part", "not learned")
+    assert card["verdict"]["word"] == "too few requests"
+    assert card["data"] == {"part": "held out", "file": unlabelled["prompts"]}
+    assert "scored on requests kept out of" in printed
+    closed = columns["base"]["gap"]["mean"] - columns["distilled"]["gap"]["mean"]
+    assert card["differences"]["gap_closed"]["mean"] == pytest.approx(closed)
+    assert "distilled" in repr(Distilled(run))
     assert card["verdict"]["reason"] in (run / "report.md").read_text()
     assert card["verdict"]["reason"] in printed
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
@@ -68,6 +76,32 @@ def test_prompts_are_kept_out_and_measured_on(
     assert "accepted" not in answers[0]
     assert main(["eval", "--config", str(run / "config.yaml")]) == 0
     assert json.loads((run / "scorecard.json").read_text()) == card
+
+
+def test_answers_beside_the_prompts_judge_what_is_kept_out(unlabelled: dict) -> None:
+    rows = [{"prompt": f"say {i} in words", "answer": i} for i in range(60)]
+    file = Path(unlabelled["prompts"])
+    write_jsonl(file, rows)
+    files = read_task_files(TrainConfig(**unlabelled | {"scorer": "number"}))
+    for part in ("validation", "test"):
+        assert files.parts[part]
+        for example in files.parts[part]:
+            assert example.text == f"say {example.answers[0]} in words"
+    assert not any(e.answers for e in files.parts["train"])
+    assert any("12 to test the model with, by the answers" in line for line in files.remarks)
+    del rows[7]["answer"]
+    write_jsonl(file, rows)
+    files = read_task_files(TrainConfig(**unlabelled))
+    assert not any(e.answers for part in files.parts.values() for e in part)
+    with pytest.raises(InputError, match="set held_out_share to 0"):
+        read_task_files(TrainConfig(**unlabelled | {"scorer": "number"}))
+
+
+def test_what_a_log_once_answered_is_not_what_counts_as_right(unlabelled: dict) -> None:
+    rows = [{"prompt": f"say {i} in words", "completion": "Sure!"} for i in range(60)]
+    write_jsonl(Path(unlabelled["prompts"]), rows)
+    files = read_task_files(TrainConfig(**unlabelled))
+    assert not any(e.answers for part in files.parts.values() for e in part)
 
 
 def test_the_gap_is_that_of_whole_sequences(settings: dict) -> None:
