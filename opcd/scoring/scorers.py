@@ -2,31 +2,29 @@
 
 import hashlib
 import inspect
-import json
 import re
 import sys
-import unicodedata
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
-from opcd.runtime.strict_json import no_constant, unique_keys
 from opcd.runtime.user_code import load_function
+from opcd.scoring.calls import Call, accepted_calls, calls_in, same_calls
 from opcd.scoring.choices import claimed, letter
 from opcd.scoring.numerals import is_one_number, numerals, only_numeral
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import bare, folded, holds, normalised
+from opcd.scoring.values import NO_JSON, read_value
 
 
 class Score(NamedTuple):
     """What a completion got."""
 
-    value: float  # from 0 to 1; the mean of the rates, where there are
+    value: float  # from 0 to 1; of a function's rates their mean
     rates: dict[str, float]  # by name, each from 0 to 1; {} for a single value
 
 
@@ -106,6 +104,10 @@ def load_scorer(spec: str) -> Scorer:
     - ``choice``: claims the accepted letter and no other, see `choices`.
     - ``json``: is JSON, or one fence with JSON in it, and equals an accepted value: 1 is 1.0, keys
       have no order, nothing else may stand around it.
+    - ``calls``: makes the accepted call ``{"name": ..., "arguments": {...}}``, or the list of calls
+      in whatever order, or none where the accepted answer is text; see `calls` for the forms that
+      are read. Four rates: called when needed, right tool, right arguments (as under ``json``), not
+      called without need.
     - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
       answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
       takes the last. Case matters in the pattern, and ``.`` ends at a line's end.
@@ -120,6 +122,8 @@ def load_scorer(spec: str) -> Scorer:
     Raises InputError for a scorer that does not exist, compile or import.
     """
     kind, _, rest = spec.partition(":")
+    if spec == "calls":
+        return Scorer(spec, _judge_calls, _calls_fault)
     if spec in _BUILT_IN:
         right, fault = _BUILT_IN[spec]
         return Scorer(spec, _alike(right), fault)
@@ -130,7 +134,7 @@ def load_scorer(spec: str) -> Scorer:
     if kind == "python" and rest:
         return _python_scorer(spec, rest)
     raise InputError(
-        f"scorer must be {', '.join(_BUILT_IN)}, regex:PATTERN, regex-last:PATTERN or "
+        f"scorer must be {', '.join(_BUILT_IN)}, calls, regex:PATTERN, regex-last:PATTERN or "
         f"python:FILE.py:function, got {spec!r}; choose one"
     )
 
@@ -163,29 +167,42 @@ def _same_choice(answer: str, accepted: str) -> bool:
 
 def _same_json(answer: str, accepted: str) -> bool:
     try:
-        return _read_json(answer) == _read_json(accepted)
-    except (ValueError, ArithmeticError, RecursionError):
-        # No JSON; a number too long, or beyond a decimal's exponents; nested too deeply.
+        return bool(read_value(answer) == read_value(accepted))
+    except NO_JSON:
         return False
 
 
-def _read_json(text: str) -> Any:
-    """The value, made comparable: exact numbers; true is not 1, as it would be in Python."""
-    text = unicodedata.normalize("NFC", text.strip())
-    if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL | re.IGNORECASE):
-        text = fenced[1]
-    value = json.loads(
-        text, parse_float=Decimal, parse_constant=no_constant, object_pairs_hook=unique_keys
-    )
-    return _told_apart(value)
+def _judge_calls(it: Judged) -> Score:
+    """Calls are read with their special tokens, which some families mark them by."""
+    made = calls_in(split_thought(it.raw).answer or "")
+    wanted = [accepted_calls(accepted) for accepted in it.answers]
+    best = max((_called(made, w) for w in wanted), key=lambda s: (s.value, fmean(s.rates.values())))
+    # Where a call may be made and may not, none of the rates is asked for.
+    return best if all(wanted) or not any(wanted) else Score(best.value, {})
 
 
-def _told_apart(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _told_apart(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_told_apart(item) for item in value]
-    return ("bool", value) if isinstance(value, bool) else value
+def _called(made: list[Call], wanted: list[Call]) -> Score:
+    if not wanted:
+        rates = {"not called without need": float(not made)}
+    else:
+        tools = sorted(c.name for c in made) == sorted(c.name for c in wanted)
+        rates = {
+            "called when needed": float(bool(made)),
+            "right tool": float(tools),
+            "right arguments": float(same_calls(made, wanted)),
+        }
+    return Score(float(all(rates.values())), rates)
+
+
+def _calls_fault(accepted: str) -> str | None:
+    try:
+        accepted_calls(accepted)
+    except ValueError as error:
+        return (
+            f'it is {error}; write {{"name": ..., "arguments": {{...}}}} or a list of these, or '
+            f"text where no call is wanted"
+        )
+    return None
 
 
 def _fault(right: Callable[[str, str], bool], what: str, accepted: str) -> str | None:
