@@ -53,7 +53,17 @@ class InRow(NamedTuple):
         return self.length
 
 
-Behind = SharedPrefix | InRow | None  # what the sequences of a group stand behind
+class Kept(Protocol):
+    """Keys and values of tokens that were computed before, kept elsewhere."""
+
+    def __len__(self) -> int: ...
+
+    def keys_values(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(H_kv, S, D) and (H_kv, S, D_v)."""
+        ...
+
+
+Behind = SharedPrefix | InRow | Kept | None  # what the sequences of a group stand behind
 
 
 class _SequencesPass:
@@ -68,11 +78,11 @@ class _SequencesPass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         kept = []
         for prefix in self._prefixes:
-            if isinstance(prefix, SharedPrefix):
-                kept.append(prefix.keys_values(layer, query.dtype))
-            else:
+            if prefix is None or isinstance(prefix, InRow):
                 of = slice(0) if prefix is None else self._packing.groups[prefix.group]
                 kept.append((key[of].transpose(0, 1), value[of].transpose(0, 1)))
+            else:
+                kept.append(prefix.keys_values(layer, query.dtype))
         keys, values = zip(*kept, strict=True)
         operands = Operands(query, key, value, keys, values)
         for prefix, states in zip(self._prefixes, kept, strict=True):

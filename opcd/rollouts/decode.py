@@ -8,8 +8,9 @@ on. Elsewhere the same step simply runs.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from opcd.rollouts.noise import drawn, uniforms
 
 # Steps of a graph between two looks at whether all rows have finished: a look waits for the GPU.
 STEPS_BETWEEN_LOOKS = 8
+LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 
 
 class StaticCache:
@@ -60,6 +62,32 @@ class StaticCache:
             x.unflatten(0, (self.rows, self.length)).transpose(1, 2) for x in self._layers[layer]
         )
         return keys, values
+
+    def adopt(self, other: "StaticCache") -> None:
+        """Take what a shorter one holds; each token keeps its row and its position."""
+        self.clear()
+        for layer, held in other._layers.items():
+            if layer not in self._layers:
+                shapes = [(self.rows * self.length, *x.shape[1:]) for x in held]
+                self._layers[layer] = [x.new_zeros(s) for x, s in zip(held, shapes, strict=True)]
+            for mine, theirs in zip(self._layers[layer], held, strict=True):
+                rows = mine.unflatten(0, (self.rows, self.length))
+                rows[:, : other.length] = theirs.unflatten(0, (other.rows, other.length))
+
+
+class _CachedRow(NamedTuple):
+    """The first tokens of one row, as what further ones stand behind."""
+
+    cache: StaticCache
+    row: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def keys_values(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = (x[self.row, :, : self.length] for x in self.cache.read(layer))
+        return keys.to(dtype), values.to(dtype)
 
 
 class _StepPass:
@@ -122,25 +150,81 @@ class Decoder:
         streams: Tensor,  # (B,) int64, on the CPU: what each row draws by
     ) -> None:
         """Start a row for each prompt. Equal prompts are computed once."""
+        assert max(map(len, prompts)) + max_new_tokens <= self.length, "a row that does not fit"
+        self.place(prompts, prefix)
+        self.start(range(len(prompts)), max_new_tokens, temperature, streams)
+
+    def place(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
+        """Put prompts, at most B, into the rows in place of whatever stands there."""
         tokens = torch.zeros(self._tokens.shape, dtype=torch.long)
         position = torch.zeros(self.rows, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
             position[row] = len(prompt) - 1
-        numbers = torch.zeros(self.rows, dtype=torch.long)
-        numbers[: len(prompts)] = streams
-        live = torch.arange(self.rows) < len(prompts)
-        last = position + max_new_tokens * live
-        assert last.max() < self.length, "a row that does not fit"
         self._tokens.copy_(tokens)
         self._position.copy_(position)
-        self._last.copy_(last)
-        self._live.copy_(live)
-        self._temperature.fill_(temperature)
-        self._streams.copy_(numbers)
-        self._first.copy_(position + 1)
         self._cache.clear()
         self._fill_cache(prompts, prefix)
+
+    def start(
+        self,
+        rows: Sequence[int],  # that get a completion; the others stand still
+        max_new_tokens: int,  # with the tokens that a row holds at most T
+        temperature: float,
+        streams: Tensor,  # (len(rows),) int64, on the CPU
+    ) -> None:
+        """Let rows be completed, each behind its newest token."""
+        of = torch.tensor(list(rows), dtype=torch.long)
+        numbers = torch.zeros(self.rows, dtype=torch.long).index_copy(0, of, streams)
+        live = torch.zeros(self.rows, dtype=torch.bool).index_fill(0, of, True)
+        self._live.copy_(live)
+        self._last.copy_(self._position + max_new_tokens * self._live)
+        self._temperature.fill_(temperature)
+        self._streams.copy_(numbers)
+        self._first.copy_(self._position + 1)
+
+    def extend(
+        self,
+        tokens: Mapping[int, Sequence[int]],  # by row: all that it holds
+        new: Mapping[int, Sequence[int]],  # by row: what is put behind that, at least one
+    ) -> None:
+        """Put tokens behind rows; all but the last of each are computed, in one packed pass.
+
+        The newest token of a row is computed with what follows it, so that a row may also end
+        earlier than it did: what it held behind is written over.
+        """
+        rows = sorted(new)
+        pieces = [[tokens[row][-1], *new[row][:-1]] for row in rows]
+        firsts = [len(tokens[row]) - 1 for row in rows]
+        slots = [
+            row * self.length + first + i
+            for row, first, piece in zip(rows, firsts, pieces, strict=True)
+            for i in range(len(piece))
+        ]
+        to, ids = (torch.tensor(x, device=self._device) for x in (slots, [*chain(*pieces)]))
+        behind = [_CachedRow(self._cache, *x) for x in zip(rows, firsts, strict=True)]
+
+        def store(layer: int, key: Tensor, value: Tensor) -> None:
+            self._cache.write(layer, to, key, value)
+
+        packing = Packing([[len(piece)] for piece in pieces], self._device)
+        packed_pass(self._model, ids[None], packing, behind, store)
+        held = self._tokens.cpu()
+        position = self._position.cpu()
+        for row in rows:
+            sequence = [*tokens[row], *new[row]]
+            held[row, : len(sequence)] = torch.tensor(sequence)
+            position[row] = len(sequence) - 1
+        self._tokens.copy_(held)
+        self._position.copy_(position)
+
+    def adopt(self, other: "Decoder") -> None:
+        """Take the rows of a shorter one."""
+        self._cache.adopt(other._cache)
+        self._tokens.zero_()
+        self._tokens[:, : other.length + 1] = other._tokens
+        self._position.copy_(other._position)
+        self._live.zero_()
 
     def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
         """Keys and values of every prompt but its last token, which the first step computes."""
@@ -256,3 +340,16 @@ def _waiting_is_an_error() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def rounded_length(length: int) -> int:
+    """What rows of so many tokens are given room for."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def uncached_autocast(device: torch.device) -> torch.autocast:
+    """The autocast around it, keeping no casts: in a graph they would go stale."""
+    kind = device.type
+    return torch.autocast(
+        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+    )

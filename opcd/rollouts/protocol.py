@@ -46,12 +46,56 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def open(self, prompts: Sequence[Sequence[int]]) -> "Conversations":
+        """Conversations that begin with these tokens, one a prompt, to be completed turn by turn.
+
+        Weights must not change while they are open, and the autocast context stays the same.
+        """
+        ...
+
     def sync(self, student: torch.nn.Module, version: int) -> None:
         """Take over the student's weights."""
         ...
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+class Conversations(Protocol):
+    """Sequences that grow by turns; what a turn has computed stays for the next one.
+
+    Each row has its own tokens: a prompt, then completions and what is put behind them. Keys and
+    values of a token are computed once, whoever wrote it.
+    """
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """All tokens of each row so far."""
+        ...
+
+    def complete(
+        self, params: SamplingParams, streams: Sequence[int] | None = None
+    ) -> list[Rollout | None]:
+        """A completion behind what each row holds, which it holds from now on; None: it has ended.
+
+        `streams` as in `RolloutEngine.generate`, one a row, and others for each turn.
+        """
+        ...
+
+    def append(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Put tokens behind each row: what a user says next, a tool's result. [] ends a row.
+
+        Raises ValueError for tokens behind a row that has ended.
+        """
+        ...
+
+    def rewind(self) -> None:
+        """Take the last completion back; every row that goes on must then be appended to."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
         ...
 
 

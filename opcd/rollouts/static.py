@@ -11,11 +11,10 @@ from opcd.models.lm import causal_lm, eos_token_ids, vocabulary_rows
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
-from opcd.rollouts.decode import Decoder
+from opcd.rollouts.decode import LENGTH_STEP, Decoder, rounded_length, uncached_autocast
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
+from opcd.rollouts.static_conversations import StaticConversations
 from opcd.runtime.batches import batches_by_length
-
-LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 
 
 class StaticEngine:
@@ -73,6 +72,11 @@ class StaticEngine:
             rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
+    @torch.no_grad()
+    def open(self, prompts: Sequence[Sequence[int]]) -> StaticConversations:
+        """See RolloutEngine.open. Memory of its own is held until they are closed."""
+        return StaticConversations(self._model, prompts, self._batch_size, self._version)
+
     def sync(self, student: torch.nn.Module, version: int) -> None:
         """The weights are shared: only the version changes."""
         assert student is self._model, "this engine samples from the module that is trained"
@@ -84,7 +88,7 @@ class StaticEngine:
 
     def _decoder_for(self, rows: int, longest: int) -> Decoder:
         """The decoder of the call before, if it fits."""
-        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        length = rounded_length(longest)
         fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
         if held is not None and fixed == self._fixed:
             if self._graphed:  # idle rows cost a graph little, a new graph costs a second
@@ -119,14 +123,6 @@ def why_not_static(model: torch.nn.Module, plan: Plan) -> str | None:
     if gap <= bound:
         return None
     return f"steps differ from full passes by {gap:.2g} nats, more than {bound:g}"
-
-
-def uncached_autocast(device: torch.device) -> torch.autocast:
-    """The autocast around it, keeping no casts: in a graph they would go stale."""
-    kind = device.type
-    return torch.autocast(
-        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-    )
 
 
 def _gap_to_full_passes(model: torch.nn.Module) -> float:

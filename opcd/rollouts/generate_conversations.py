@@ -1,0 +1,153 @@
+"""Conversations by `transformers.generate`, whose cache goes on from turn to turn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
+from opcd.rollouts.conversations import GrowingRows
+from opcd.rollouts.generate_call import generated, until_eos
+from opcd.rollouts.protocol import SamplingParams
+
+
+class _Rectangle:
+    """Rows of one batch: the columns that the cache holds, and each row's tokens behind them."""
+
+    def __init__(
+        self,
+        rows: list[int],  # their numbers among all
+        prompts: Sequence[Sequence[int]],
+        cache: Cache | None,
+        shared: int,  # tokens of each prompt that the cache holds
+    ) -> None:
+        self.rows = rows
+        self.cache = cache
+        self.ids = torch.tensor([list(p[:shared]) for p in prompts], dtype=torch.long)
+        self.mask = torch.ones_like(self.ids)
+        self.pending = [list(p[shared:]) for p in prompts]
+
+    def widened(self, pad: int) -> None:
+        """Put what is pending into columns, pads in front."""
+        width = max(map(len, self.pending))
+        new = torch.full((len(self.rows), width), pad)
+        real = torch.zeros_like(new)
+        for row, kept, tokens in zip(new, real, self.pending, strict=True):
+            row[width - len(tokens) :], kept[width - len(tokens) :] = torch.tensor(tokens), 1
+        self.ids = torch.cat([self.ids, new], 1)
+        self.mask = torch.cat([self.mask, real], 1)
+        self.pending = [[] for _ in self.rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave the others out."""
+        places = torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long)
+        if len(places) == len(self.rows):
+            return
+        if self.cache is not None:
+            self.cache.batch_select_indices(places)
+        self.ids, self.mask = self.ids[places], self.mask[places]
+        self.pending = [self.pending[i] for i in places.tolist()]
+        self.rows = list(rows)
+
+
+class GeneratedConversations(GrowingRows):
+    """Conversations through `transformers.generate`, whose cache goes on from turn to turn.
+
+    A row that ends its turn before others of its batch is padded behind it, and the pads masked.
+    Where a model's layers do not allow that (sliding windows, recurrent states), each row is a
+    batch of its own; rows whose cache cannot be shortened are computed anew after a `rewind`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        share_prefix: bool,
+        version: int,
+    ) -> None:
+        super().__init__(model, prompts, version)
+        prefix = common_prefix(model, prompts) if share_prefix else None
+        together = share_prefix and _allows_gaps(model, prompts[0], prefix)
+        size, shared = batch_size if together else 1, len(prefix) if prefix is not None else 0
+        self._batches = []
+        for start in range(0, len(prompts), size):
+            rows = [*range(start, min(start + size, len(prompts)))]
+            cache = prefix.expand(len(rows)) if prefix is not None else None
+            self._batches.append(_Rectangle(rows, [prompts[i] for i in rows], cache, shared))
+        self._columns: dict[int, int] = {}  # by batch: those in front of the last completion
+
+    def close(self) -> None:
+        """See Conversations.close."""
+        super().close()
+        self._batches = []
+
+    @torch.no_grad()
+    def _completed(
+        self, rows: Sequence[int], params: SamplingParams, streams: Tensor
+    ) -> list[list[int]]:
+        stream_of = dict(zip(rows, streams.tolist(), strict=True))
+        found: dict[int, list[int]] = {}
+        for number, batch in enumerate(self._batches):
+            here = [row for row in batch.rows if row in stream_of]
+            if not here:
+                continue
+            batch.keep(here)
+            batch.widened(self._eos[0])
+            width = self._columns[number] = batch.ids.shape[1]
+            numbers = torch.tensor([stream_of[row] for row in here])
+            output = generated(
+                self._model, batch.ids, batch.mask, batch.cache, self._eos, params, numbers
+            )
+            sequences = output.sequences.cpu()
+            cached = sequences.shape[1] - 1  # the newest column was not computed
+            real = torch.zeros(len(here), cached - width, dtype=batch.mask.dtype)
+            for place, row in enumerate(here):
+                ids = until_eos(sequences[place, width:].tolist(), self._eos)
+                real[place, : len(ids)] = 1
+                batch.pending[place] = ids[cached - width :]
+                found[row] = ids
+            batch.cache = output.past_key_values
+            batch.ids, batch.mask = sequences[:, :-1], torch.cat([batch.mask, real], 1)
+        return [found[row] for row in rows]
+
+    def _extend(self, new: dict[int, list[int]]) -> None:
+        for batch in self._batches:
+            for place, row in enumerate(batch.rows):
+                batch.pending[place] += new.get(row, [])
+
+    def _taken_back(self) -> None:
+        for number, batch in enumerate(self._batches):
+            columns = self._columns.get(number)
+            if columns is None or not any(self._due[row] for row in batch.rows):
+                continue
+            if batch.cache is not None and _shortened(batch.cache, columns):
+                batch.ids, batch.mask = batch.ids[:, :columns], batch.mask[:, :columns]
+                batch.pending = [[] for _ in batch.rows]
+            else:
+                self._batches[number] = _Rectangle(
+                    batch.rows, [self._tokens[row] for row in batch.rows], None, 0
+                )
+
+
+def _allows_gaps(
+    model: torch.nn.Module, prompt: Sequence[int], prefix: SharedPrefix | None
+) -> bool:
+    """Whether masked pads between a row's tokens leave its passes exact, however long it grows."""
+    try:
+        prefix = prefix or SharedPrefix(model, prompt[:1])
+    except UnsupportedModelError:
+        return False
+    return prefix.allows_pads(2**31)
+
+
+def _shortened(cache: Any, columns: int) -> bool:
+    """Cut a cache to so many columns; False where its layers keep more than keys and values."""
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., :columns, :], layer.values[..., :columns, :]
+    return True
