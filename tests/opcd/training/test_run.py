@@ -374,11 +374,14 @@ def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
         assert f"spins {expected}" in done.stdout, done.stderr
 
 
-def test_a_run_without_validation_takes_the_last_step_and_says_so(settings: dict) -> None:
-    config = write_config(settings, validation_data=None)
+def test_a_run_without_validation_takes_the_last_step_and_says_so(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings, steps=2, validation_data=None, test_data=None)
     assert main(["train", "--config", config]) == 0
-    card = json.loads((Path(settings["output_dir"]) / "scorecard.json").read_text())
-    assert card["selection"]["how"] == "step 6, the last (no validation data)"
+    assert "is not known: nothing was kept to measure on\n" in capsys.readouterr().out
+    file = Path(settings["output_dir"]) / "final" / "selection.json"
+    assert json.loads(file.read_text())["how"] == "step 2, the last (no validation data)"
 
 
 def test_a_run_without_test_data_ends_with_a_model(
