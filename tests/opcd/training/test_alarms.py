@@ -1,5 +1,6 @@
 """Alarms as functions of metrics: what raises each, what just does not, and real runs."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -379,22 +380,22 @@ def test_an_alarm_warns_unless_it_is_told_to_stop(settings: dict) -> None:
     assert [list(names) for names in alarms_in(settings).values()] == [["divergence"]]
 
 
-def test_python_is_told_which_alarm(
-    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_python_is_told_which_alarm_and_goes_on_all_the_same(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny model never ends by itself; here its teacher would."""
-    measured = iter([BASE, *[WELL] * 9])
-    monkeypatch.setattr(
-        "opcd.training.validation.Validation.measure",
-        lambda _: next(measured) | {"divergence": 0.1},
-    )
+    """Also where it stopped before the first step: what was measured and said then stays."""
+    helps_nobody = BASE | {"prompted": PROMPTED | {"accuracy": 0.0}}
+    measured = [helps_nobody, WELL]
+    monkeypatch.setattr("opcd.training.validation.Validation.measure", lambda _: measured.pop(0))
     names = ("context", "prompts", "validation_data", "model")
     given = {name: Path(settings.pop(name)) for name in names} | settings
-    given |= {"steps": 22, "validate_every": 5, "on_alarm": "stop", "test_data": None}
-    with pytest.raises(opcd.Stopped, match="stopped by alarm length after step 20") as stopped:
+    given |= {"steps": 2, "validate_every": 2, "on_alarm": "stop", "test_data": None}
+    with pytest.raises(opcd.Stopped, match="stopped by alarm prompt after step 0") as stopped:
         opcd.distill(**given, quiet=True)
-    assert stopped.value.why == "alarm length"
+    assert stopped.value.why == "alarm prompt"
     assert stopped.value.folder == Path(settings["output_dir"])
-    seen = opcd.distill(**given, quiet=True, resume=True).metrics
-    assert [row["step"] for row in seen if "alarms" in row] == [20]
-    assert seen[-1]["step"] == 22
+    with contextlib.suppress(opcd.Stopped):  # a KeyboardInterrupt, at which pytest would end
+        opcd.distill(**given, quiet=True, resume=True)
+    rows = read_metrics(Path(settings["output_dir"]) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {step: [*names] for step, names in alarms_in(settings).items()} == {0: ["prompt"]}
