@@ -108,11 +108,10 @@ def alarms_of(rows: Sequence[Row], config: TrainConfig) -> list[Alarm]:
     course = Course(
         config,
         [row for row in rows if "loss" in row],
-        # Versions before kept nothing of the prompted teacher.
         [
             {"step": row["step"], **row["validation"]}
             for row in rows
-            if "prompted" in row.get("validation", ())
+            if _tells(row.get("validation", {}))
         ],
     )
     checks = [_divergence]
@@ -121,6 +120,14 @@ def alarms_of(rows: Sequence[Row], config: TrainConfig) -> list[Alarm]:
     if "validation" in rows[-1] and course.validations:
         checks += [_prompt, _coverage, _entropy, _empty, _constant]
     return [alarm for check in checks if (alarm := check(course)) is not None]
+
+
+def _tells(found: Row) -> bool:
+    """Whether a validation holds what alarms ask for.
+
+    Versions before kept nothing of the prompted teacher, then not of how many requests.
+    """
+    return "prompted" in found and ("n" in found or "accuracy" not in found)
 
 
 def _coverage(course: Course) -> Alarm | None:

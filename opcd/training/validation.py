@@ -1,5 +1,6 @@
 """What a run measures of its student on the validation requests, before and while it trains."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -104,8 +105,11 @@ class Validation:
 
 
 def rank(found: dict[str, Any]) -> tuple[float, float]:
-    """What makes one validation better than another: accuracy, then the gap; without it the gap."""
-    return found.get("accuracy", 0.0), -found["gap"]
+    """What makes one validation better than another: accuracy, then the gap; without it the gap.
+
+    Those of versions before hold no gap, and are the worse one where accuracies are equal.
+    """
+    return found.get("accuracy", 0.0), -found.get("gap", math.inf)
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, float]:

@@ -72,8 +72,9 @@ def test_a_run_that_goes_well_raises_none() -> None:
 
 
 def test_validations_of_versions_before_tell_nothing() -> None:
-    old = {"accuracy": 0.0, "divergence": 0.3}
-    assert raised(course(60, dict.fromkeys(range(10, 61, 10), old))) == {}
+    without_n = {name: x for name, x in BASE.items() if name != "n"}
+    for old in ({"accuracy": 0.0, "divergence": 0.3}, without_n):
+        assert raised(course(60, dict.fromkeys(range(0, 61, 10), old))) == {}
 
 
 # coverage

@@ -22,7 +22,7 @@ import opcd
 from opcd.cli import main
 from opcd.objective import Targets
 from opcd.runtime.files import read_metrics
-from opcd.training.checkpoint import list_checkpoints
+from opcd.training.checkpoint import STATE_FILE, list_checkpoints
 from opcd.training.validation import Validation
 from tests.conftest import in_groups, write_jsonl
 
@@ -501,6 +501,27 @@ def test_a_finished_run_can_be_prolonged(
     assert main(prolong) == 0  # the report there is of the shorter run
     assert "finished before" not in capsys.readouterr().out
     assert json.loads((run / "scorecard.json").read_text())["selection"]["steps_done"] == 8
+
+
+def test_a_run_of_a_version_before_goes_on(settings: dict) -> None:
+    """Which validated after steps alone, and measured no gap and nothing of the prompted model."""
+    config = write_config(settings)
+    assert main(["train", "--config", config]) == 0
+    run = Path(settings["output_dir"])
+    _, *rows = read_metrics(run / "metrics.jsonl")
+    old = {"accuracy", "divergence", "time_s"}
+    for row in rows:
+        if "validation" in row:
+            row["validation"] = {k: v for k, v in row["validation"].items() if k in old}
+    write_jsonl(run / "metrics.jsonl", rows)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
+    state["best"] = {k: v for k, v in state["best"].items() if k in old | {"step"}}
+    torch.save(state, checkpoint / STATE_FILE)
+    (run / "scorecard.json").unlink()
+    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    assert len(losses(run)) == 8
+    assert (run / "scorecard.json").is_file()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
