@@ -41,7 +41,7 @@ def config(**settings: object) -> TrainConfig:
 def course(
     count: int,
     validations: Mapping[int, Mapping[str, Any]],
-    **columns: Callable[[int], float],
+    **columns: Callable[[int], float | None],
 ) -> list[dict]:
     """The rows of `count` steps; those of a run that goes well, but for some columns."""
     rows: list[dict] = [{"step": 0, "validation": validations[0]}] if 0 in validations else []
@@ -109,6 +109,20 @@ def test_accuracy_that_stays_while_the_loss_falls() -> None:
 )
 def test_no_alarm_of_coverage(rows: list[dict]) -> None:
     assert "coverage" not in raised(rows)
+
+
+def behind(accuracy: float, p_value: float) -> dict:
+    """A validation in which the prompted teacher was compared request by request."""
+    apart = {"mean": PROMPTED["accuracy"] - accuracy, "p_value": p_value}
+    return WELL | {"accuracy": accuracy, "behind_prompted": apart}
+
+
+def test_accuracies_are_compared_request_by_request() -> None:
+    """85 and 90 of 100 are not chance where five requests more are right and none is lost."""
+    for at_best, p_value, expected in ((0.85, 0.01, True), (0.6, 0.06, False), (0.95, 0.01, False)):
+        lost = behind(0.5, 0.001)
+        found = {0: lost, 10: behind(at_best, p_value), 20: lost, 30: lost, 40: lost}
+        assert ("coverage" in raised(course(40, found))) == expected
 
 
 def test_frequent_validations_are_given_as_many_steps() -> None:
@@ -265,6 +279,16 @@ def test_no_alarm_of_divergence(divergence: Callable[[int], float]) -> None:
     assert "divergence" not in raised(course(31, {}, divergence=divergence))
 
 
+def test_steps_without_completions_of_the_students_own_do_not_count() -> None:
+    """Every second one has guided completions alone: it is ten of the others in a row."""
+    high = course(60, {}, divergence=lambda i: None if i % 2 else 0.1 if i <= 40 else 0.51)
+    assert raised(high)["divergence"][0] == 60
+    back = course(61, {}, divergence=lambda i: None if i % 2 else 0.1 if i <= 40 or i == 50 else 1)
+    assert "divergence" not in raised(back)
+    alone = course(20, {}, divergence=lambda i: None, guided_loss=lambda i: 0.1 if i <= 10 else 0.6)
+    assert raised(alone)["divergence"][0] == 20
+
+
 def test_a_spike_is_no_alarm_and_is_kept() -> None:
     alarms = Alarms(config())
     for row in course(30, {}, divergence=lambda i: 0.1 if i != 25 else 2.0):
@@ -284,6 +308,10 @@ def test_a_context_that_helps_nobody() -> None:
     better = base | {"prompted": PROMPTED | {"accuracy": 0.95}}
     for found in (better, unlabelled(base), base | {"n": 4000}):
         assert raised([{"step": 0, "validation": found}]) == {}
+    helps = base | {"behind_prompted": {"mean": 0.05, "p_value": 0.03}}
+    assert raised([{"step": 0, "validation": helps}]) == {}
+    chance = better | {"behind_prompted": {"mean": 0.35, "p_value": 0.06}}
+    assert "prompt" in raised([{"step": 0, "validation": chance}])
     # Later on the student is no base.
     assert "prompt" not in raised(course(10, {10: base}))
 

@@ -245,11 +245,10 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
     grades = iter([0.0, 0.9, 0.1, 0.2])
 
-    def graded(self: Validation, answers: list) -> dict:
-        prompted = answers is self._reference.answers
-        return {"accuracy": 0.5 if prompted else next(grades), "n": 3}
+    def graded(self: Validation, answers: list) -> list[float]:
+        return [0.5 if answers is self.said else next(grades)] * 3
 
-    monkeypatch.setattr(Validation, "_accuracy", graded)
+    monkeypatch.setattr(Validation, "_right", graded)
     config = write_config(settings, validate_every=3, test_data=None)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
