@@ -12,8 +12,10 @@ import opcd
 from opcd.cli import main
 from opcd.config import TrainConfig
 from opcd.runtime.files import read_metrics
+from opcd.runtime.progress import Progress
 from opcd.training.alarms import Alarm, Alarms
 from opcd.training.checkpoint import list_checkpoints
+from opcd.training.run import _raise_alarms
 from tests.conftest import in_groups
 
 # Courses of runs of the examples at 135M, with what they were validated by.
@@ -359,6 +361,27 @@ def run_rows(run: dict) -> list[dict]:
     return course(count, validations, **{k: lambda i, v=v: v[i - 1] for k, v in columns.items()})
 
 
+@pytest.mark.parametrize(("on_alarm", "why"), [("warn", None), ("stop", "alarm divergence")])
+def test_an_alarm_warns_unless_it_is_told_to_stop(on_alarm: str, why: str | None) -> None:
+    ours, said = config(on_alarm=on_alarm), Said()
+    alarms = Alarms(ours)
+    rows = course(32, {}, divergence=lambda i: 0.1 if i <= 20 else 0.51)
+    ends = [_raise_alarms(alarms, row, ours, said) for row in rows]
+    assert ends == [*[None] * 29, why, None, None]
+    (kept,) = [row["alarms"] for row in rows if "alarms" in row]
+    assert said.lines == [f"alarm     {kept['divergence']}"]
+
+
+class Said(Progress):
+    """What a run tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 # real runs of the tiny model
 
 
@@ -400,13 +423,6 @@ def test_a_rate_that_is_far_too_high(settings: dict, capsys: pytest.CaptureFixtu
     assert report.index("- divergence that stood out, nats a token: ") < report.index(
         "## Scorecard"
     )
-
-
-def test_an_alarm_warns_unless_it_is_told_to_stop(settings: dict) -> None:
-    settings |= {"steps": 12, "validation_data": None, "test_data": None}
-    assert train(settings) == 0
-    assert train(settings, "--resume", "--steps=24", "--learning_rate=1") == 0
-    assert [list(names) for names in alarms_in(settings).values()] == [["divergence"]]
 
 
 def test_python_is_told_which_alarm_and_goes_on_all_the_same(
