@@ -29,8 +29,8 @@ from opcd.preflight.budget import Needs, budget
 from opcd.runtime.files import folder_bytes
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import prepare
+from opcd.training import duration
 from opcd.training.build import build_distiller
-from opcd.training.duration import run_seconds, step_seconds
 from opcd.training.run import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "voice_assistant" / "config.yaml"
@@ -65,8 +65,8 @@ def predicted(config: TrainConfig) -> dict[str, Any]:
 
 def timed(config: TrainConfig) -> dict[str, Any]:
     setup = prepare(config, for_training=True)
-    step = step_seconds(build_distiller(setup), setup)
-    return {"step": step._asdict(), "run": run_seconds(step, setup)._asdict()}
+    one = duration.timed(build_distiller(setup), setup)
+    return {"one": one._asdict(), "run": duration.run_seconds(one, setup)._asdict()}
 
 
 def ran(config: TrainConfig) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def measured(settings: dict[str, Any]) -> Row:
         **{f"{k}_mib": round(v / 2**20) for k, v in before["parts"].items()},
         **{f"in_{k}_mib": round(v / 2**20) for k, v in before["phases"].items()},
         **{f"{k}_predicted_s": round(v, 1) for k, v in during["run"].items()},
-        **{f"step_{k}_s": round(v, 3) for k, v in during["step"].items() if k != "completions"},
+        **{f"one_{k}_s": round(v, 3) for k, v in during["one"].items()},
     }
 
 

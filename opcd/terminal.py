@@ -180,14 +180,14 @@ def _verdict(run: Path) -> str:
     """What has become of a run, in a line."""
     card = read_scorecard(run)
     if card is None or "verdict" not in card:
-        found = read_selection(run).get("validation")
-        if found is None:
+        found = read_selection(run).get("validation") or {"step": None}
+        if found["step"] is None:
             known = "nothing was kept to measure on"
         elif "accuracy" in found:
             known = f"the validation data, of which {found['accuracy']:.1%} are answered right, "
         else:
             known = f"the validation data, with a gap of {found['gap']:.3f} nats a token, "
-        chosen = "" if found is None else "chose the checkpoint, and there are no test data"
+        chosen = "" if found["step"] is None else "chose the checkpoint, and there are no test data"
         return f"Trained. Whether the context was learned is not known: {known}{chosen}"
     return str(Verdict(**card["verdict"]))
 

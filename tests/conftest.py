@@ -82,7 +82,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path, model_dir: Path) -> dict:
     """A complete configuration of a short run on the tiny model; files in tmp_path."""
-    (tmp_path / "context.md").write_text("Answer with one letter.", encoding="utf-8")
+    return tiny_settings(tmp_path, model_dir)
+
+
+def tiny_settings(folder: Path, model_dir: Path) -> dict:
+    """See `settings`; files in `folder`."""
+    (folder / "context.md").write_text("Answer with one letter.", encoding="utf-8")
     for name, words in (
         ("prompts", "red blue pink teal gold grey lime navy plum rust sand snow"),
         ("validation", "apple pear fig"),
@@ -91,13 +96,13 @@ def settings(tmp_path: Path, model_dir: Path) -> dict:
         rows = [{"prompt": word, "answer": word[0]} for word in words.split()]
         if name == "prompts":
             rows = [{"prompt": row["prompt"]} for row in rows]
-        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return {
-        "output_dir": str(tmp_path / "run"),
-        "context": str(tmp_path / "context.md"),
-        "prompts": str(tmp_path / "prompts.jsonl"),
-        "validation_data": str(tmp_path / "validation.jsonl"),
-        "test_data": str(tmp_path / "test.jsonl"),
+        "output_dir": str(folder / "run"),
+        "context": str(folder / "context.md"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "validation_data": str(folder / "validation.jsonl"),
+        "test_data": str(folder / "test.jsonl"),
         "model": str(model_dir),
         "dtype": "float32",
         "device": "cpu",

@@ -293,7 +293,8 @@ def draw_curve(
         held_out = [m["validation"]["divergence"] for m in validated]
         axes[0].plot(where, held_out, "o-", color="C3", label="held out, reverse KL")
         axes[0].legend(frameon=False)
-        gaps = [m["validation"]["gap"] for m in validated]
+        # Versions before measured none.
+        gaps = [m["validation"].get("gap", math.nan) for m in validated]
         axes[0].plot(where, gaps, "s--", color="C5", label="gap on the teacher's answers")
         axes[0].legend(frameon=False)
         name = "accuracy" if "accuracy" in validated[0]["validation"] else "greedy_agreement"

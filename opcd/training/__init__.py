@@ -8,7 +8,7 @@ run           from a configuration to its scorecard: steps
 validation    what is measured of the student before and while it trains
 resume        which runs may be begun or continued in a folder
 alarms        signs that a run goes wrong, which its loss does not show
-duration      how long a run will take, from one step
+duration      how long a run will take, from parts that are timed once
 announce      what a run tells people: its plan, a line a step
 checkpoint    complete or absent, never half written
 export        the chosen checkpoint as a model of its own

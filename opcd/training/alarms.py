@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.config import TrainConfig
-from opcd.evaluation.scorecard import wilson_interval
+from opcd.evaluation.intervals import CHANCE, wilson_interval
 from opcd.evaluation.spikes import WINDOW, Spike, spikes
 
 Row = Mapping[str, Any]
@@ -108,11 +108,10 @@ def alarms_of(rows: Sequence[Row], config: TrainConfig) -> list[Alarm]:
     course = Course(
         config,
         [row for row in rows if "loss" in row],
-        # Versions before kept nothing of the prompted teacher.
         [
             {"step": row["step"], **row["validation"]}
             for row in rows
-            if "prompted" in row.get("validation", ())
+            if _tells(row.get("validation", {}))
         ],
     )
     checks = [_divergence]
@@ -121,6 +120,14 @@ def alarms_of(rows: Sequence[Row], config: TrainConfig) -> list[Alarm]:
     if "validation" in rows[-1] and course.validations:
         checks += [_prompt, _coverage, _entropy, _empty, _constant]
     return [alarm for check in checks if (alarm := check(course)) is not None]
+
+
+def _tells(found: Row) -> bool:
+    """Whether a validation holds what alarms ask for.
+
+    Versions before kept nothing of the prompted teacher, then not of how many requests.
+    """
+    return "prompted" in found and ("n" in found or "accuracy" not in found)
 
 
 def _coverage(course: Course) -> Alarm | None:
@@ -152,13 +159,12 @@ def _parted(seen: Sequence[Row], count: int, steps: int) -> tuple[Sequence[Row],
 
 def _accuracy_stalls(course: Course, before: Sequence[Row], since: Sequence[Row]) -> str:
     """How far accuracy has come, if not beyond chance as far as with the prompt; else ""."""
-    best, later = (max(found["accuracy"] for found in part) for part in (before, since))
-    prompted = course.prompted["accuracy"]
-    if later > best or not _beyond_chance(prompted, best, since[-1]["n"]):
+    best, later = (max(part, key=lambda found: found["accuracy"]) for part in (before, since))
+    if later["accuracy"] > best["accuracy"] or not _behind(best):
         return ""
     return (
-        f"accuracy {best:.1%} by step {before[-1]['step']} and not above by step "
-        f"{since[-1]['step']}, prompted {prompted:.1%}"
+        f"accuracy {best['accuracy']:.1%} by step {before[-1]['step']} and not above by step "
+        f"{since[-1]['step']}, prompted {course.prompted['accuracy']:.1%}"
     )
 
 
@@ -251,7 +257,10 @@ def _constant(course: Course) -> Alarm | None:
 
 def _divergence(course: Course) -> Alarm | None:
     """The divergence has risen, and stays."""
-    recent = course.steps[-(WINDOW + DIVERGED_STEPS) :]
+    # Steps without completions of the student's own have none; where no step has any, what is
+    # minimised on the others counts.
+    measured = [row for row in course.steps if row.get("divergence") is not None]
+    recent = (measured or course.steps)[-(WINDOW + DIVERGED_STEPS) :]
     found = spikes(recent)[-DIVERGED_STEPS:]
     if len(found) < DIVERGED_STEPS or found[0].step < recent[-DIVERGED_STEPS]["step"]:
         return None
@@ -282,11 +291,7 @@ def _prompt(course: Course) -> Alarm | None:
             f"{prompted['empty_share']:.0%}",
             "mend the context",
         )
-    if (
-        base["step"] > 0
-        or "accuracy" not in base
-        or _beyond_chance(prompted["accuracy"], base["accuracy"], base["n"])
-    ):
+    if base["step"] > 0 or "accuracy" not in base or _behind(base):
         return None
     return Alarm(
         "prompt",
@@ -297,9 +302,15 @@ def _prompt(course: Course) -> Alarm | None:
     )
 
 
-def _beyond_chance(more: float, less: float, n: int) -> bool:
-    """Whether one accuracy on n prompts is above another: their 95 % intervals are apart."""
-    return wilson_interval(more * n, n)[0] > wilson_interval(less * n, n)[1]
+def _behind(found: Row) -> bool:
+    """Whether the student was less accurate than the prompted teacher, beyond chance."""
+    if "behind_prompted" in found:
+        apart = found["behind_prompted"]
+        behind: bool = apart["mean"] > 0 and apart["p_value"] < CHANCE
+        return behind
+    # Versions before did not compare request by request: 95 % intervals that are apart.
+    n, ours, theirs = found["n"], found["accuracy"], found["prompted"]["accuracy"]
+    return wilson_interval(theirs * n, n)[0] > wilson_interval(ours * n, n)[1]
 
 
 def _slower(config: TrainConfig) -> str:

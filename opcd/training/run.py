@@ -110,7 +110,7 @@ def _fit(
     writer.rehearse(checkpoints)
     progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"
-    kept = read_metrics(metrics_file, distiller.steps_done) if distiller.steps_done else []
+    kept = read_metrics(metrics_file, distiller.steps_done) if saved else []
     write_jsonl(metrics_file, kept)
     alarms = Alarms.from_rows(config, kept)
     extra = {
@@ -124,7 +124,7 @@ def _fit(
     progress.begin("distil", config.steps, distiller.steps_done)
     try:
         with metrics_file.open("a", encoding="utf-8") as metrics_log:
-            if validation and not distiller.steps_done:
+            if validation and not distiller.steps_done and not kept:
                 before: dict[str, Any] = {"step": 0, "validation": validation.measure()}
                 progress.say(f"before    {validation_note(before['validation'])}")
                 stopped = _raise_alarms(alarms, before, config, progress)

@@ -52,7 +52,7 @@ class PartlyGuided:
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes. Guided ones come last."""
         config = self._config
-        own, guided = self._parted(step)
+        own, guided = parted(self._prompts, step, config)
         self._completions.prepare(guided, lambda: self._ahead(step))
         shown = [
             scored_as(self._completions.episode(prompt, sample), "guided", config)
@@ -61,24 +61,27 @@ class PartlyGuided:
         ]
         return [*(own_episodes(own, step, sampler, config) if own else []), *shown]
 
-    def _parted(self, step: int) -> tuple[list[Prompt], list[Prompt]]:
-        """The student's prompts of a step, and the guided ones, spread over it and over steps."""
-        prompts = step_prompts(self._prompts, step, self._config)
-        share, first = self._config.guided_share, step * len(prompts)
-        counts = [int(share * (first + i)) for i in range(len(prompts) + 1)]
-        marks = [after - before for before, after in pairwise(counts)]
-        own = [p for p, mark in zip(prompts, marks, strict=True) if not mark]
-        return own, [p for p, mark in zip(prompts, marks, strict=True) if mark]
-
     def _ahead(self, step: int) -> list[Prompt]:
         """The guided prompts from this step on: a large batch."""
         wanted: list[Prompt] = []
         count = BATCHES_AHEAD * self._config.rollout_batch_size
         for later in range(step, self._config.steps):
-            wanted += self._parted(later)[1]
+            wanted += parted(self._prompts, later, self._config)[1]
             if len(wanted) >= count:
                 break
         return wanted
+
+
+def parted(
+    prompts: Sequence[Prompt], step: int, config: TrainConfig
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The student's prompts of a step, and the guided ones, spread over it and over steps."""
+    chosen = step_prompts(prompts, step, config)
+    share, first = config.guided_share, step * len(chosen)
+    counts = [int(share * (first + i)) for i in range(len(chosen) + 1)]
+    marks = [after - before for before, after in pairwise(counts)]
+    own = [p for p, mark in zip(chosen, marks, strict=True) if not mark]
+    return own, [p for p, mark in zip(chosen, marks, strict=True) if mark]
 
 
 def own_episodes(

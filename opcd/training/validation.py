@@ -1,15 +1,18 @@
 """What a run measures of its student on the validation requests, before and while it trains."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from opcd.evaluation.agreement import (
+    Divergences,
+    Gap,
     Side,
     divergences,
     gap_between,
@@ -19,6 +22,7 @@ from opcd.evaluation.agreement import (
 )
 from opcd.evaluation.contenders import Answer, greedy_answers, prompted_answers
 from opcd.evaluation.evaluate import episodes_of
+from opcd.evaluation.intervals import PerRequest, paired_difference
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.lm import causal_lm
 from opcd.rollouts.choice import build_engine
@@ -27,17 +31,10 @@ from opcd.tasks.task import spread
 from opcd.training.loop import Distiller
 
 
-class _Reference(NamedTuple):
-    """What the prompted teacher says to the requests, and thinks of some of it."""
-
-    answers: list[Answer]  # to all of them
-    side: Side  # of its answers to those on which divergences are measured
-
-
 class Validation:
     """Measures a student, without the context, against what the prompted teacher says.
 
-    The teacher is frozen, so its answers are made once, when they are first needed.
+    The teacher is frozen, so its part is made once, when it is first needed.
     """
 
     def __init__(self, distiller: Distiller, setup: Setup) -> None:
@@ -49,27 +46,17 @@ class Validation:
     def measure(self) -> dict[str, Any]:
         """Accuracy where it can be judged, agreement with the teacher, both divergences, and time.
 
+        behind_prompted: how much more accurate the prompted teacher is, request by request.
         gap: nats a token that the student misses on the teacher's own answers: behaviour that it
             does not show. It says more than the divergence on the student's samples, which is as
             low for a student that has settled on one of two behaviours.
         """
         begin = time.perf_counter()
-        distiller, setup, reference = self._distiller, self._setup, self._reference
-        student, engine, plan = distiller.student, distiller.engine, distiller.student_loss.plan
-        config = setup.config
-        engine.sync(student, distiller.steps_done)
-
-        def of_student() -> tuple[list[Answer], Side, Side]:
-            answers = greedy_answers(engine, [c.prompt.student_ids for c in self._cases], setup)
-            own = own_side(student, plan, engine, [c.prompt for c in self._held_out], config)
-            return answers, own, student_side(student, plan, reference.side.episodes, config)
-
-        answers, own, shown = distiller.in_low_precision(of_student)
-        apart = divergences(own, teacher_side(distiller.teacher, own.episodes), config.temperature)
-        gap = gap_between(shown, reference.side, config.temperature)
-        same = [a.text == b.text for a, b in zip(answers, reference.answers, strict=True)]
+        gap, apart = self.distances()
+        answers, said = self.answers(), self.said
+        same = [a.text == b.text for a, b in zip(answers, said, strict=True)]
         return {
-            **self._accuracy(answers),
+            **self._judged(answers),
             "gap": gap.nats.mean,
             "top1_agreement": gap.likeliest.mean,
             "greedy_agreement": fmean(same),
@@ -78,20 +65,39 @@ class Validation:
             "student_entropy": apart.student_entropy.mean,
             "teacher_entropy": apart.teacher_entropy.mean,
             **_shares(answers),
-            "prompted": {**self._accuracy(reference.answers), **_shares(reference.answers)},
+            "prompted": {**_accuracy(self._said_right), **_shares(said)},
             "time_s": time.perf_counter() - begin,
         }
 
-    def _accuracy(self, answers: Sequence[Answer]) -> dict[str, float]:
-        task = self._setup.task
-        if not task.judges(self._cases):
-            return {}
-        theirs = [answer.text for answer in self._reference.answers]
-        right = accuracy(answers, self._cases, task.scorer, theirs)
-        return {"accuracy": right, "n": len(self._cases)}
+    def answers(self) -> list[Answer]:
+        """What the student as it is answers to the requests, without the context."""
+        distiller, ids = self._distiller, [case.prompt.student_ids for case in self._cases]
+        distiller.engine.sync(distiller.student, distiller.steps_done)
+        return distiller.in_low_precision(
+            lambda: greedy_answers(distiller.engine, ids, self._setup)
+        )
+
+    def distances(self) -> tuple[Gap, Divergences]:
+        """How far it is from the teacher: on what the teacher says, and on its own samples."""
+        distiller, shown, config = self._distiller, self.shown, self._setup.config
+        student, engine, plan = distiller.student, distiller.engine, distiller.student_loss.plan
+        prompts = [case.prompt for case in self._held_out]
+        engine.sync(student, distiller.steps_done)
+        own, missed = distiller.in_low_precision(
+            lambda: (
+                own_side(student, plan, engine, prompts, config),
+                student_side(student, plan, shown.episodes, config),
+            )
+        )
+        theirs = teacher_side(distiller.teacher, own.episodes)
+        return (
+            gap_between(missed, shown, config.temperature),
+            divergences(own, theirs, config.temperature),
+        )
 
     @cached_property
-    def _reference(self) -> _Reference:
+    def said(self) -> list[Answer]:
+        """What the prompted teacher answers to the requests."""
         teacher, config = self._distiller.teacher, self._setup.config
         device = causal_lm(teacher.model).device
         with teacher.frozen(), torch.autocast(device.type, enabled=False):
@@ -99,13 +105,47 @@ class Validation:
             engine = build_engine(config.rollout_engine, teacher.model, size, teacher.plan)
             answers = prompted_answers(engine, self._cases, self._setup)
             engine.close()
-        episodes = episodes_of(self._cases, answers, self._held_out)
-        return _Reference(answers, teacher_side(teacher, episodes))
+        return answers
+
+    @cached_property
+    def shown(self) -> Side:
+        """What it makes of those of its answers on which distances are measured."""
+        episodes = episodes_of(self._cases, self.said, self._held_out)
+        return teacher_side(self._distiller.teacher, episodes)
+
+    def _judged(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        right, theirs = self._right(answers), self._said_right
+        if not right:
+            return {}
+        each = [1.0] * len(right)
+        behind = paired_difference(PerRequest(theirs, each), PerRequest(right, each))
+        return {**_accuracy(right), "behind_prompted": behind.summary()}
+
+    @cached_property
+    def _said_right(self) -> list[float]:
+        return self._right(self.said)
+
+    def _right(self, answers: Sequence[Answer]) -> list[float]:
+        """How right each answer is, from 0 to 1; [] where nothing says what is right."""
+        scorer = self._setup.task.scorer
+        if not self._setup.task.judges(self._cases):
+            return []
+        return [
+            accuracy([answer], [case], scorer, [theirs.text])
+            for answer, case, theirs in zip(answers, self._cases, self.said, strict=True)
+        ]
 
 
 def rank(found: dict[str, Any]) -> tuple[float, float]:
-    """What makes one validation better than another: accuracy, then the gap; without it the gap."""
-    return found.get("accuracy", 0.0), -found["gap"]
+    """What makes one validation better than another: accuracy, then the gap; without it the gap.
+
+    Those of versions before hold no gap, and are the worse one where accuracies are equal.
+    """
+    return found.get("accuracy", 0.0), -found.get("gap", math.inf)
+
+
+def _accuracy(right: Sequence[float]) -> dict[str, float]:
+    return {"accuracy": fmean(right), "n": len(right)} if right else {}
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, float]:

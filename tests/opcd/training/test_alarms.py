@@ -1,5 +1,6 @@
 """Alarms as functions of metrics: what raises each, what just does not, and real runs."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ import opcd
 from opcd.cli import main
 from opcd.config import TrainConfig
 from opcd.runtime.files import read_metrics
+from opcd.runtime.progress import Progress
 from opcd.training.alarms import Alarm, Alarms
 from opcd.training.checkpoint import list_checkpoints
+from opcd.training.run import _raise_alarms
 from tests.conftest import in_groups
 
 # Courses of runs of the examples at 135M, with what they were validated by.
@@ -40,7 +43,7 @@ def config(**settings: object) -> TrainConfig:
 def course(
     count: int,
     validations: Mapping[int, Mapping[str, Any]],
-    **columns: Callable[[int], float],
+    **columns: Callable[[int], float | None],
 ) -> list[dict]:
     """The rows of `count` steps; those of a run that goes well, but for some columns."""
     rows: list[dict] = [{"step": 0, "validation": validations[0]}] if 0 in validations else []
@@ -71,8 +74,9 @@ def test_a_run_that_goes_well_raises_none() -> None:
 
 
 def test_validations_of_versions_before_tell_nothing() -> None:
-    old = {"accuracy": 0.0, "divergence": 0.3}
-    assert raised(course(60, dict.fromkeys(range(10, 61, 10), old))) == {}
+    without_n = {name: x for name, x in BASE.items() if name != "n"}
+    for old in ({"accuracy": 0.0, "divergence": 0.3}, without_n):
+        assert raised(course(60, dict.fromkeys(range(0, 61, 10), old))) == {}
 
 
 # coverage
@@ -107,6 +111,20 @@ def test_accuracy_that_stays_while_the_loss_falls() -> None:
 )
 def test_no_alarm_of_coverage(rows: list[dict]) -> None:
     assert "coverage" not in raised(rows)
+
+
+def behind(accuracy: float, p_value: float) -> dict:
+    """A validation in which the prompted teacher was compared request by request."""
+    apart = {"mean": PROMPTED["accuracy"] - accuracy, "p_value": p_value}
+    return WELL | {"accuracy": accuracy, "behind_prompted": apart}
+
+
+def test_accuracies_are_compared_request_by_request() -> None:
+    """85 and 90 of 100 are not chance where five requests more are right and none is lost."""
+    for at_best, p_value, expected in ((0.85, 0.01, True), (0.6, 0.06, False), (0.95, 0.01, False)):
+        lost = behind(0.5, 0.001)
+        found = {0: lost, 10: behind(at_best, p_value), 20: lost, 30: lost, 40: lost}
+        assert ("coverage" in raised(course(40, found))) == expected
 
 
 def test_frequent_validations_are_given_as_many_steps() -> None:
@@ -263,6 +281,16 @@ def test_no_alarm_of_divergence(divergence: Callable[[int], float]) -> None:
     assert "divergence" not in raised(course(31, {}, divergence=divergence))
 
 
+def test_steps_without_completions_of_the_students_own_do_not_count() -> None:
+    """Every second one has guided completions alone: it is ten of the others in a row."""
+    high = course(60, {}, divergence=lambda i: None if i % 2 else 0.1 if i <= 40 else 0.51)
+    assert raised(high)["divergence"][0] == 60
+    back = course(61, {}, divergence=lambda i: None if i % 2 else 0.1 if i <= 40 or i == 50 else 1)
+    assert "divergence" not in raised(back)
+    alone = course(20, {}, divergence=lambda i: None, guided_loss=lambda i: 0.1 if i <= 10 else 0.6)
+    assert raised(alone)["divergence"][0] == 20
+
+
 def test_a_spike_is_no_alarm_and_is_kept() -> None:
     alarms = Alarms(config())
     for row in course(30, {}, divergence=lambda i: 0.1 if i != 25 else 2.0):
@@ -282,6 +310,10 @@ def test_a_context_that_helps_nobody() -> None:
     better = base | {"prompted": PROMPTED | {"accuracy": 0.95}}
     for found in (better, unlabelled(base), base | {"n": 4000}):
         assert raised([{"step": 0, "validation": found}]) == {}
+    helps = base | {"behind_prompted": {"mean": 0.05, "p_value": 0.03}}
+    assert raised([{"step": 0, "validation": helps}]) == {}
+    chance = better | {"behind_prompted": {"mean": 0.35, "p_value": 0.06}}
+    assert "prompt" in raised([{"step": 0, "validation": chance}])
     # Later on the student is no base.
     assert "prompt" not in raised(course(10, {10: base}))
 
@@ -329,6 +361,27 @@ def run_rows(run: dict) -> list[dict]:
     return course(count, validations, **{k: lambda i, v=v: v[i - 1] for k, v in columns.items()})
 
 
+@pytest.mark.parametrize(("on_alarm", "why"), [("warn", None), ("stop", "alarm divergence")])
+def test_an_alarm_warns_unless_it_is_told_to_stop(on_alarm: str, why: str | None) -> None:
+    ours, said = config(on_alarm=on_alarm), Said()
+    alarms = Alarms(ours)
+    rows = course(32, {}, divergence=lambda i: 0.1 if i <= 20 else 0.51)
+    ends = [_raise_alarms(alarms, row, ours, said) for row in rows]
+    assert ends == [*[None] * 29, why, None, None]
+    (kept,) = [row["alarms"] for row in rows if "alarms" in row]
+    assert said.lines == [f"alarm     {kept['divergence']}"]
+
+
+class Said(Progress):
+    """What a run tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 # real runs of the tiny model
 
 
@@ -372,29 +425,22 @@ def test_a_rate_that_is_far_too_high(settings: dict, capsys: pytest.CaptureFixtu
     )
 
 
-def test_an_alarm_warns_unless_it_is_told_to_stop(settings: dict) -> None:
-    settings |= {"steps": 12, "validation_data": None, "test_data": None}
-    assert train(settings) == 0
-    assert train(settings, "--resume", "--steps=24", "--learning_rate=1") == 0
-    assert [list(names) for names in alarms_in(settings).values()] == [["divergence"]]
-
-
-def test_python_is_told_which_alarm(
-    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_python_is_told_which_alarm_and_goes_on_all_the_same(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny model never ends by itself; here its teacher would."""
-    measured = iter([BASE, *[WELL] * 9])
-    monkeypatch.setattr(
-        "opcd.training.validation.Validation.measure",
-        lambda _: next(measured) | {"divergence": 0.1},
-    )
+    """Also where it stopped before the first step: what was measured and said then stays."""
+    helps_nobody = BASE | {"prompted": PROMPTED | {"accuracy": 0.0}}
+    measured = [helps_nobody, WELL]
+    monkeypatch.setattr("opcd.training.validation.Validation.measure", lambda _: measured.pop(0))
     names = ("context", "prompts", "validation_data", "model")
     given = {name: Path(settings.pop(name)) for name in names} | settings
-    given |= {"steps": 22, "validate_every": 5, "on_alarm": "stop", "test_data": None}
-    with pytest.raises(opcd.Stopped, match="stopped by alarm length after step 20") as stopped:
+    given |= {"steps": 2, "validate_every": 2, "on_alarm": "stop", "test_data": None}
+    with pytest.raises(opcd.Stopped, match="stopped by alarm prompt after step 0") as stopped:
         opcd.distill(**given, quiet=True)
-    assert stopped.value.why == "alarm length"
+    assert stopped.value.why == "alarm prompt"
     assert stopped.value.folder == Path(settings["output_dir"])
-    seen = opcd.distill(**given, quiet=True, resume=True).metrics
-    assert [row["step"] for row in seen if "alarms" in row] == [20]
-    assert seen[-1]["step"] == 22
+    with contextlib.suppress(opcd.Stopped):  # a KeyboardInterrupt, at which pytest would end
+        opcd.distill(**given, quiet=True, resume=True)
+    rows = read_metrics(Path(settings["output_dir"]) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {step: [*names] for step, names in alarms_in(settings).items()} == {0: ["prompt"]}

@@ -20,17 +20,55 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opcd
 from opcd.cli import main
+from opcd.commands import _let_waiting_threads_sleep
+from opcd.config import TrainConfig
 from opcd.objective import Targets
 from opcd.runtime.files import read_metrics
-from opcd.training.checkpoint import list_checkpoints
+from opcd.runtime.progress import Progress
+from opcd.training.checkpoint import STATE_FILE, list_checkpoints
+from opcd.training.run import train
 from opcd.training.validation import Validation
-from tests.conftest import in_groups, write_jsonl
+from tests.conftest import in_groups, tiny_settings, write_jsonl
 
 
 def write_config(settings: dict, **overrides: object) -> str:
     path = Path(settings["output_dir"]).parent / "config.yaml"
     path.write_text(in_groups(settings | overrides))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A folder with the tiny task and its finished run; tests take copies of it."""
+    folder = tmp_path_factory.mktemp("once")
+    config = write_config(tiny_settings(folder, model_dir))
+    assert main(["train", "--config", config]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(once: Path, settings: dict, tmp_path: Path) -> str:
+    """The configuration of a run with `settings` that has finished, in its own folder."""
+    run = tmp_path / "run"
+    shutil.copytree(once / "run", run)
+    for name in ("config.yaml", "scorecard.json", "report.md", "final/selection.json"):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace(str(once), str(tmp_path)))
+    return write_config(settings)
+
+
+class Until(Progress):
+    """Ends a run after a step, as a signal does."""
+
+    def __init__(self, step: int) -> None:
+        self.ends = step
+        self.steps = 0
+
+    def part(self, note: str, metrics: dict | None = None) -> None:
+        self.steps += 1
+
+    def stop(self) -> str | None:
+        return "the test" if self.steps == self.ends else None
 
 
 def losses(run: Path | str) -> list[float]:
@@ -75,12 +113,11 @@ def test_a_run_ends_in_time_with_a_model_and_goes_on(
     )
 
 
+@pytest.mark.usefixtures("finished")
 def test_base_prompted_and_distilled_answer_the_same_message(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["train", "--config", write_config(settings)]) == 0
     run = Path(settings["output_dir"])
-    capsys.readouterr()
     assert main(["chat", str(run), "--message", "cat"]) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
@@ -133,22 +170,22 @@ def test_a_run_leaves_everything_it_promises(
     assert json.loads((run / "scorecard.json").read_text()) == first
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(settings: dict) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_does_not(once: Path, settings: dict) -> None:
     found = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run = settings["output_dir"] + name
-        config = write_config(settings, output_dir=run, seed=seed)
-        assert main(["train", "--config", config]) == 0
+    for seed in (0, 1):
+        run = f"{settings['output_dir']}-{seed}"
+        settings |= {"output_dir": run, "seed": seed, "validation_data": None, "test_data": None}
+        train(TrainConfig(**settings))
         found.append(losses(run))
-    assert found[0] == found[1]
-    assert found[0] != found[2]
+    assert found[0] == losses(once / "run")
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("overrides", [{}, {"lora_rank": 4}, {"guided_share": 0.5}], ids=str)
 def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(
     settings: dict, overrides: dict
 ) -> None:
-    config = write_config(settings, steps=14, **overrides)
+    config = write_config(settings, steps=14, test_data=None, **overrides)
     whole = settings["output_dir"] + "-whole"
     assert main(["train", "--config", config, "--output_dir", whole]) == 0
 
@@ -172,18 +209,15 @@ def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(
         assert file.read_bytes() == (run / "final" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_so_by_its_status(
-    settings: dict, number: signal.Signals
-) -> None:
+def test_a_signal_finishes_the_step_saves_and_says_so_by_its_status(settings: dict) -> None:
     config = write_config(settings, steps=100_000, save_every=100_000, validate_every=100_000)
     process = start(config)
     run = Path(settings["output_dir"])
     wait_for_step(run, 3, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, printed
-    assert f"stopped by {number.name}" in printed
+    assert process.returncode == 130, printed
+    assert "stopped by SIGINT" in printed
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     steps = len(losses(run))
     assert checkpoint.name == f"step-{steps:06d}"
@@ -194,23 +228,18 @@ def test_a_signal_finishes_the_step_saves_and_says_so_by_its_status(
 
 def test_old_checkpoints_go_and_the_best_stays(settings: dict) -> None:
     """While a run goes on: the newest can be continued, the others hold weights alone."""
-    steps = {"steps": 100_000, "validate_every": 3, "save_every": 1, "keep_checkpoints": 2}
-    process = start(write_config(settings, **steps))
+    often = {"steps": 100, "validate_every": 3, "save_every": 1, "keep_checkpoints": 2}
+    assert train(TrainConfig(**settings | often), progress=Until(8)).stopped == "the test"
     run = Path(settings["output_dir"])
-    wait_for_step(run, 8, process)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
     found = list_checkpoints(run / "checkpoints")
-    state = torch.load(found[-1] / "trainer.pt", weights_only=True)
-    last, best = state["steps_done"], state["best"]["step"]
-    assert [int(p.name.removeprefix("step-")) for p in found] == sorted({last - 1, last, best})
+    best = torch.load(found[-1] / "trainer.pt", weights_only=True)["best"]["step"]
+    assert best in (3, 6)
+    assert [int(p.name.removeprefix("step-")) for p in found] == [best, 7, 8]
     assert [(p / "trainer.pt").exists() for p in found] == [False] * (len(found) - 1) + [True]
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{best:06d}")
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize(("schedule", "lora_rank"), [("constant", 0), ("linear", 4)])
 def test_a_finished_run_keeps_what_it_needs(
     settings: dict,
     schedule: str,
@@ -245,11 +274,10 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
     """Its checkpoint is gone, since final/ holds it; the steps that follow are worse."""
     grades = iter([0.0, 0.9, 0.1, 0.2])
 
-    def graded(self: Validation, answers: list) -> dict:
-        prompted = answers is self._reference.answers
-        return {"accuracy": 0.5 if prompted else next(grades), "n": 3}
+    def graded(self: Validation, answers: list) -> list[float]:
+        return [0.5 if answers is self.said else next(grades)] * 3
 
-    monkeypatch.setattr(Validation, "_accuracy", graded)
+    monkeypatch.setattr(Validation, "_right", graded)
     config = write_config(settings, validate_every=3, test_data=None)
     assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
@@ -264,32 +292,29 @@ def test_a_prolonged_run_keeps_a_model_that_is_still_the_best(
 
 
 def test_a_finished_run_is_not_scored_behind_another_context(
-    settings: dict, capsys: pytest.CaptureFixture
+    finished: str, settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
     Path(settings["context"]).write_text("Answer with two letters.")
-    assert main(["train", "--config", config, "--resume"]) == 2
+    assert main(["train", "--config", finished, "--resume"]) == 2
     assert "give other token ids" in capsys.readouterr().err
 
 
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
-    settings: dict, capsys: pytest.CaptureFixture
+    finished: str, settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
     before = losses(run)
     shutil.rmtree(run / "checkpoints")
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
+    assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
     assert "can be prolonged from its newest checkpoint, got none" in capsys.readouterr().err
     assert losses(run) == before
 
 
 def test_an_adapter_alone_is_not_scored(settings: dict, capsys: pytest.CaptureFixture) -> None:
-    config = write_config(settings, lora_rank=4)
-    assert main(["train", "--config", config]) == 0
+    alone = {"lora_rank": 4, "steps": 1, "validation_data": None, "test_data": None}
+    train(TrainConfig(**settings | alone))
     (adapter,) = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")
+    config = write_config(settings, lora_rank=4)
     assert main(["eval", "--config", config, "--distilled", str(adapter)]) == 2
     assert "must be whole, got an adapter alone" in capsys.readouterr().err
 
@@ -301,12 +326,9 @@ def limit_files(size: int) -> Callable[[], None]:
 
 def test_a_save_that_fails_keeps_the_checkpoint_before_it(settings: dict) -> None:
     """The weights fit, the optimizer's state does not: nothing half written stays."""
-    config = write_config(settings, steps=4, save_every=2, validation_data=None)
-    run = Path(settings["output_dir"])
-    first = start(config)
-    wait_for_step(run, 3, first)
-    first.kill()
-    first.wait()
+    settings |= {"steps": 4, "save_every": 2, "validation_data": None, "test_data": None}
+    train(TrainConfig(**settings), progress=Until(2))
+    config, run = write_config(settings), Path(settings["output_dir"])
     (kept,) = list_checkpoints(run / "checkpoints")
     weights = (kept / "model.safetensors").stat().st_size
     done = subprocess.run(
@@ -333,11 +355,12 @@ def test_room_is_checked_before_the_first_step(
     assert "output_dir must have room for the run's checkpoints, about" in capsys.readouterr().err
     assert losses(settings["output_dir"]) == []
     monkeypatch.undo()
+    settings |= {"steps": 1, "validation_data": None, "test_data": None}
     assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
 
 
 def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
-    """The policy is there before torch is, and what the user set stays."""
+    """The policy is there before torch is, and not in a library call."""
     code = (
         "import sys, opcd.cli, os\n"
         "import opcd.training.run\n"
@@ -358,33 +381,42 @@ def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
         "sys.exit(main(sys.argv[1:]))\n"
     )
     config = write_config(settings, prompts="none.jsonl")
-    for command, arguments, own, expected in (
-        ("train", [], {}, "5000"),
-        ("train", [], {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("train", [], {"OMP_WAIT_POLICY": "active"}, "None"),
-        ("eval", ["--distilled=none"], {}, "5000"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command, "--config", config, *arguments],
-            capture_output=True,
-            text=True,
-            env=plain | own,
-            check=False,
-        )
-        assert f"spins {expected}" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--config", config],
+        capture_output=True,
+        text=True,
+        env=plain,
+        check=False,
+    )
+    assert "spins 5000" in done.stdout, done.stderr
 
 
-def test_a_run_without_validation_takes_the_last_step_and_says_so(settings: dict) -> None:
-    config = write_config(settings, validation_data=None)
+@pytest.mark.parametrize(
+    ("own", "expected"), [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_how_threads_wait_is_left_to_whom_set_it(
+    own: dict, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", own)
+    _let_waiting_threads_sleep()
+    assert own.get("GOMP_SPINCOUNT") == expected
+
+
+def test_a_run_without_validation_takes_the_last_step_and_says_so(
+    settings: dict, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(settings, steps=2, validation_data=None, test_data=None)
     assert main(["train", "--config", config]) == 0
-    card = json.loads((Path(settings["output_dir"]) / "scorecard.json").read_text())
-    assert card["selection"]["how"] == "step 6, the last (no validation data)"
+    assert "is not known: nothing was kept to measure on\n" in capsys.readouterr().out
+    file = Path(settings["output_dir"]) / "final" / "selection.json"
+    assert json.loads(file.read_text())["how"] == "step 2, the last (no validation data)"
 
 
 def test_a_run_without_test_data_ends_with_a_model(
     settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["train", "--config", write_config(settings, test_data=None)]) == 0
+    config = write_config(settings, test_data=None, steps=1)
+    assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
     assert (run / "final" / "model.safetensors").is_file()
     assert not (run / "scorecard.json").exists()
@@ -401,24 +433,20 @@ def test_base_and_prompted_alone_before_anything_is_trained(settings: dict) -> N
 
 
 def test_a_resumed_run_must_see_the_same_prompts(
-    settings: dict, capsys: pytest.CaptureFixture
+    finished: str, settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
     before = losses(settings["output_dir"])
     prompts = Path(settings["prompts"])
     prompts.write_text(prompts.read_text().replace("navy", "lava"))
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
+    assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
     assert "give other token ids" in capsys.readouterr().err
     assert losses(settings["output_dir"]) == before
 
 
 def test_a_resumed_run_must_choose_by_the_same_validation_data(
-    settings: dict, capsys: pytest.CaptureFixture
+    finished: str, settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
     """Another prompt or another answer would leave the best checkpoint of before standing."""
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
     data = Path(settings["validation_data"])
     kept = data.read_text()
     for old, new in (("pear", "peach"), ('"answer": "p"', '"answer": "q"')):
@@ -426,31 +454,31 @@ def test_a_resumed_run_must_choose_by_the_same_validation_data(
         data.write_text(kept.replace(old, new))
         for more in (["--steps=8"], []):  # from a checkpoint, and a finished run
             capsys.readouterr()
-            assert main(["train", "--config", config, "--resume", *more]) == 2
+            assert main(["train", "--config", finished, "--resume", *more]) == 2
             message = capsys.readouterr().err
             assert "by the validation data it was started with" in message
             assert f"restore '{data}', or start another output_dir" in message
     data.write_text(kept)
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    assert main(["train", "--config", finished, "--resume"]) == 0
     file = Path(settings["output_dir"]) / "final" / "selection.json"
     selection = json.loads(file.read_text())
     del selection["selection_fingerprint"]  # a run of before it was kept
     file.write_text(json.dumps(selection))
     data.write_text(kept.replace("pear", "peach"))
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    assert main(["train", "--config", finished, "--resume"]) == 0
 
 
-def test_a_damaged_checkpoint_is_named(settings: dict, capsys: pytest.CaptureFixture) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
+def test_a_damaged_checkpoint_is_named(
+    finished: str, settings: dict, capsys: pytest.CaptureFixture
+) -> None:
     newest = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
     for name, length in (("model.safetensors", 500), ("trainer.pt", 500), ("trainer.pt", 0)):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[:length] or b"garbage")
-        assert main(["train", "--config", config, "--resume", "--steps=8"]) == 2
+        assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
         assert f"{newest} must hold a checkpoint" in capsys.readouterr().err
         (newest / name).write_bytes(whole)
-    assert main(["train", "--config", config, "--resume", "--steps=8"]) == 0
+    assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 0
 
 
 def test_a_model_whose_files_lack_weights_is_refused(
@@ -463,33 +491,32 @@ def test_a_model_whose_files_lack_weights_is_refused(
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert main(["train", "--config", write_config(settings, model=str(model))]) == 2
     assert "lack 1, such as model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    settings |= {"steps": 1, "validation_data": None, "test_data": None}
     assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
 
 
-def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(settings: dict) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
+def test_an_evaluation_on_other_data_leaves_the_runs_scorecard_alone(
+    finished: str, settings: dict
+) -> None:
     run = Path(settings["output_dir"])
     own = (run / "scorecard.json").read_text()
     other = write_jsonl(run.parent / "other.jsonl", [{"prompt": "yak", "answer": "y"}])
-    assert main(["eval", "--config", config, "--test_data", str(other)]) == 0
+    assert main(["eval", "--config", finished, "--test_data", str(other)]) == 0
     assert (run / "scorecard.json").read_text() == own
     card = json.loads((run / "eval-other" / "scorecard.json").read_text())
     assert card["contenders"]["base"]["n"] == 1
-    assert main(["eval", "--config", config, "--test_data", str(other)]) == 0
+    assert main(["eval", "--config", finished, "--test_data", str(other)]) == 0
     assert (run / "eval-other-2" / "scorecard.json").is_file(), "the first must not be replaced"
     checkpoint = str(list_checkpoints(run / "checkpoints")[-1])
-    assert main(["eval", "--config", config, "--distilled", checkpoint]) == 0
+    assert main(["eval", "--config", finished, "--distilled", checkpoint]) == 0
     assert len(list(run.glob("eval-*-step-000006-test/scorecard.json"))) == 1
 
 
 def test_a_finished_run_can_be_prolonged(
-    settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    finished: str, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    config = write_config(settings)
-    assert main(["train", "--config", config]) == 0
     run = Path(settings["output_dir"])
-    prolong = ["train", "--config", config, "--resume", "--steps=8"]
+    prolong = ["train", "--config", finished, "--resume", "--steps=8"]
     with monkeypatch.context() as killed:
         killed.setattr("opcd.training.run.evaluate", None)
         with pytest.raises(TypeError):
@@ -498,6 +525,25 @@ def test_a_finished_run_can_be_prolonged(
     assert main(prolong) == 0  # the report there is of the shorter run
     assert "finished before" not in capsys.readouterr().out
     assert json.loads((run / "scorecard.json").read_text())["selection"]["steps_done"] == 8
+
+
+def test_a_run_of_a_version_before_goes_on(finished: str, settings: dict) -> None:
+    """Which validated after steps alone, and measured no gap and nothing of the prompted model."""
+    run = Path(settings["output_dir"])
+    _, *rows = read_metrics(run / "metrics.jsonl")
+    old = {"accuracy", "divergence", "time_s"}
+    for row in rows:
+        if "validation" in row:
+            row["validation"] = {k: v for k, v in row["validation"].items() if k in old}
+    write_jsonl(run / "metrics.jsonl", rows)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
+    state["best"] = {k: v for k, v in state["best"].items() if k in old | {"step"}}
+    torch.save(state, checkpoint / STATE_FILE)
+    (run / "scorecard.json").unlink()
+    assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 0
+    assert len(losses(run)) == 8
+    assert (run / "scorecard.json").is_file()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
@@ -512,7 +558,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
         return found if self.steps_done < 3 else found._replace(hidden=found.hidden * torch.nan)
 
     monkeypatch.setattr(Distiller, "score", poisoned)
-    assert main(["train", "--config", write_config(settings)]) == 2
+    assert main(["train", "--config", write_config(settings, test_data=None)]) == 2
     assert "the loss must be finite" in capsys.readouterr().err
     run = Path(settings["output_dir"])
     assert list_checkpoints(run / "checkpoints")[-1].name == "step-000003"

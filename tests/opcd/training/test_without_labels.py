@@ -111,7 +111,7 @@ def test_the_gap_is_that_of_whole_sequences(settings: dict) -> None:
     other = tiny_llama(5)
     validation = Validation(build_distiller(setup), setup)
     cases = setup.task.validation
-    episodes = episodes_of(cases, validation._reference.answers, cases)
+    episodes = episodes_of(cases, validation.said, cases)
     teacher = teacher_of(model, setup.task.prefixes, setup.config)
     plan = teacher.plan
     found = gap_between(
