@@ -6,4 +6,11 @@ noise       what a completion draws, whatever the engine, the batch and the orde
 static      the engine with a static cache; when that is exact
 decode      one step of it on memory that never moves, for CUDA graphs
 choice      which engine makes the rollouts
+
+Conversations, completed turn by turn, keep what they have computed:
+
+conversations           what is the same of them for every engine
+generate_conversations  in the cache of transformers.generate
+static_conversations    in static caches
+generate_call           one call of transformers.generate, for engine and conversations
 """
