@@ -7,8 +7,6 @@ static      the engine with a static cache; when that is exact
 decode      one step of it on memory that never moves, for CUDA graphs
 choice      which engine makes the rollouts
 
-Conversations, completed turn by turn, keep what they have computed:
-
 conversations           what is the same of them for every engine
 generate_conversations  in the cache of transformers.generate
 static_conversations    in static caches
