@@ -133,8 +133,10 @@ def test_the_command(
     assert found["measured"]["requests"] == 3
     assert found["measured"]["gain"]["requests"] == 3
     assert found["measured"]["empty_context"] == 0
-    assert main(["check", "--config", str(config), "--json"]) == status
+    asked = ["check", "--config", str(config), "--json", "--expected_requests", "5"]
+    assert main(asked) == status
     again = json.loads(capsys.readouterr().out)
+    assert (found["expected_requests"], again["expected_requests"]) == (None, 5)
     assert again["verdict"] == found["verdict"]
     moving = {"reading_s": 0}  # how fast a machine is
     assert again["measured"] | moving == found["measured"] | moving
