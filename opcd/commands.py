@@ -17,7 +17,6 @@ from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS, gather
 from opcd.errors import InputError, did_you_mean
 
-CHECK_FILE = "check.json"
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 STOPPED_BY_ALARM = 3  # the exit status
 PRESET_HELP = "; ".join(
@@ -77,18 +76,17 @@ def _load() -> None:
 
 def _check(arguments: argparse.Namespace, config: TrainConfig) -> int:
     from opcd.preflight.check import check
-    from opcd.runtime.files import write_json
+    from opcd.runtime.files import make_folder
     from opcd.tasks.prepare import prepare
     from opcd.terminal import Terminal
     from opcd.training.duration import expected_seconds
 
-    setup = prepare(config)
+    setup = prepare(config, for_training=config.prompts is not None)
+    folder = make_folder(Path(config.output_dir))
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
         expected = arguments.expected_requests
         found = check(setup, lambda: expected_seconds(setup), terminal, expected)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CHECK_FILE, found.as_dict())
+    found.write(folder)
     show(found.as_dict())
     return 0 if found.verdict.goes else 1
 

@@ -132,6 +132,8 @@ def check(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     validation_data: Rows | None = None,
+    test_data: Rows | None = None,
+    output_dir: str | Path | None = None,
     expected_requests: float | None = None,
     preset: str | None = None,
     quiet: bool = False,
@@ -140,16 +142,24 @@ def check(
     """Look at a context before any training: `verdict.word` is "go", or says what speaks against.
 
     Arguments are those of `distill`; `expected_requests` is how many come between two changes of
-    the context. Measured on a sample of the validation data, or of the prompts where there are
-    none. Raises InputError for whatever does not fit.
+    the context. Measured on a sample of the validation data, or of the prompts where nothing says
+    which answers are right. With `output_dir` all figures are kept in its check.json, which the
+    report of a run there repeats. Raises InputError for whatever does not fit.
     """
-    with _folder(None) as (folder, _), _as_found():
-        parts = {"prompts": prompts, "validation_data": validation_data}
+    parts = {"prompts": prompts, "validation_data": validation_data, "test_data": test_data}
+    with _folder(output_dir) as (folder, kept), _as_found():
         inputs = Inputs(folder / "inputs")
-        given = _given(inputs, folder, model, tokenizer, context, parts, settings)
-        setup = prepare(gather(given, preset=preset, caller="Python"))
         with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
-            return run_check(setup, lambda: expected_seconds(setup), shown, expected_requests)
+            try:
+                given = _given(inputs, folder, model, tokenizer, context, parts, settings)
+                setup = prepare(gather(given, preset=preset, caller="Python"), for_training=True)
+                found = run_check(setup, lambda: expected_seconds(setup), shown, expected_requests)
+            except InputError:
+                inputs.discard()
+                raise
+        if kept is None:
+            found.write(folder)
+        return found
 
 
 def evaluate(

@@ -229,6 +229,10 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         for name in ("forward_share", "guided_share", "held_out_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.held_out_share == 1:
+            raise InputError(
+                "held_out_share must be below 1, got 1: nothing would be left to train on; lower it"
+            )
         if self.guided_completions is not None and not self.guided_share:
             raise InputError(
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "

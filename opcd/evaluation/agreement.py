@@ -49,7 +49,10 @@ class Gap(NamedTuple):
 
     nats: PerRequest  # log p of the teacher minus log p of the student, over tokens
     likeliest: PerRequest  # tokens that are the student's likeliest, over tokens
-    student_logprobs: list[list[float]]  # of each token of each completion, in nats
+    # Of each token of each completion, in nats: log p of the teacher minus that of the student, and
+    # the student's.
+    missed: list[list[float]]
+    student_logprobs: list[list[float]]
 
 
 @torch.no_grad()
@@ -113,10 +116,12 @@ def gap_between(student: Side, teacher: Side, temperature: float) -> Gap:
     both = min(len(student.head.weight), len(teacher.head.weight))
     ours, first = head_logprobs(student.hidden, student.head, ids, both, temperature)
     theirs, _ = head_logprobs(teacher.hidden, teacher.head, ids, both, temperature)
+    missed, lengths = theirs - ours, scored_tokens(episodes)
     return Gap(
-        _per_request(theirs - ours, episodes),
+        _per_request(missed, episodes),
         _per_request(first.float(), episodes),
-        [part.tolist() for part in ours.split(scored_tokens(episodes))],
+        [part.tolist() for part in missed.split(lengths)],
+        [part.tolist() for part in ours.split(lengths)],
     )
 
 

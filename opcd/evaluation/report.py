@@ -1,5 +1,6 @@
 """The scorecard as people read it: in the terminal, and as report.md with its training curve."""
 
+import json
 import math
 from collections.abc import Sequence
 from datetime import date
@@ -219,6 +220,7 @@ def write_report(
         text += ["## Alarms\n", *(f"- {line}" for line in found), ""]
     text += ["## Scorecard\n", "```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
+    text += _check_section(folder, card)
     steps = [m for m in metrics if "loss" in m]
     if steps:
         minimised = {0.0: "reverse KL", 1.0: "forward KL"}.get(config.forward_share, "mixture")
@@ -239,11 +241,27 @@ def write_report(
         "Answers elsewhere": "elsewhere.jsonl",
         "All settings": "config.yaml",
         "Every step": "metrics.jsonl",
+        "The check before training": "check.json",
     }
     there = [f"{what}: `{name}`." for what, name in files.items() if (folder / name).is_file()]
     text.append(" ".join(there))
     text.append(f"\nopcd {__version__}, {date.today().isoformat()}.\n")
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def _check_section(folder: Path, card: dict[str, Any]) -> list[str]:
+    """What `opcd check` found before training, where it is in the folder and of the same prompt."""
+    file = folder / "check.json"
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return []
+    before, now = found.get("measured_by", {}), card["measured_by"]
+    if any(before.get(what) != now[what] for what in ("form", "model", "teacher")):
+        return ["\n## Before training\n", "`check.json` is of another prompt, or of other models."]
+    return ["\n## Before training\n", "```", *found["summary"], "```"]
 
 
 def raised_alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ def transformer(model: torch.nn.Module) -> Any:
 def vocabulary_rows(model: torch.nn.Module) -> int:
     """Tokens that the model has an embedding for."""
     return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+
+
+def last_logits(model: torch.nn.Module) -> dict[str, int]:
+    """Arguments of a pass for its last logits alone; {} where a model cannot but give them all."""
+    takes = signature(causal_lm(model).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from opcd.passes.hidden import Row, scored_hidden
 
 NEGLIGIBLE = 1e-6  # nats a token, whatever the dtype
 TIMES_NOISE = 4
-COPIES = 4  # of the rows in the pass that measures the noise
+NOISE_PASSES = 4  # over the rows, each with other roundings
 # Rounding now and then sends a token to another expert: one of so many is left out in 16 bits.
 REROUTED = 32
 FP32_ROUNDING = {"highest": 2**-23, "high": 2**-10, "medium": 2**-7}  # of products
@@ -63,9 +64,13 @@ class Agreement:
         )
 
     def _noise(self) -> float:
+        """Nats a token; one pass after the other, as large as those that are judged."""
         with _rounded_embeddings(self._model):
-            hidden = scored_hidden(self._model, self._rows * COPIES)
-        return self._divergence(hidden, self._padded.repeat(COPIES, 1)).mean().item()
+            gaps = [
+                self._divergence(scored_hidden(self._model, self._rows), self._padded).mean().item()
+                for _ in range(NOISE_PASSES)
+            ]
+        return fmean(gaps)
 
     def _divergence(self, hidden: Tensor, expected: Tensor) -> Tensor:
         head = head_of(self._model)

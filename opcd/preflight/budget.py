@@ -14,6 +14,7 @@ from opcd.tasks.prepare import Setup
 # What makes a run smaller, the least loss first; those of the first kind are never raised.
 LOWERED = {"max_tokens_per_pass": 1024, "rollout_batch_size": 8}
 CHANGES = {**LOWERED, "gradient_checkpointing": True, "lora_rank": 16}
+LORA_RATE = 10  # times the rate of all weights: at that alone an adapter learns next to nothing
 NAMES = {
     "process": "beside them the process",
     "weights": "weights",
@@ -27,6 +28,7 @@ NAMES = {
     "rollouts": "sampling",
 }
 WORTH_NAMING = 0.02  # of the peak
+NO_REMEDY = "take a smaller model, or a machine with more memory"
 
 
 class Remedy(NamedTuple):
@@ -34,6 +36,9 @@ class Remedy(NamedTuple):
 
     settings: dict[str, Any]
     needed: int  # bytes, beside what the process has already
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {_written(value)}" for name, value in self.settings.items())
 
 
 class Needs(NamedTuple):
@@ -49,7 +54,11 @@ class Budget(NamedTuple):
     needs: Needs | str  # or why nobody knows: a model whose code does not run without numbers
     room: Room  # of the device's memory, beside this process
     free: int  # on the disk of output_dir
-    remedies: list[Remedy]  # where the memory does not suffice: the last one does, or none
+    remedies: list[Remedy]  # where the memory does not suffice: what was tried, the best one last
+
+    def remedy(self, room: int | None) -> Remedy | None:
+        """The first that fits in so many bytes; None where none does."""
+        return next((r for r in self.remedies if room is not None and r.needed <= room), None)
 
 
 def budget(setup: Setup) -> Budget:
@@ -91,6 +100,8 @@ def _remedies(setup: Setup, room: Room) -> list[Remedy]:
         if current <= value if name in LOWERED else current:
             continue
         settings = {**settings, name: value}
+        if name == "lora_rank":
+            settings["learning_rate"] = round(LORA_RATE * setup.config.learning_rate, 12)
         changed = setup._replace(config=replace(setup.config, **settings))
         tried.append(Remedy(settings, Models(changed).memory().needed))
         if _fits(tried[-1].needed, room):
@@ -103,9 +114,8 @@ def check_memory(made: Budget) -> None:
     total, needs = made.room.total, made.needs
     if total is None or isinstance(needs, str) or needs.memory.phases["optimizer"] <= total:
         return
-    advice = "choose a smaller model, or a machine with more memory"
-    if made.remedies and made.remedies[-1].needed <= total:
-        advice = f"set {_would_do(made.remedies[-1])}"
+    remedy = made.remedy(total - needs.memory.parts["process"])
+    advice = f"set {remedy}" if remedy else NO_REMEDY
     raise InputError(
         f"the run must fit the {shown_size(total)} of memory that there are, but needs "
         f"{shown_size(needs.memory.peak)}; {advice}"
@@ -130,11 +140,14 @@ def budget_lines(made: Budget) -> list[str]:
         f"{shown_size(disk_.end)} at the end",
     ]
     if not _fits(memory.needed, made.room):
-        do = _would_do(made.remedies[-1]) if made.remedies else "nothing here"
-        lines.append(f"note      that is more memory than is free; what would do: {do}")
+        remedy = made.remedy(room)
+        do = f"what would do: {remedy} ({shown_size(remedy.needed)})" if remedy else NO_REMEDY
+        lines.append(f"note      that is more memory than is free; {do}")
+    if disk_.peak > made.free:
+        lines.append("note      that is more than the disk has")
     return lines
 
 
-def _would_do(remedy: Remedy) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in remedy.settings.items())
-    return f"{settings} ({shown_size(remedy.needed)})"
+def _written(value: float | bool) -> str:
+    """As a command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"

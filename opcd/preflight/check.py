@@ -1,35 +1,24 @@
 """A look at a prompt before it is distilled: what the models see, what they miss, what it costs."""
 
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from statistics import fmean, median
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from opcd.episodes import Episode, Prompt
-from opcd.evaluation.agreement import Gap, gap_between, student_side, teacher_side
-from opcd.evaluation.contenders import Answer, LoadedModel, Models
-from opcd.evaluation.evaluate import episodes_of
-from opcd.evaluation.intervals import wilson_interval
-from opcd.evaluation.scorecard import accuracy
-from opcd.passes.agreement import Agreement
-from opcd.passes.hidden import Row
-from opcd.passes.prefix import shared_prefix_length
+from opcd.errors import InputError
+from opcd.evaluation.intervals import Difference
+from opcd.evaluation.measured import measured_by
 from opcd.preflight.budget import Budget, budget, budget_lines
+from opcd.preflight.measure import measure
 from opcd.preflight.rendering import Rendering, rendering, rendering_lines
-from opcd.preflight.verdict import Found, Verdict, verdict
+from opcd.preflight.sample import sample, sample_line
+from opcd.preflight.verdict import Found, Measured, Verdict, hindrance, verdict
+from opcd.runtime.files import write_json
+from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
-from opcd.tasks.task import Case, spread
-from opcd.teacher import teacher_of
 
-SAMPLE = 64  # requests that are answered without and with the context
-HARD = math.log(0.01)  # log p of a token that few rollouts will hold
-MET_ANYWAY = 2  # places of an answer that a run meets and learns, however unlikely they are
-PLACES = 8  # of an answer, whose likelihood is printed
+FILE = "check.json"
 
 
 class Checked(NamedTuple):
@@ -38,19 +27,27 @@ class Checked(NamedTuple):
     found: Found
     verdict: Verdict
     rendering: Rendering
-    likelihood: list[float]  # median p without the context, of the prompted answers' first tokens
-    lost_at: str  # the token that is missed most
-    lines: list[str]
+    measured_by: dict[str, str | None]  # digests that tell prompts and models apart
+    lines: list[str]  # all that was said
+    summary: list[str]  # the part of it that a report repeats
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
+        found = self.found._asdict()
+        if (measured := self.found.measured) is not None:
+            gain = measured.gain.summary() if measured.gain is not None else None
+            found["measured"] = measured._asdict() | {"gain": gain}
         return {
             "verdict": self.verdict._asdict(),
-            **self.found._asdict(),
-            "likelihood": self.likelihood,
-            "lost_at": self.lost_at,
+            **found,
             "rendering": self.rendering._asdict(),
+            "measured_by": self.measured_by,
+            "summary": self.summary,
         }
+
+    def write(self, folder: Path) -> None:
+        """Into check.json, which the report of a run there repeats."""
+        write_json(folder / FILE, self.as_dict())
 
 
 def check(
@@ -59,7 +56,13 @@ def check(
     progress: Progress | None = None,
     expected_requests: float | None = None,  # that come between two changes of the prompt, if known
 ) -> Checked:
-    """Measure on a sample of the requests; says each part as it is known."""
+    """Measure on a sample of the requests; says each part as it is known.
+
+    What speaks against a run without a look at the models is said before any is loaded, and ends
+    the check. Raises InputError for a number of requests that is none.
+    """
+    if expected_requests is not None and not 0 < expected_requests < math.inf:
+        raise InputError(f"expected_requests must be a positive number, got {expected_requests}")
     progress = progress or Progress()
     lines: list[str] = []
 
@@ -68,180 +71,96 @@ def check(
         for line in said:
             progress.say(line)
 
-    config, task = setup.config, setup.task
-    cases = spread(task.validation or task.training or task.test, SAMPLE)
+    cases = sample(setup.task)
     seen = rendering(setup, cases)
-    say(*rendering_lines(seen))
-    needs = budget(setup)
-    say(*budget_lines(needs))
-    models = Models(setup)
-    try:
-        teacher_model = models.get(config.teacher or config.model)
-        said = teacher_model.prompted(cases)
-        teacher = teacher_of(teacher_model.model, task.prefixes, config)
-        shown = teacher_side(teacher, episodes_of(cases, said, cases))
-        student = models.get(config.model)
-        alone = student.alone(cases)
-        missed = student_side(student.model, student.plan, shown.episodes, config)
-        gap = gap_between(missed, shown, config.temperature)
-        wrong = [*seen.differing, *_without_context(setup, student, cases, alone)]
-        seconds_saved = _reading_seconds(student, setup, cases)
-    finally:
-        models.close()
-    found = _found(setup, cases, alone, said, gap)._replace(
-        wrong_inputs="; ".join(wrong[:3]), expected_requests=expected_requests, **_memory(needs)
-    )
-    likelihood, lost_at = _along(gap, shown.episodes, setup)
-    say(*_lines(found, likelihood, lost_at))
-    if setup.task.train and found.needed_bytes <= found.room_bytes:
-        seconds = run_seconds()
-        found = found._replace(pays_after=seconds / max(seconds_saved, 1e-9))
-        say(
-            f"time      about {seconds / 60:.1f} min for a run on this machine; reading the prompt "
-            f"takes {1000 * seconds_saved:.0f} ms a request here without a prefix cache, so that a "
-            f"run pays after {found.pays_after:,.0f} requests"
-        )
-    decided = verdict(found)
-    say(f"verdict   {decided}")
-    return Checked(found, decided, seen, likelihood, lost_at, lines)
-
-
-def _found(
-    setup: Setup,
-    cases: Sequence[Case],
-    alone: Sequence[Answer],
-    said: Sequence[Answer],
-    gap: Gap,
-) -> Found:
-    n = len(cases)
-    changed = sum(a.text != b.text for a, b in zip(alone, said, strict=True))
-    nats = gap.nats.summary()
-    judged: dict[str, Any] = {}
-    if setup.task.judges(cases):
-        theirs = [answer.text for answer in said]
-        for name, answers in (("base", alone), ("prompted", said)):
-            right = accuracy(answers, cases, setup.task.scorer, theirs)
-            judged |= {name: right, f"{name}_interval": tuple(wilson_interval(right * n, n))}
-        judged["constant"] = _best_constant(setup, cases, theirs)
-    return Found(
-        requests=n,
-        changed=changed / n,
-        changed_interval=_pair(wilson_interval(changed, n)),
-        gap=nats["mean"],
-        gap_interval=_pair(nats["interval_95"]),
-        hard_tokens=fmean(
-            sum(logprob < HARD for logprob in answer[MET_ANYWAY:])
-            for answer in gap.student_logprobs
-        ),
-        cut=fmean(answer.finish == "length" for answer in said),
-        empty=fmean(not answer.text for answer in said),
+    say(*rendering_lines(seen), *setup.prompt_lines, *setup.notes)
+    needs = budget(setup) if setup.task.training else None
+    if needs is not None:
+        say(*budget_lines(needs))
+    repeated = len(lines)
+    say(sample_line(cases, setup.task))
+    found = Found(
+        wrong_inputs="; ".join(seen.differing[:3]),
         guided_share=setup.config.guided_share,
-        **judged,
+        expected_requests=expected_requests,
+        **({} if needs is None else _needed(needs)),
     )
+    decided = hindrance(found)
+    if decided is None:
+        measured = measure(setup, cases)
+        found = found._replace(measured=measured)
+        say(*_measured_lines(measured, setup))
+        if found.fits:
+            release_memory()
+            seconds = run_seconds()
+            pays_after = seconds / measured.reading_s if measured.reading_s else None
+            found = found._replace(pays_after=pays_after)
+            say(_time_line(seconds, measured, pays_after))
+        elif needs is not None:
+            say("time      not measured: nobody knows whether a step would fit")
+        decided = verdict(found)
+    say(f"verdict   {decided}")
+    return Checked(found, decided, seen, measured_by(setup), lines, lines[repeated:])
 
 
-def _best_constant(setup: Setup, cases: Sequence[Case], theirs: Sequence[str]) -> float | None:
-    """What the commonest accepted answer alone would reach; None where answers are many."""
-    counts = Counter(a for case in cases for a in set(case.example.answers))
-    if not counts or max(counts.values()) < 2:
-        return None
-    answer, _ = counts.most_common(1)[0]
-    always = [Answer(answer, [], "stop", answer)] * len(cases)
-    return accuracy(always, cases, setup.task.scorer, theirs)
-
-
-def _without_context(
-    setup: Setup, student: LoadedModel, cases: Sequence[Case], alone: Sequence[Answer]
-) -> list[str]:
-    """How a teacher of the same weights differs where its context is empty; [] where it does not.
-
-    Its prefix is then what the student's own prompts begin with: both paths must agree.
-    """
-    config = setup.config
-    ids = [case.prompt.student_ids for case in cases]
-    length = shared_prefix_length([*ids, [*ids[0][:-1], -1]])
-    if config.teacher or length == 0:
-        return []
-    episodes = []
-    for own, answer in zip(ids, alone, strict=True):
-        prompt = Prompt(own, own[length:])
-        episodes.append(Episode.of_completion(prompt, answer.token_ids, answer.finish))
-    episodes = episodes[:8]
-    teacher = teacher_of(student.model, {"": ids[0][:length]}, config)
-    ours = student_side(student.model, student.plan, episodes, config)
-    theirs = teacher_side(teacher, episodes)
-    rows = [Row(e.student_ids, e.student_spans) for e in episodes]
-    wrong = Agreement(student.model, ours.hidden, rows, ours.hidden).wrong(theirs.hidden)
-    return [] if wrong is None else [f"behind an empty context {wrong}"]
-
-
-@torch.no_grad()
-def _reading_seconds(student: LoadedModel, setup: Setup, cases: Sequence[Case]) -> float:
-    """What reading the context takes in one request, without a prefix cache: median of three."""
-    prompt, found = cases[0].prompt, []
-    device = setup.device
-    for ids in (setup.task.prompted_ids(prompt), prompt.student_ids):
-        tokens = torch.tensor([ids], device=device)
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            student.model(tokens, logits_to_keep=1).logits.sum().item()
-            times.append(time.perf_counter() - begin)
-        found.append(median(times))
-    return max(found[0] - found[1], 0.0)
-
-
-def _along(gap: Gap, episodes: Sequence[Episode], setup: Setup) -> tuple[list[float], str]:
-    """The likelihood of the prompted answers without the context, token by token, and where the
-    most is missed."""
-    likelihood = []
-    for place in range(PLACES):
-        there = [math.exp(a[place]) for a in gap.student_logprobs if len(a) > place]
-        if len(there) * 2 >= len(episodes):
-            likelihood.append(median(there))
-    missed: Counter[int] = Counter()
-    for episode, answer in zip(episodes, gap.student_logprobs, strict=True):
-        for token, logprob in zip(episode.scored_ids, answer, strict=True):
-            missed[token] -= round(1000 * logprob)
-    token, _ = missed.most_common(1)[0]
-    return likelihood, setup.tokenizer.decode([token])
-
-
-def _memory(made: Budget) -> dict[str, Any]:
-    """What a verdict must know of memory; nothing where the model's needs are not known."""
-    if isinstance(made.needs, str) or made.room.available is None:
+def _needed(made: Budget) -> dict[str, Any]:
+    """What a verdict must know of memory and disk; nothing where a model's needs are not known."""
+    if isinstance(made.needs, str):
         return {}
-    fits = [r for r in made.remedies if r.needed <= made.room.available]
-    settings = fits[-1].settings if fits else {}
+    remedy = made.remedy(made.room.available)
     return {
-        "needed_bytes": made.needs.memory.needed,
-        "room_bytes": made.room.available,
-        "fits_with": ", ".join(f"{name} to {value}" for name, value in settings.items()),
+        "memory_needed": made.needs.memory.needed,
+        "memory_free": made.room.available,
+        "fits_with": str(remedy) if remedy is not None else "",
+        "disk_needed": made.needs.disk.peak,
+        "disk_free": made.free,
     }
 
 
-def _lines(found: Found, likelihood: Sequence[float], lost_at: str) -> list[str]:
-    low, high = found.changed_interval
+def _measured_lines(measured: Measured, setup: Setup) -> list[str]:
+    low, high = measured.changed_interval
+    least, most = measured.gap_interval
+    whose = teachers = ""
+    if setup.config.teacher:
+        whose, teachers = " of the teacher", f" (the teacher misses {measured.shift:.2f})"
     lines = [
-        f"prompt    changes {found.changed:.0%} of {found.requests} greedy answers ({low:.0%} – "
-        f"{high:.0%})",
-        f"gap       {found.gap:.2f} nats a token ({found.gap_interval[0]:.2f} – "
-        f"{found.gap_interval[1]:.2f}) on what it makes the model say; most is missed at "
-        f"{lost_at!r}",
+        f"prompt    changes {measured.changed:.0%} of {measured.requests} greedy answers{whose} "
+        f"({low:.0%} – {high:.0%})",
+        f"gap       {measured.gap:.2f} nats a token ({least:.2f} – {most:.2f}) on what it makes "
+        f"the model say{teachers}; most is missed at {measured.missed_at!r}",
         f"reach     without it the answer's first tokens have the probabilities "
-        f"{', '.join(f'{p:.2g}' for p in likelihood)} (medians); behind the first "
-        f"two an answer holds {found.hard_tokens:.1f} below 0.01",
+        f"{', '.join(f'{p:.2g}' for p in measured.likelihood)} (medians); "
+        f"{measured.hard_tokens:.1f} of {measured.tokens:.1f} tokens are below 0.01, and "
+        f"{measured.unmet:.0%} of the nats are missed at such behind the first two",
     ]
-    if found.prompted is not None and found.base_interval and found.prompted_interval:
-        constant = "" if found.constant is None else f"; one answer for all {found.constant:.0%}"
+    if measured.gain is not None:
+        lines.append(_accuracy_line(measured, measured.gain))
+    if measured.empty_context:
         lines.append(
-            f"accuracy  without it {found.base:.1%} ({found.base_interval[0]:.0%} – "
-            f"{found.base_interval[1]:.0%}), with it {found.prompted:.1%} "
-            f"({found.prompted_interval[0]:.0%} – {found.prompted_interval[1]:.0%}){constant}"
+            f"passes    behind an empty context teacher and student differ by "
+            f"{measured.empty_context:.2g} nats a token, more than rounding explains"
         )
     return lines
 
 
-def _pair(interval: Sequence[float]) -> tuple[float, float]:
-    low, high = interval
-    return low, high
+def _accuracy_line(measured: Measured, gain: Difference) -> str:
+    teacher = constant = ""
+    if measured.unprompted is not None:
+        teacher = f", the teacher without it {measured.unprompted:.1%}"
+    if measured.constant is not None:
+        constant = f"; one answer for all {measured.constant:.1%}"
+    low, high = (100 * x for x in gain.interval)
+    return (
+        f"accuracy  without it {measured.base:.1%}{teacher}, with it {measured.prompted:.1%}: "
+        f"{100 * gain.mean:+.1f} points ({low:+.1f} – {high:+.1f}, p {gain.p_value:.2g}){constant}"
+    )
+
+
+def _time_line(seconds: float, measured: Measured, pays_after: float | None) -> str:
+    run = f"time      about {seconds / 60:.1f} min for a run on this machine; "
+    if measured.reading_s is None or pays_after is None:
+        return f"{run}reading the prompt takes less than what timing a request varies by"
+    return (
+        f"{run}reading the prompt takes {1000 * measured.reading_s:.0f} ms of a request that comes "
+        f"alone, without a prefix cache: a run pays after {pays_after:,.0f} such requests"
+    )

@@ -1,14 +1,13 @@
 """What sampling takes: keys and values of a batch at their full length, and the largest step."""
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from opcd.config import TrainConfig
-from opcd.models.lm import causal_lm
+from opcd.models.lm import causal_lm, last_logits
 from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.preflight.weightless import Tally
 from opcd.rollouts.generate import batch_rows
@@ -34,7 +33,6 @@ def sampling(
     total = max(map(len, prompts)) + config.max_completion_tokens
     rows = min(len(prompts), batch_rows(config.rollout_batch_size, total))
     batch = sorted(prompts, key=len, reverse=True)[:rows]
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
 
     def prefill() -> Any:
         prefix = common_prefix(model, prompts) if share_prefix else None
@@ -49,7 +47,7 @@ def sampling(
             attention_mask=mask,
             past_key_values=prefix.expand(rows) if prefix is not None else None,
             use_cache=True,
-            **keep,
+            **last_logits(lm),
         )
 
     def draw() -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What both models are really given, and whether that is what the chat template makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from opcd.models.by_name import load_tokenizer
@@ -9,7 +9,7 @@ from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 from opcd.tasks.template import read_template
 
-SHOWN = 360  # characters of a prompt; its middle is left out
+SHOWN = 360  # characters of each part of a prompt; the middle is left out
 
 
 class Rendering(NamedTuple):
@@ -17,6 +17,8 @@ class Rendering(NamedTuple):
 
     student: str  # decoded, special tokens visible
     teacher: str
+    # Where the context's texts begin and end in the teacher's; None where they are not found there.
+    context: tuple[int, int] | None
     student_tokens: int
     teacher_tokens: int
     saved: float  # prompt tokens a request no longer carries, in the mean
@@ -28,24 +30,28 @@ class Rendering(NamedTuple):
 def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
     """Look at the first case, and render all of them again from the messages as they were given."""
     task, decode = setup.task, setup.tokenizer.decode
-    prompt = cases[0].prompt
-    student, teacher = prompt.student_ids, task.prompted_ids(prompt)
+    first = cases[0].prompt
+    student, teacher = first.student_ids, task.prompted_ids(first)
+    text = decode(teacher)
+    unlike = {name: _unlike_plain(setup, name) for name in setup.chats}
+    by_transformers = _plain_renderer(setup)
     compared, differing, reasons = 0, [], []
     for case in cases:
-        if why := _not_comparable(setup, case):
+        if why := unlike[case.example.context] or _own_system(case):
             reasons.append(why)
             continue
         compared += 1
-        own, whole = _given(setup, case)
+        request = list(case.example.messages)
         for who, ids, messages in (
-            ("student", case.prompt.student_ids, own),
-            ("teacher", task.prompted_ids(case.prompt), whole),
+            ("student", case.prompt.student_ids, request),
+            ("teacher", task.prompted_ids(case.prompt), [*_context(setup, case), *request]),
         ):
-            if _by_transformers(setup, messages) != ids:
+            if by_transformers(messages) != ids:
                 differing.append(f"{case.source}: the {who}'s prompt")
     return Rendering(
         decode(student),
-        decode(teacher),
+        text,
+        _place(text, _context(setup, cases[0])),
         len(student),
         len(teacher),
         task.prompt_tokens_saved,
@@ -58,8 +64,8 @@ def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
 def rendering_lines(found: Rendering) -> list[str]:
     """The same for people."""
     lines = [
-        f"teacher   {found.teacher_tokens} tokens: {_shown(found.teacher)}",
-        f"student   {found.student_tokens} tokens: {_shown(found.student)}",
+        f"teacher   sees {found.teacher_tokens} tokens: {_marked(found.teacher, found.context)}",
+        f"student   sees {found.student_tokens} tokens: {_shown(found.student)}",
         f"saved     {found.saved:.0f} prompt tokens a request",
     ]
     if found.differing:
@@ -77,43 +83,60 @@ def rendering_lines(found: Rendering) -> list[str]:
     return lines
 
 
-def _not_comparable(setup: Setup, case: Case) -> str:
-    """Why a plain rendering of the messages would be another on purpose."""
-    chat = setup.chats[case.example.context]
+def _unlike_plain(setup: Setup, context: str) -> str:
+    """Why a plain rendering of the messages would be another on purpose; "" where it would not."""
+    chat = setup.chats[context]
     if chat.dated:
         return "the chat template writes a date, and this run keeps one"
     if chat.placement == "user":
         return "the context stands in the first user message"
-    if case.example.own_system:
-        return "requests with a system message of their own stand behind the context's"
     if setup.config.without_context != "default":
         return "without_context stands in the context's place"
     return ""
 
 
-def _given(setup: Setup, case: Case) -> tuple[list[Message], list[Message]]:
-    """A request's messages, and the same behind the context, as they were given."""
-    chat, request = setup.chats[case.example.context], list(case.example.messages)
-    return request, [*chat.context, *request]
+def _own_system(case: Case) -> str:
+    own = case.example.own_system
+    return "requests with a system message of their own stand behind the context's" if own else ""
 
 
-def _by_transformers(setup: Setup, messages: Sequence[Message]) -> list[int]:
-    """Token ids as a server would make them, by a tokenizer that nothing here has touched."""
+def _context(setup: Setup, case: Case) -> list[Message]:
+    return setup.chats[case.example.context].context
+
+
+def _plain_renderer(setup: Setup) -> Callable[[Sequence[Message]], list[int]]:
+    """Messages to token ids as a server makes them, by a tokenizer that nothing has touched."""
     config = setup.config
     tokenizer = load_tokenizer(config.model)
-    template = (
-        {}
-        if config.chat_template is None
-        else {"chat_template": read_template(config.chat_template)}
-    )
-    return tokenizer.apply_chat_template(
-        [*messages],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=False,
-        **template,
-        **config.chat_template_args,
-    )
+    options = dict(config.chat_template_args)
+    if config.chat_template is not None:
+        options["chat_template"] = read_template(config.chat_template)
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [*messages], tokenize=True, add_generation_prompt=True, return_dict=False, **options
+        )
+        return ids
+
+    return render
+
+
+def _place(text: str, context: Sequence[Message]) -> tuple[int, int] | None:
+    """Where a context begins and ends: from the first message's text to the last one's."""
+    begins, end = [], 0
+    for message in context:
+        content = message["content"].strip()
+        begins.append(text.find(content, end))
+        end = begins[-1] + len(content)
+    return (begins[0], end) if begins and min(begins) >= 0 else None
+
+
+def _marked(text: str, place: tuple[int, int] | None) -> str:
+    if place is None:
+        return _shown(text)
+    begin, end = place
+    front, context, behind = map(_shown, (text[:begin], text[begin:end], text[end:]))
+    return f"{front} [the context: {context}] {behind}"
 
 
 def _shown(text: str) -> str:

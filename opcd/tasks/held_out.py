@@ -24,7 +24,8 @@ class Parts(NamedTuple):
 def hold_out(prompts: Sequence[Example], share: float) -> Parts:
     """A third of the share for validation and the rest for the test, each in the file's order.
 
-    Which ones is a function of their texts: a prompt that is added moves few others.
+    Which ones is a function of their texts: a prompt that is added moves few others. At least one
+    is left to train on.
     """
     by_request: dict[str, list[Example]] = {}
     for example in prompts:
@@ -33,7 +34,7 @@ def hold_out(prompts: Sequence[Example], share: float) -> Parts:
     order = sorted(by_request)
     if len(order) < FEWEST:
         return Parts([*prompts], [], [])
-    kept_out = int(share * len(order))
+    kept_out = min(int(share * len(order)), len(order) - 1)
     validation = min(kept_out // 3, MOST_VALIDATION)
     test = min(kept_out - kept_out // 3, MOST_TEST)
     part_of = {

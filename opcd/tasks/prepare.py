@@ -69,6 +69,11 @@ class Setup(NamedTuple):
         ]
 
     @property
+    def notes(self) -> list[str]:
+        """What was decided for people, a line each."""
+        return [f"note      {remark}" for remark in self.remarks]
+
+    @property
     def fingerprint(self) -> str:
         """Digest of what is trained on: a resumed run must see the very same token ids."""
         if not self.completions:
@@ -99,6 +104,11 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     if for_training and config.prompts is None:
         raise InputError("prompts must be given to train on; name a file as prompts")
     files = read_task_files(config)
+    if not any(files.parts.values()):
+        raise InputError(
+            "there must be requests to train or to measure on, got none; name a file as prompts or "
+            "test_data"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     if for_training:

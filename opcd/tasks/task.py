@@ -106,14 +106,17 @@ class Task:
     @property
     def shared_tokens(self) -> float:
         """Tokens in front of all of a context's prompts, on average over the test prompts."""
-        prompts = [case.prompt for case in self.test] or self.train
-        return fmean(len(self.prefixes[p.context]) for p in prompts)
+        return fmean(len(self.prefixes[p.context]) for p in self._typical)
 
     @property
     def prompt_tokens_saved(self) -> float:
         """Prompt tokens a request no longer carries, on average over the test prompts."""
-        prompts = [case.prompt for case in self.test] or self.train
-        return fmean(len(self.prompted_ids(p)) - len(p.student_ids) for p in prompts)
+        return fmean(len(self.prompted_ids(p)) - len(p.student_ids) for p in self._typical)
+
+    @property
+    def _typical(self) -> list[Prompt]:
+        """The test prompts, or others where there are none."""
+        return [case.prompt for case in self.test or self.training or self.validation]
 
 
 def can_judge(scorer: Scorer, cases: Sequence[Case]) -> bool:

@@ -6,6 +6,8 @@ from peft import PeftModel
 
 from opcd.models.adapter import lora_coverage
 from opcd.preflight.budget import budget, budget_lines, check_memory
+from opcd.preflight.rendering import rendering, rendering_lines
+from opcd.preflight.sample import sample
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
@@ -32,7 +34,7 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts",
-        *notes(setup),
+        *setup.notes,
     ]
     if config.prompts_per_step > len(task.train):
         lines.append(
@@ -47,6 +49,12 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
     return "\n".join(lines)
 
 
+def announce_prompts(setup: Setup, progress: Progress) -> None:
+    """Say what both models are given, and whether that is what the chat template makes of it."""
+    for line in rendering_lines(rendering(setup, sample(setup.task))):
+        progress.say(line)
+
+
 def announce_budget(setup: Setup, progress: Progress) -> None:
     """Say what a run needs, before weights are read.
 
@@ -56,11 +64,6 @@ def announce_budget(setup: Setup, progress: Progress) -> None:
     check_memory(made)
     for line in budget_lines(made):
         progress.say(line)
-
-
-def notes(setup: Setup) -> list[str]:
-    """What was decided for people, a line each."""
-    return [f"note      {remark}" for remark in setup.remarks]
 
 
 def validation_note(found: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ from opcd.models.by_name import resolve_model
 from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
-from opcd.training.announce import notes
 from opcd.training.export import read_selection
 
 
@@ -62,7 +61,7 @@ def evaluate_run(
             f"{save_to!r}; choose another"
         )
     target = make_folder(wanted if save_to or target == run else free_name(target))
-    for line in [*setup.prompt_lines, *notes(setup)]:
+    for line in [*setup.prompt_lines, *setup.notes]:
         progress.say(line)
     if changed:
         progress.say(f"note      {changed}")

@@ -17,7 +17,13 @@ from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.alarms import Alarms
-from opcd.training.announce import announce_budget, run_plan, step_note, validation_note
+from opcd.training.announce import (
+    announce_budget,
+    announce_prompts,
+    run_plan,
+    step_note,
+    validation_note,
+)
 from opcd.training.build import build_distiller
 from opcd.training.checkpoint import (
     check_room,
@@ -53,6 +59,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     config, before = setup.config, read_selection(folder)
     finished = before.get("steps_done") == config.steps
     if not finished:
+        announce_prompts(setup, progress)
         announce_budget(setup, progress)
     if finished:
         check_fingerprints(before, setup, folder / "final")

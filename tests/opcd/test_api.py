@@ -103,10 +103,23 @@ def test_a_look_before_any_training(capsys: pytest.CaptureFixture) -> None:
     looked = opcd.check(model, CONTEXT, PROMPTS, tokenizer=tiny_tokenizer(), **SHORT)
     assert before == found()
     assert looked.verdict.word in capsys.readouterr().out
-    assert looked.found.requests == len(PROMPTS)
-    assert looked.found.prompted is None
+    assert looked.found.measured is not None
+    assert looked.found.measured.requests == len(PROMPTS)
+    assert looked.found.measured.prompted is None
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_look_is_kept_where_a_run_will_be(tmp_path: Path) -> None:
+    """All figures, but nothing where the data are refused."""
+    run = tmp_path / "run"
+    short = SHORT | {"output_dir": run, "tokenizer": tiny_tokenizer(), "quiet": True}
+    with pytest.raises(opcd.InputError, match=r"blank"):
+        opcd.check(tiny_llama(), CONTEXT, [*PROMPTS, " "], **short)
+    assert not [*run.iterdir()]
+    looked = opcd.check(tiny_llama(), CONTEXT, PROMPTS, **short)
+    assert json.loads((run / "check.json").read_text()) == json.loads(json.dumps(looked.as_dict()))
+    assert (run / "inputs").is_dir()
 
 
 def losses(run: opcd.Distilled) -> list[float]:

@@ -68,16 +68,19 @@ def test_what_does_not_fit_says_what_would(settings: dict, monkeypatch: pytest.M
 def test_remedies_come_one_after_the_other(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "memory_room", lambda _: Room(2**40, 1))
     made = of(settings, max_tokens_per_pass=100, max_completion_tokens=300)
-    assert [list(r.settings)[-1] for r in made.remedies] == [
-        "rollout_batch_size",
-        "gradient_checkpointing",
-        "lora_rank",
+    assert [str(r) for r in made.remedies] == [
+        "rollout_batch_size 8",
+        "rollout_batch_size 8, gradient_checkpointing true",
+        "rollout_batch_size 8, gradient_checkpointing true, lora_rank 16, learning_rate 0.03",
     ]
-    assert made.remedies[-1].settings == {
-        "rollout_batch_size": 8,
-        "gradient_checkpointing": True,
-        "lora_rank": 16,
-    }
+    assert made.remedy(1) is None, "none suffices"
+    assert budget_lines(made)[-1] == (
+        "note      that is more memory than is free; take a smaller model, or a machine with more "
+        "memory"
+    )
+    needed = [r.needed for r in made.remedies]
+    assert needed == sorted(needed, reverse=True)
+    assert made.remedy(needed[1]) == made.remedies[1]
 
 
 def test_what_no_memory_can_hold_is_an_error(
@@ -87,6 +90,29 @@ def test_what_no_memory_can_hold_is_an_error(
     with pytest.raises(InputError, match=r"the run must fit the 1.0 MB of memory that there are"):
         run.train(TrainConfig(**settings))
     assert not (Path(settings["output_dir"]) / "config.yaml").exists()
+
+
+def test_what_is_advised_fits_beside_the_process(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all the memory that there is, the process has some already."""
+    monkeypatch.setattr(budgets, "memory_room", lambda _: Room(10**9, 1))
+    made = of(settings, max_completion_tokens=300)
+    memory = needs(made).memory
+    process = memory.parts["process"]
+    least = made.remedies[-1].needed
+    heavy = memory._replace(phases={"optimizer": memory.peak + 10**9})
+    for total, advice in ((process + least, "; set "), (process + least - 1, "; take a smaller")):
+        room = Room(total, 1)
+        with pytest.raises(InputError, match=advice):
+            check_memory(made._replace(room=room, needs=needs(made)._replace(memory=heavy)))
+
+
+def test_a_disk_that_is_too_full_is_said(settings: dict) -> None:
+    made = of(settings)
+    assert not any("disk has" in line for line in budget_lines(made))
+    full = made._replace(free=needs(made).disk.peak - 1)
+    assert budget_lines(full)[-1] == "note      that is more than the disk has"
 
 
 def test_a_model_that_needs_numbers_is_said_and_trained(

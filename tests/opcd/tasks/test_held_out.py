@@ -1,5 +1,9 @@
 """Prompts that are kept out of training."""
 
+import pytest
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
 from opcd.tasks.data import Example
 from opcd.tasks.held_out import hold_out
 
@@ -38,6 +42,13 @@ def test_what_is_added_moves_few() -> None:
     before = {e.text for e in hold_out(MANY, 0.3).test}
     after = {e.text for e in hold_out([*MANY, *prompts("And this?")], 0.3).test}
     assert len(before & after) >= 28
+
+
+def test_one_is_left_to_train_on() -> None:
+    parts = hold_out(MANY[:64], 1.0)
+    assert [len(part) for part in parts] == [1, 21, 42]
+    with pytest.raises(InputError, match="held_out_share must be below 1, got 1"):
+        TrainConfig(context="c.md", output_dir="run", held_out_share=1).check()
 
 
 def test_of_few_or_of_no_share_none_is_kept() -> None:

@@ -155,7 +155,8 @@ def test_a_run_leaves_everything_it_promises(
     saved = len("#system\nAnswer with one letter.#\n")
     tokens = f"{stand + saved} tokens where {stand} stand without it ({saved} saved), computed"
     assert f"\ncontext   {tokens}" in printed
-    assert printed.startswith("memory    ")
+    assert printed.startswith("teacher   sees ")
+    assert "\nmemory    " in printed
     assert "from_pretrained" in printed
 
     final = AutoModelForCausalLM.from_pretrained(run / "final")

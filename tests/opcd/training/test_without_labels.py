@@ -117,8 +117,11 @@ def test_the_gap_is_that_of_whole_sequences(settings: dict) -> None:
     found = gap_between(
         student_side(other, plan, episodes, setup.config), teacher_side(teacher, episodes), 0.7
     )
-    for episode, nats, count, first in zip(
-        episodes, found.nats.totals, found.nats.counts, found.likeliest.totals, strict=True
+    nats_of, firsts = found.nats, found.likeliest.totals
+    sums = zip(nats_of.totals, nats_of.counts, firsts, strict=True)
+    tokens = zip(found.missed, found.student_logprobs, strict=True)
+    for episode, (nats, count, first), (missed, logprobs) in zip(
+        episodes, sums, tokens, strict=True
     ):
         ids = torch.tensor(episode.scored_ids)
         ours, theirs = (
@@ -130,6 +133,8 @@ def test_the_gap_is_that_of_whole_sequences(settings: dict) -> None:
         )
         rows = torch.arange(len(ids))
         assert nats == pytest.approx((theirs - ours)[rows, ids].sum().item(), rel=1e-4)
+        assert missed == pytest.approx((theirs - ours)[rows, ids].tolist(), abs=1e-4)
+        assert logprobs == pytest.approx(ours[rows, ids].tolist(), abs=1e-4)
         assert first == (ours.argmax(-1) == ids).sum().item()
         assert count == len(ids)
         assert torch.equal(theirs.argmax(-1), ids), "the teacher's answers are greedy"
