@@ -8,6 +8,7 @@ from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 from opcd.tasks.template import read_template
+from opcd.tasks.tools import Tool
 
 SHOWN = 360  # characters of a prompt; its middle is left out
 
@@ -37,11 +38,12 @@ def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
             continue
         compared += 1
         own, whole = _given(setup, case)
-        for who, ids, messages in (
-            ("student", case.prompt.student_ids, own),
-            ("teacher", task.prompted_ids(case.prompt), whole),
+        tools = setup.chats[case.example.context].tools
+        for who, ids, given in (
+            ("student", case.prompt.student_ids, (own, [])),
+            ("teacher", task.prompted_ids(case.prompt), (whole, tools)),
         ):
-            if _by_transformers(setup, messages) != ids:
+            if _by_transformers(setup, *given) != ids:
                 differing.append(f"{case.source}: the {who}'s prompt")
     return Rendering(
         decode(student),
@@ -97,7 +99,7 @@ def _given(setup: Setup, case: Case) -> tuple[list[Message], list[Message]]:
     return request, [*chat.context, *request]
 
 
-def _by_transformers(setup: Setup, messages: Sequence[Message]) -> list[int]:
+def _by_transformers(setup: Setup, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
     """Token ids as a server would make them, by a tokenizer that nothing here has touched."""
     config = setup.config
     tokenizer = load_tokenizer(config.model)
@@ -113,6 +115,7 @@ def _by_transformers(setup: Setup, messages: Sequence[Message]) -> list[int]:
         return_dict=False,
         **template,
         **config.chat_template_args,
+        **({"tools": [*tools]} if tools else {}),
     )
 
 
