@@ -13,7 +13,7 @@ def read_conversation(value: Any, source: str) -> Conversation:
 
     Each result answers a call of the assistant's turns directly in front of it: the one of its id
     where both have one, else the next of its name, or the next. Every call has its result before
-    anyone else speaks; only the last turns may call without one, as an answer does.
+    anyone else speaks; only the last message may call without one, as an answer does.
 
     Raises InputError, which names the message, where that is not so, and for a conversation with
     tools that the user does not begin.
@@ -45,7 +45,7 @@ def check_results(messages: Sequence[Message], source: str) -> None:
         calls = calls_of(message)
         waiting += [(i, call) for call in calls]
         _check_ids(waiting, source)
-    if waiting and answered:
+    if waiting and (answered or waiting[0][0] < len(messages) - 1):
         raise _without_result(waiting[0], source, "before the model goes on")
 
 

@@ -279,6 +279,17 @@ def test_an_answer_behind_a_result() -> None:
         thinking.student_ids(RAIN[:3])
 
 
+def test_the_answer_to_a_result_is_opened_alike_for_both_models() -> None:
+    otherwise = with_template(
+        WITH_CALLS + "{% if tools and messages[-1].role == 'tool' %}So: {% endif %}"
+    )
+    otherwise.teacher_ids(RAIN)
+    with pytest.raises(
+        InputError, match=r"must open the answer the same way .*assistant.nSo: ' and"
+    ):
+        otherwise.teacher_ids(RAIN[:3])
+
+
 def test_calls_that_a_template_writes_elsewhere_or_without_an_end() -> None:
     turn, asked = RAIN[1], RAIN[:1]
     elsewhere = with_template(

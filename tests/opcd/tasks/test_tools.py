@@ -520,6 +520,7 @@ def test_contexts_with_tools(tmp_path: Path) -> None:
             "can follow it, got the call of a tool at the end; add the turns up",
         ),
         ({"messages": [*RAIN[:3], *RAIN[4:]]}, "got what a tool gave at the end"),
+        ([*CONTEXT, *RAIN[:2], assistant("x")], "c.json: every call must have its result before"),
         ([*CONTEXT, ASKED, GIVEN, assistant("x")], "c.json: message 2 must answer a call"),
         (
             {"messages": [*CONTEXT, assistant("Hi."), ASKED, assistant("x")], "tools": [TOOL]},
