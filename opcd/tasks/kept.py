@@ -1,6 +1,7 @@
 """Whether a chat template keeps messages: each is rendered between two marks of its own."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -13,6 +14,7 @@ from opcd.tasks.tools import FunctionCall, Tool, ToolCall
 
 Arrange = Callable[[Sequence[Message]], list[Message]]  # messages to all that is rendered
 MARKED_NUMBERS = 770_000_000  # in place of numbers that a call is given
+NUMBERED = re.compile(r"zebra \d+")
 
 
 def check_kept(
@@ -61,8 +63,8 @@ def check_behind(
 
 
 def behind_last(marked_text: str, number: int) -> str:
-    """What `check_kept`'s text has behind the last of so many messages."""
-    return marked_text.rpartition(_close(number - 1))[2]
+    """What `check_kept`'s text has behind the last of so many messages, marks without numbers."""
+    return NUMBERED.sub("zebra", marked_text.rpartition(_close(number - 1))[2])
 
 
 def without_thoughts(messages: Sequence[Message]) -> list[Message]:

@@ -290,6 +290,20 @@ def test_the_answer_to_a_result_is_opened_alike_for_both_models() -> None:
         otherwise.teacher_ids(RAIN[:3])
 
 
+def test_a_text_beside_calls_that_is_written_behind_their_results() -> None:
+    """As Gemma 4's template does."""
+    moving = with_template(
+        WITH_CALLS.replace(
+            "{{ m.content }}",
+            "{{ m.content if not m.tool_calls }}"
+            "{{ messages[loop.index0 - 1].content if m.role == 'tool' }}",
+        )
+    )
+    messages = [RAIN[0], assistant("Let me see.", [CALL]), GIVEN]
+    text = moving.template.tokenizer.decode(moving.teacher_ids(messages))
+    assert text.endswith('{"rain": true}Let me see.<|im_end|>\n<|im_start|>assistant\n')
+
+
 def test_calls_that_a_template_writes_elsewhere_or_without_an_end() -> None:
     turn, asked = RAIN[1], RAIN[:1]
     elsewhere = with_template(
