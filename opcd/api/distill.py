@@ -78,8 +78,8 @@ def distill(
     model: a Hugging Face name, a folder, or a loaded model with its `tokenizer`. A loaded model is
         written to the run's folder first, and never changed unless `in_place`, which puts the
         distilled weights into it at the end.
-    context: the text itself, chat messages, or the `Path` of a file; a dict of these by name for
-        several contexts.
+    context: the text itself, chat messages, ``{"messages": [...], "tools": [...]}``, or the `Path`
+        of a file; a dict of these by name for several contexts.
     prompts, validation_data, test_data, elsewhere_data: requests, each a string, a list of messages
         or a dict like a row of a JSONL file ("prompt" or "messages", "answer" where it is judged,
         "context" where there are several); also a `datasets.Dataset`, or the `Path` of a file.

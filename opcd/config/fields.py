@@ -15,7 +15,7 @@ class Data:
 
     context: str
     """What only the teacher sees: .txt or .md (one system message) or .json (chat messages, the
-    body of an OpenAI request, or several contexts by name)."""
+    body of an OpenAI request with its tools, or several contexts by name)."""
     prompts: str | None = None
     """Training prompts, not needed to score: JSONL (or a JSON array) of {"prompt": "..."},
     {"messages": [...]}, or rows of OpenAI, TRL, ShareGPT or Alpaca; no answers needed."""

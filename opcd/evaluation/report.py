@@ -13,6 +13,7 @@ from opcd.evaluation.intervals import CHANCE
 from opcd.evaluation.spikes import spikes
 from opcd.evaluation.verdict import Verdict, reference_of
 from opcd.runtime.files import shown
+from opcd.tasks.messages import asked
 
 SPIKES_SHOWN = 5
 
@@ -196,7 +197,7 @@ def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
     lines = []
     for i in range(min(count, len(answers))):
         row = answers[i * len(answers) // count if len(answers) > count else i]
-        lines.append(f"  {_short(row['prompt'][-1]['content'], 88)}")
+        lines.append(f"  {_short(asked(row['prompt']), 88)}")
         for name in ("base", "prompted", "teacher", "distilled"):
             if name in row:
                 value = row.get(f"{name}_right")

@@ -8,6 +8,7 @@ from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 from opcd.tasks.template import read_template
+from opcd.tasks.tools import Tool
 
 SHOWN = 360  # characters of each part of a prompt; the middle is left out
 
@@ -42,11 +43,12 @@ def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
             continue
         compared += 1
         request = list(case.example.messages)
-        for who, ids, messages in (
-            ("student", case.prompt.student_ids, request),
-            ("teacher", task.prompted_ids(case.prompt), [*_context(setup, case), *request]),
+        tools = setup.chats[case.example.context].tools
+        for who, ids, messages, theirs in (
+            ("student", case.prompt.student_ids, request, []),
+            ("teacher", task.prompted_ids(case.prompt), [*_context(setup, case), *request], tools),
         ):
-            if by_transformers(messages) != ids:
+            if by_transformers(messages, theirs) != ids:
                 differing.append(f"{case.source}: the {who}'s prompt")
     return Rendering(
         decode(student),
@@ -104,17 +106,22 @@ def _context(setup: Setup, case: Case) -> list[Message]:
     return setup.chats[case.example.context].context
 
 
-def _plain_renderer(setup: Setup) -> Callable[[Sequence[Message]], list[int]]:
-    """Messages to token ids as a server makes them, by a tokenizer that nothing has touched."""
+def _plain_renderer(setup: Setup) -> Callable[[Sequence[Message], Sequence[Tool]], list[int]]:
+    """What makes token ids of messages and tools as a server does: a tokenizer left as it is."""
     config = setup.config
     tokenizer = load_tokenizer(config.model)
     options = dict(config.chat_template_args)
     if config.chat_template is not None:
         options["chat_template"] = read_template(config.chat_template)
 
-    def render(messages: Sequence[Message]) -> list[int]:
+    def render(messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         ids: list[int] = tokenizer.apply_chat_template(
-            [*messages], tokenize=True, add_generation_prompt=True, return_dict=False, **options
+            [*messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+            **options,
+            **({"tools": [*tools]} if tools else {}),
         )
         return ids
 

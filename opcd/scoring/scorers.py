@@ -34,7 +34,7 @@ class Judged(NamedTuple):
     completion: str  # what stands behind its reasoning; "" where a thought was not ended
     answers: Sequence[str]  # that are accepted; () where there are none
     raw: str  # the completion with its special tokens and its reasoning
-    prompt: Sequence[Mapping[str, str]]  # the request's messages
+    prompt: Sequence[Mapping[str, Any]]  # the request's messages
     teacher_answer: str  # what the prompted model says to the request
 
 
@@ -64,7 +64,7 @@ class Scorer:
         completion: str,
         answers: Sequence[str],
         raw: str | None = None,
-        prompt: Sequence[Mapping[str, str]] = (),
+        prompt: Sequence[Mapping[str, Any]] = (),
         teacher_answer: str = "",
     ) -> Score:
         """Score what stands behind the completion's reasoning; an unended thought gets 0.

@@ -6,7 +6,9 @@ contexts        what only the teacher sees, from a file
 held_out        prompts that are measured on where no other data is named
 data            prompts and labelled examples; what must hold between the parts
 formats         one row of data, in any form that people have
-messages        chat messages as people write them, to roles and texts
+conversation    messages as a whole: what tools give stands behind the calls that it answers
+messages        chat messages as people write them, to roles, texts and calls of tools
+tools           tools as people write them: schemas and calls
 records         files to JSON objects, each with its place
 special_tokens  special tokens that data spell
 order           which prompts a step takes

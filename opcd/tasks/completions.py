@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
-from opcd.tasks.data import Example, row_remarks, strip_context
+from opcd.tasks.contexts import Context
+from opcd.tasks.data import NO_CONTEXT, Example, row_remarks, strip_context
 from opcd.tasks.formats import REQUESTS, Row, read_row
-from opcd.tasks.messages import Message
+from opcd.tasks.messages import Message, assistant, calls_of, words_of
 from opcd.tasks.records import Record, read_records
 from opcd.tasks.special_tokens import special_token_remarks
 from opcd.tasks.task import Task
@@ -39,7 +40,8 @@ def read_completions(
     of which the assistant's is the last, with the name of its context where there are several, or
     with ``"completion_token_ids"`` in place of the text. A text stands as the chat template writes
     an answer, and is ended as it ends one; token ids are taken as they are, with the end that they
-    have or have not. A guided.jsonl of another run is taken as it is.
+    have or have not. Calls of tools stand as the chat template writes a turn with them. A
+    guided.jsonl of another run is taken as it is.
 
     Raises InputError for lines of another form, token ids that are not the tokenizer's, a
     completion that goes on behind its end, a file made for another context, and training prompts
@@ -63,16 +65,17 @@ def read_completions(
         if ids is not None:
             _check_ids(ids, source, tokenizer)
         if _from_a_run(record):
-            key, text = _key_of(record, source), str(record.get("completion", ""))
+            key, answer = _key_of(record, source), assistant(str(record.get("completion", "")))
         else:
             row = read_row(record, source, {"completion"})
             messages, found_there = _without_context(row, chats, source)
-            key, text = keys.get((_words(messages), row.context)), row.completion
+            key = keys.get((_words(messages), row.context))
+            answer = assistant(row.completion, row.calls)
             _check_one(ids, row, stop_ids, source)
             notes.update([*row.notes, *found_there])
             forms[row.form] += 1
             columns |= {*row.unused} - {"completion_token_ids"}
-        if ids is None and not text.strip():
+        if ids is None and not words_of(answer).strip():
             raise InputError(
                 f'{source}: each line must have a "completion" (text) or "completion_token_ids", '
                 f"got keys {sorted(record)}"
@@ -81,8 +84,8 @@ def read_completions(
             unused.append(source)
             continue
         if ids is None:
-            texts.append((Path(source).name, text))
-            ids = _tokenized(text, by_key[key], chats, source)
+            texts.append((Path(source).name, words_of(answer)))
+            ids = _tokenized(answer, by_key[key], chats, stop_ids, source)
         elif ids[-1] not in stop_ids:
             endless.append(source)
         _check_whole(ids, stop_ids, config.max_completion_tokens, source, tokenizer)
@@ -121,13 +124,13 @@ def _key_of(record: Record, source: str) -> int:
 def _without_context(
     row: Row, chats: Mapping[str, Chat], source: str
 ) -> tuple[list[Message], list[str]]:
-    context = chats[row.context].context if row.context in chats else []
-    return strip_context(row.messages, context, source)
+    chat = chats.get(row.context)
+    return strip_context(row, Context(chat.context, chat.tools) if chat else NO_CONTEXT, source)
 
 
 def _check_one(ids: Any, row: Row, stop_ids: Sequence[int], source: str) -> None:
     """Raise InputError for a row of two completions, or of an end alone."""
-    if ids is not None and row.completion.strip():
+    if ids is not None and (row.completion.strip() or row.calls):
         raise InputError(
             f"{source}: a row must have one completion, got {row.origin} and "
             f'"completion_token_ids"; remove the one that is not meant'
@@ -138,9 +141,18 @@ def _check_one(ids: Any, row: Row, stop_ids: Sequence[int], source: str) -> None
         )
 
 
-def _tokenized(text: str, example: Example, chats: Mapping[str, Chat], source: str) -> list[int]:
+def _tokenized(
+    answer: Message,
+    example: Example,
+    chats: Mapping[str, Chat],
+    stop_ids: Sequence[int],
+    source: str,
+) -> list[int]:
+    chat = chats[example.context]
     try:
-        return chats[example.context].completion_ids(example.messages, text)
+        if calls_of(answer):
+            return chat.call_ids(example.messages, answer, stop_ids)
+        return chat.completion_ids(example.messages, answer["content"])
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 

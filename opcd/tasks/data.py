@@ -9,12 +9,15 @@ from pathlib import Path
 from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import folded, normalised
+from opcd.tasks.contexts import Context
 from opcd.tasks.formats import ANSWERS, COMPLETIONS, LABELS, Row, guess, read_row
-from opcd.tasks.messages import Message, split_system
+from opcd.tasks.messages import Message, asked, calls_of, is_tool_turn, split_system, words_of
 from opcd.tasks.records import Record, read_records
+from opcd.tasks.tools import Tool, calls_text, names_of
 
 Turns = tuple[tuple[str, str], ...]  # who says what, without differences nobody means
-Contexts = Mapping[str, Sequence[Message]]  # by name; one alone is ""
+Contexts = Mapping[str, Context]  # by name; one alone is ""
+NO_CONTEXT = Context([])
 
 SHOWN = 5  # of a list of mistakes
 
@@ -36,7 +39,7 @@ class Example:
     @property
     def text(self) -> str:
         """The last user message, for people to read."""
-        return self.messages[-1]["content"]
+        return asked(self.messages)
 
 
 def read_examples(
@@ -55,7 +58,7 @@ def read_examples(
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, kind):
         row = read_row(record, source, LABELS if wants_answers else ())
-        messages, found = strip_context(row.messages, contexts.get(row.context, ()), source)
+        messages, found = strip_context(row, contexts.get(row.context, NO_CONTEXT), source)
         answers: tuple[str, ...] = ()
         said = [*_left_out(row), *row.answer_notes]
         if wants_answers:
@@ -82,17 +85,45 @@ def _check_meant(source: str, record: Record, nowhere: bool) -> None:
     )
 
 
-def strip_context(
-    messages: Sequence[Message], context: Sequence[Message], source: str
-) -> tuple[list[Message], list[str]]:
+def strip_context(row: Row, context: Context, source: str) -> tuple[list[Message], list[str]]:
     """A request without the context that stands in front of it, and what was found.
 
     Taken out are the context's system message and its demonstrations, each as a whole and white
-    space aside; a system message of the request's own stays.
+    space aside, and its tools; a system message of the request's own stays.
 
-    Raises InputError for a request that begins with some of the demonstrations, and for a system
-    message that holds the context and more: the student would see them.
+    Raises InputError for a request that begins with some of the demonstrations, for a system
+    message that holds the context and more, which the student would see, and for tools of the
+    request's own.
     """
+    messages, notes = _without(row.messages, context.messages, source)
+    if not row.tools:
+        return messages, notes
+    if sorted(row.tools, key=_name) != sorted(context.tools, key=_name):
+        raise InputError(
+            f"{source}: the tools of a row must be its context's, got {_other_tools(row, context)}"
+            f'; put them into the context ({{"messages": [...], "tools": [...]}}), of which each '
+            f"set of tools needs one with a name of its own, or leave them out of the row"
+        )
+    return messages, [*notes, "its tools are the context's and were taken out"]
+
+
+def _other_tools(row: Row, context: Context) -> str:
+    """How the tools of a row differ from its context's."""
+    given, known = sorted(map(_name, row.tools)), sorted(map(_name, context.tools))
+    if given == known:
+        changed = [_name(tool) for tool in row.tools if tool not in context.tools]
+        return f"another schema of {', '.join(changed)}"
+    return f"{', '.join(given)} where the context has {', '.join(known) or 'none'}"
+
+
+def _name(tool: Tool) -> str:
+    return names_of([tool])[0]
+
+
+def _without(
+    messages: Sequence[Message], context: Sequence[Message], source: str
+) -> tuple[list[Message], list[str]]:
+    """Messages without the context's in front of them, and what was found."""
     instructions, demonstrations = split_system(context)
     own, rest = split_system(messages)
     front = [own] if own else []
@@ -125,6 +156,8 @@ def strip_context(
 def _check_begins(turns: Sequence[Message], demonstrations: Sequence[Message], source: str) -> None:
     """Raise InputError for a request whose first exchange is one of the demonstrations."""
     size = 1 if turns[0]["role"] == "assistant" else 2
+    while size < len(turns) and is_tool_turn(turns[size - 1]):  # up to the answer
+        size += 1
     for i in range(len(demonstrations) - size + 1) if len(turns) > size else ():
         if all(map(_same, turns[:size], demonstrations[i : i + size])):
             raise InputError(
@@ -153,7 +186,7 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
     A scorecard on prompts that were trained on, or shown to the teacher, would flatter. A request
     of several turns is shown where all of them stand in the context one behind the other.
     """
-    shown = {name: _turns(split_system(context)[1]) for name, context in contexts.items()}
+    shown = {name: _turns(split_system(c.messages)[1]) for name, c in contexts.items()}
     seen: dict[tuple[str, str], str] = {}
     found = []
     for examples in parts.values():
@@ -182,11 +215,12 @@ def also_in(examples: Sequence[Example], parts: Mapping[str, Sequence[Example]])
 
 @lru_cache(maxsize=64)
 def _demonstrations(shown: Turns, length: int) -> dict[Turns, str]:
-    """The conversations of so many turns that a context shows, up to a user's message."""
-    ends = [i for i, (role, _) in enumerate(shown, start=1) if role == "user"]
+    """The conversations of so many turns that a context shows, up to what the assistant answers."""
+    ends = [i for i, (role, _) in enumerate(shown, start=1) if role in ("user", "tool")]
+    users = [sum(role == "user" for role, _ in shown[:end]) for end in ends]
     return {
         shown[end - length : end]: f"demonstration {number} of the context"
-        for number, end in enumerate(ends, start=1)
+        for number, end in zip(users, ends, strict=True)
         if end >= length
     }
 
@@ -229,7 +263,7 @@ def request_of(example: Example) -> tuple[str, str]:
 
 
 def _request_of(example: Example, normalise: Callable[[str], str]) -> tuple[str, str]:
-    return example.context, "\n".join(normalise(m["content"]) for m in example.messages)
+    return example.context, "\n".join(normalise(words_of(m)) for m in example.messages)
 
 
 def _listed(found: Sequence[tuple[str, str]], what: str) -> str:
@@ -247,7 +281,7 @@ def _listed(found: Sequence[tuple[str, str]], what: str) -> str:
 
 
 def _turns(messages: Sequence[Message]) -> Turns:
-    return tuple((message["role"], _normalised(message["content"])) for message in messages)
+    return tuple((message["role"], _normalised(words_of(message))) for message in messages)
 
 
 def _normalised(text: str) -> str:
@@ -260,13 +294,20 @@ def _spaced(text: str) -> str:
 
 
 def _same(one: Message, other: Message) -> bool:
-    return one["role"] == other["role"] and _spaced(one["content"]) == _spaced(other["content"])
+    """Whether two messages say the same, white space and the ids of calls aside."""
+    return (
+        one["role"] == other["role"]
+        and _spaced(one["content"]) == _spaced(other["content"])
+        and calls_text(calls_of(one)) == calls_text(calls_of(other))
+    )
 
 
 def _accepted(row: Row, source: str) -> tuple[tuple[str, ...], list[str]]:
     """The answers that count as right, and where they were found."""
     if row.answers:
         return row.answers, [*row.answer_notes, *_left_out(row)]
+    if row.calls:
+        return (calls_text(row.calls),), [f"the calls of {row.origin} are the answer, as JSON"]
     if not row.completion:
         return (), []
     answer = split_thought(row.completion).answer

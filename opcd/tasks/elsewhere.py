@@ -7,7 +7,15 @@ from typing import NamedTuple
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
-from opcd.tasks.data import Contexts, Example, also_in, check_contexts, row_remarks, strip_context
+from opcd.tasks.data import (
+    NO_CONTEXT,
+    Contexts,
+    Example,
+    also_in,
+    check_contexts,
+    row_remarks,
+    strip_context,
+)
 from opcd.tasks.formats import read_row
 from opcd.tasks.limits import check_tokens
 from opcd.tasks.records import read_records
@@ -77,7 +85,7 @@ def _read(path: str, contexts: Contexts) -> tuple[list[tuple[Example, str]], lis
                 f"{kind!r:.80}; write one, or leave it out"
             )
         row = read_row(record, source, ())
-        messages, found = strip_context(row.messages, contexts.get(row.context, ()), source)
+        messages, found = strip_context(row, contexts.get(row.context, NO_CONTEXT), source)
         rows.append((Example(tuple(messages), (), source, row.context), kind))
         left_out = [f"{row.origin} left out"] if row.origin else []
         notes.update([*row.notes, *found, *left_out, *row.answer_notes])

@@ -2,23 +2,26 @@
 
 Plain: ``{"prompt": text}``, ``{"messages": [...]}``. Also OpenAI's fine-tuning rows (the assistant
 last) and batch rows (``body``), TRL's (``prompt`` and ``completion`` as messages), ShareGPT's
-(``conversations``), Alpaca's (``instruction``, ``input``, ``output``), and ``question``.
+(``conversations``), Alpaca's (``instruction``, ``input``, ``output``), and ``question``. A request
+may hold turns of tools; schemas that it brings are held against its context's elsewhere.
 """
 
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
+from opcd.tasks.conversation import read_conversation
 from opcd.tasks.messages import (
-    NO_TOOLS,
     Conversation,
     Message,
+    assistant,
+    calls_of,
     check_unicode,
     is_answer,
     read_messages,
-    tools_in,
 )
 from opcd.tasks.records import Record
+from opcd.tasks.tools import SCHEMAS, Tool, ToolCall, schemas_in
 
 REQUESTS = (
     "prompt",
@@ -66,9 +69,11 @@ class Row(NamedTuple):
     """What a row means."""
 
     form: str  # whose form it is; "" for the plain ones
-    messages: list[Message]  # the request, which ends with the user's message
+    messages: list[Message]  # the request, which ends with a user's message or a tool's
+    tools: list[Tool]  # that it brings itself
     answers: tuple[str, ...]  # from a column for them
     completion: str  # a whole answer; "" where there is none, or none is wanted
+    calls: list[ToolCall]  # of tools, that the completion makes
     origin: str  # where the completion was found
     context: str  # the name of its context
     notes: list[str]  # how the request was read, for people
@@ -98,7 +103,7 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
         form = form or "OpenAI"
         answered.append(LAST_MESSAGE)
     origin = " and ".join(name if name == LAST_MESSAGE else f'"{name}"' for name in answered)
-    completion = ""
+    completion = assistant("")
     if answered and "completion" in wanted:
         if len(answered) > 1:
             raise InputError(
@@ -106,11 +111,11 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
                 f"the one that is not meant"
             )
         completion = last or _completion(given[answered[0]], answered[0], source)
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(
-            f"{source}: the last message must be the user's, or the one answer behind it, got "
-            f"roles {', '.join(m['role'] for m in messages) or 'assistant'}; the model writes the "
-            f"answer"
+            f"{source}: the last message must be the user's or a tool's, or the one answer behind "
+            f"it, got roles {', '.join(m['role'] for m in messages) or 'assistant'}; the model "
+            f"writes the answer"
         )
     messages = _with_system(messages, given, source)
     if name == "messages" and messages[0]["role"] == "system":
@@ -122,11 +127,25 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
             f'{source}: "context" must be the name of one, got {context!r:.80}; leave it out where '
             f"there is one context alone"
         )
+    body = given["body"] if name == "body" else {}
+    tools = schemas_in(given, source) + schemas_in(body, source)
     known = {*REQUESTS, *SYSTEMS, *ANSWERS, *COMPLETIONS, "context", "input"}
-    unused = sorted(set(given) - known - (BATCH if name == "body" else set()))
-    if name == "body":
-        unused += [f"body.{key}" for key in sorted(set(given["body"]) - {"messages", *SYSTEMS})]
-    return Row(form, messages, answers, completion, origin, context, notes, spelled, unused)
+    read = set(SCHEMAS) if tools else set()
+    unused = sorted(set(given) - known - read - (BATCH if name == "body" else set()))
+    unused += [f"body.{key}" for key in sorted(set(body) - {"messages", *SYSTEMS} - read)]
+    return Row(
+        form,
+        messages,
+        tools,
+        answers,
+        completion["content"],
+        calls_of(completion),
+        origin,
+        context,
+        notes,
+        spelled,
+        unused,
+    )
 
 
 def guess(wanted: str, record: Record) -> str:
@@ -176,8 +195,6 @@ def _is_rows(value: Any) -> bool:
 
 def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
     """Raise InputError for columns whose meaning is not supported, or clear only with a name."""
-    if key := tools_in(given):
-        raise InputError(f'{source}: a row must be text, got "{key}": {NO_TOOLS}; remove it')
     for key, value in given.items():
         if key in MEDIA and value:
             raise InputError(
@@ -199,7 +216,7 @@ def _check_columns(given: Record, source: str, wanted: Collection[str]) -> None:
 
 def _request(
     name: str, given: Record, source: str, completed: bool
-) -> tuple[str, Conversation, str | None]:
+) -> tuple[str, Conversation, Message | None]:
     """Whose form it is, its messages, how they were read, and what the last one answers.
 
     That is judged only where a completion is wanted.
@@ -219,18 +236,14 @@ def _request(
             raise InputError(
                 f'{source}: "body" must be a request with "messages", got {str(value)[:60]!r}'
             )
-        if key := tools_in(value):
-            raise InputError(
-                f'{source}: a request must be text, got "{key}": {NO_TOOLS}; leave that row out'
-            )
         value = value["messages"]
     _check_row(value, name, source)
     last = None
     if not completed and isinstance(value, list) and len(value) > 1 and is_answer(value[-1]):
-        value, last = value[:-1], ""
-    messages, notes = read_messages(value, source)
+        value, last = value[:-1], assistant("")
+    messages, notes = read_conversation(value, source)
     if last is None and messages[-1]["role"] == "assistant":
-        last = messages.pop()["content"]
+        last = messages.pop()
     read = Conversation(_with_system(messages, body, source) if body else messages, notes)
     return form.get(name, "ShareGPT"), read, last
 
@@ -272,8 +285,8 @@ def _with_system(messages: list[Message], given: Record, source: str) -> list[Me
     return [{"role": "system", "content": texts[0]}, *messages]
 
 
-def _completion(value: Any, name: str, source: str) -> str:
-    """Text, or one assistant message."""
+def _completion(value: Any, name: str, source: str) -> Message:
+    """From text, or one assistant message."""
     if isinstance(value, list):
         messages, _ = read_messages(value, source)
         if [m["role"] for m in messages] != ["assistant"]:
@@ -281,8 +294,8 @@ def _completion(value: Any, name: str, source: str) -> str:
                 f'{source}: "{name}" must be text or one assistant message, got roles '
                 f"{', '.join(m['role'] for m in messages)}; put the turns before it into the prompt"
             )
-        return messages[0]["content"]
-    return _text(value, name, source)
+        return messages[0]
+    return assistant(_text(value, name, source))
 
 
 def accepted_answers(given: Record, source: str) -> tuple[tuple[str, ...], list[str]]:

@@ -1,11 +1,24 @@
-"""Chat messages as people write them, to roles and texts."""
+"""Chat messages as people write them, to roles, texts and calls of tools."""
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
 
 from opcd.errors import InputError
+from opcd.tasks.tools import ToolCall, calls_text, read_calls, read_calls_text
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+
+class _Said(TypedDict):
+    role: str  # system, user, assistant or tool
+    content: str  # text; "" beside calls alone
+
+
+class Message(_Said, total=False):
+    """A message, as chat templates are given it."""
+
+    tool_calls: list[ToolCall]  # of an assistant's; never []
+    tool_call_id: str  # of a tool's: the call that it answers
+    name: str  # of a tool's: the function that was called
+
 
 ROLES = {
     "system": "system",
@@ -16,12 +29,15 @@ ROLES = {
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
     ("gpt", "chatgpt", "assistant", "model"), "assistant"
 )
-TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
-TOOL_SETTINGS = ("tools", "functions", "function_call", "tool_choice", "tool_calls")
-TOOL_KEYS = {"tool_calls", "tool_call_id", "function_call"}
+TOOL_ROLES = {"tool": "tool", "function": "tool"}  # the second as OpenAI once called it
+SHAREGPT_CALLS = "function_call"
+SHAREGPT_TOOL_ROLES = {SHAREGPT_CALLS: "assistant", "observation": "tool", "tool": "tool"}
+# What messages of a role may have beside their content.
+EXTRAS = {"assistant": {"tool_calls", "function_call"}, "tool": {"tool_call_id", "name"}}
 TEXT_PARTS = {"text", "input_text", "output_text"}
+TOOL_PARTS = {"tool_use", "tool_result", "tool_call"}
 PARTS_JOINED = "text parts joined by line breaks"
-NO_TOOLS = "conversations with tools are not supported yet"
+OLDER_CALLS = '"function_call" read as a call of a tool'
 
 
 class Conversation(NamedTuple):
@@ -41,9 +57,33 @@ def system(content: str) -> Message:
     return {"role": "system", "content": content}
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str, calls: Sequence[ToolCall] = ()) -> Message:
     """A message of the assistant's."""
-    return {"role": "assistant", "content": content}
+    message: Message = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = list(calls)
+    return message
+
+
+def calls_of(message: Message) -> list[ToolCall]:
+    """The calls that a message makes; [] where it makes none."""
+    return message.get("tool_calls", [])
+
+
+def is_tool_turn(message: Message) -> bool:
+    """Whether it calls tools, or is what one gave."""
+    return message["role"] == "tool" or bool(calls_of(message))
+
+
+def words_of(message: Message) -> str:
+    """All that a message says: its content, and its calls as JSON, whatever their ids."""
+    calls = calls_of(message)
+    return "\n".join(filter(None, (message["content"], calls_text(calls) if calls else "")))
+
+
+def asked(messages: Sequence[Message]) -> str:
+    """What the user said last, for people to read."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def split_system(messages: Sequence[Message]) -> tuple[Message | None, list[Message]]:
@@ -54,68 +94,35 @@ def split_system(messages: Sequence[Message]) -> tuple[Message | None, list[Mess
 
 
 def read_messages(value: Any, source: str) -> Conversation:
-    """Messages as ``{"role", "content"}`` or ShareGPT's ``{"from", "value"}``.
+    """Messages as ``{"role", "content"}`` or ShareGPT's ``{"from", "value"}``, each for itself.
 
-    Content is text, or a list of text parts. Raises InputError for another form, an unknown role,
-    tools, images and sounds, keys that would be lost, and a system message that is not the first.
+    Content is text, or a list of text parts. Calls are OpenAI's ``tool_calls``, its older
+    ``function_call``, or a function_call turn of ShareGPT's. Raises InputError for another form, an
+    unknown role, images and sounds, keys that would be lost, and a system message that is not the
+    first.
     """
     if not isinstance(value, list) or not value:
         raise InputError(
             f"{source}: must be a non-empty list of chat messages, got {type(value).__name__}"
         )
-    messages, notes = [], set()
+    messages: list[Message] = []
+    notes = set[str]()
     for i, given in enumerate(value):
-        sharegpt = isinstance(given, dict) and {"from", "value"} <= set(given)
-        names = ("from", "value") if sharegpt else ("role", "content")
-        if not isinstance(given, dict) or ("role" not in given and not sharegpt):
-            raise InputError(
-                f'{source}: message {i} must be {{"role": ..., "content": ...}}, got {given!r:.80}'
-            )
-        role, content = given[names[0]], given.get(names[1])
-        _check_extras(given, names, i, source)
-        roles = SHAREGPT_ROLES if sharegpt else ROLES
-        if isinstance(role, str) and role in TOOL_ROLES:
-            raise InputError(
-                f"{source}: the role of message {i} must be system, user or assistant, got "
-                f"{role!r}: {NO_TOOLS}; leave that conversation out"
-            )
-        if not isinstance(role, str) or role not in roles:
-            raise InputError(
-                f"{source}: the role of message {i} must be one of {', '.join(roles)}, got "
-                f"{role!r}; correct it"
-            )
-        if names[1] not in given:
-            raise InputError(
-                f'{source}: message {i} must be {{"role": ..., "content": ...}}, got {given!r:.80}'
-            )
-        if isinstance(content, list):
-            content = _joined(content, i, source)
-            notes.add(PARTS_JOINED)
-        if not isinstance(content, str) or not content.strip():
-            raise InputError(
-                f"{source}: the content of message {i} must be a non-empty string, got "
-                f"{content!r:.80}; leave that message out, or write what it says"
-            )
-        check_unicode(content, source)
-        if roles[role] == "system" and i > 0:
+        message = _read_message(given, i, source, notes)
+        if message["role"] == "system" and i > 0:
             raise InputError(
                 f"{source}: a system message must come first, got one as message {i}; merge it "
                 f"into the first"
             )
-        messages.append({"role": roles[role], "content": content})
+        messages.append(message)
     return Conversation(messages, sorted(notes))
 
 
 def is_answer(given: Any) -> bool:
     """Whether a message is the assistant's, whatever else is right or wrong with it."""
     role = given.get("role", given.get("from")) if isinstance(given, dict) else None
-    return isinstance(role, str) and (ROLES | SHAREGPT_ROLES).get(role) == "assistant"
-
-
-def tools_in(given: dict[str, Any]) -> str | None:
-    """What makes a request one with tools; a choice among none means nothing."""
-    named = (key for key in TOOL_SETTINGS if given.get(key) and given[key] not in ("none", "auto"))
-    return next(named, None)
+    roles = ROLES | SHAREGPT_ROLES | SHAREGPT_TOOL_ROLES
+    return isinstance(role, str) and roles.get(role) == "assistant"
 
 
 def check_unicode(text: str, source: str) -> None:
@@ -129,16 +136,105 @@ def check_unicode(text: str, source: str) -> None:
         ) from error
 
 
-def _check_extras(given: dict[str, Any], names: Collection[str], i: int, source: str) -> None:
-    """Keys beside role and content must be empty; a weight is of no matter where nothing of it
-    is trained on."""
-    for key in set(given) - set(names) - {"weight"}:
+def _read_message(given: Any, i: int, source: str, notes: set[str]) -> Message:
+    sharegpt = isinstance(given, dict) and {"from", "value"} <= set(given)
+    names = ("from", "value") if sharegpt else ("role", "content")
+    if not isinstance(given, dict) or ("role" not in given and not sharegpt):
+        raise _no_message(given, i, source)
+    roles = SHAREGPT_ROLES | SHAREGPT_TOOL_ROLES if sharegpt else ROLES | TOOL_ROLES
+    role, content = given[names[0]], given.get(names[1])
+    if not isinstance(role, str) or role not in roles:
+        raise InputError(
+            f"{source}: the role of message {i} must be one of {', '.join(roles)}, got "
+            f"{role!r}; correct it"
+        )
+    message: Message = {"role": roles[role], "content": ""}
+    _check_extras(given, names, message["role"], i, source)
+    if role == SHAREGPT_CALLS:
+        message["tool_calls"] = read_calls_text(content, f"{source}: message {i}")
+    elif calls := _calls(given, f"{source}: message {i}", notes):
+        message["tool_calls"] = calls
+    elif names[1] not in given:
+        raise _no_message(given, i, source)
+    if role != SHAREGPT_CALLS:
+        message["content"] = _content(content, message, i, source, notes)
+    if message["role"] == "tool":
+        if number := _key(given, "tool_call_id", i, source):
+            message["tool_call_id"] = number
+        if name := _key(given, "name", i, source):
+            message["name"] = name
+    return message
+
+
+def _no_message(given: Any, i: int, source: str) -> InputError:
+    return InputError(
+        f'{source}: message {i} must be {{"role": ..., "content": ...}}, got {given!r:.80}'
+    )
+
+
+def _calls(given: dict[str, Any], place: str, notes: set[str]) -> list[ToolCall]:
+    """The calls of a message; [] where it has none."""
+    if given.get("tool_calls") and given.get("function_call"):
+        raise InputError(
+            f'{place} must have its calls in one place, got "tool_calls" and "function_call"; '
+            f"remove one"
+        )
+    if given.get("function_call"):
+        notes.add(OLDER_CALLS)
+        return read_calls([given["function_call"]], place)
+    return read_calls(given["tool_calls"], place) if given.get("tool_calls") else []
+
+
+def _content(content: Any, message: Message, i: int, source: str, notes: set[str]) -> str:
+    """The text of a message. Raises InputError where there is none, and no call either."""
+    result = message["role"] == "tool"
+    if isinstance(content, list) and not (result and not all(map(_is_part, content))):
+        content = _joined(content, i, source)
+        notes.add(PARTS_JOINED)
+    if result and not isinstance(content, str):
+        raise InputError(
+            f"{source}: the content of message {i}, what a tool gave, must be text, got "
+            f"{content!r:.80}; write it as the models shall read it, JSON as its text"
+        )
+    blank = content is None or (isinstance(content, str) and not content.strip())
+    if blank and calls_of(message):
+        return ""
+    if blank or not isinstance(content, str):
+        raise InputError(
+            f"{source}: the content of message {i} must be a non-empty string, got "
+            f"{content!r:.80}; leave that message out, or write what it says"
+        )
+    check_unicode(content, source)
+    return content
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and "type" in value
+
+
+def _key(given: dict[str, Any], key: str, i: int, source: str) -> str:
+    """What a tool's message says of the call that it answers; "" where it does not."""
+    value = given.get(key) or ""
+    if not isinstance(value, str):
+        raise InputError(
+            f'{source}: "{key}" of message {i} must be text, got {value!r:.80}; correct it'
+        )
+    check_unicode(value, source)
+    return value
+
+
+def _check_extras(
+    given: dict[str, Any], names: tuple[str, str], role: str, i: int, source: str
+) -> None:
+    """Keys beside role and content must be empty, or such as messages of that role have; a weight
+    is of no matter where nothing of it is trained on."""
+    for key in set(given) - set(names) - {"weight"} - EXTRAS.get(role, set()):
         if not given[key]:
             continue
-        if key in TOOL_KEYS:
+        if key in EXTRAS["assistant"]:
             raise InputError(
-                f'{source}: message {i} must be text, got "{key}": {NO_TOOLS}; leave that '
-                f"conversation out"
+                f'{source}: message {i} must be the assistant\'s to have "{key}", got one of role '
+                f"{given[names[0]]!r}; correct the role, or remove it"
             )
         raise InputError(
             f'{source}: message {i} must have a role and a content alone, got "{key}": '
@@ -153,9 +249,15 @@ def _joined(parts: list[Any], i: int, source: str) -> str:
         kind = str(part.get("type")) if isinstance(part, dict) else type(part).__name__
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in TEXT_PARTS or not isinstance(text, str):
+            advice = "images, sounds and files are not supported; leave that row out"
+            if kind in TOOL_PARTS:
+                advice = (
+                    'write calls as "tool_calls" of the assistant\'s message, and what a tool gave '
+                    'as a message of the role "tool"'
+                )
             raise InputError(
                 f"{source}: the content of message {i} must be text, got a part of type {kind!r}; "
-                f"images, sounds and files are not supported; leave that row out"
+                f"{advice}"
             )
         texts.append(text)
     return "\n".join(texts)

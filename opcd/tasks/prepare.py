@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -126,10 +126,11 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     chats = {
         name: Chat(
             template,
-            context,
+            context.messages,
             config.context_placement,
             config.without_context,
             name in own_system,
+            context.tools,
         )
         for name, context in files.contexts.items()
     }
@@ -165,7 +166,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         *found,
         *said,
         *special_token_remarks(placed, tokenizer),
-        *_remarks(resolved, chats.values(), task),
+        *_remarks(resolved, chats, task),
     ]
     return Setup(
         resolved,
@@ -202,12 +203,14 @@ def _day(config: TrainConfig) -> date:
         raise InputError(f"today must be a date like 2026-11-26, got {day!r}") from error
 
 
-def _remarks(config: TrainConfig, chats: Iterable[Chat], task: Task) -> list[str]:
+def _remarks(config: TrainConfig, chats: Mapping[str, Chat], task: Task) -> list[str]:
     """What was decided about the chat template, and where it puts the context."""
     remarks = []
     if config.today:
         remarks.append(f"the chat template writes today's date: this run keeps {config.today}")
-    if config.context_placement == "auto" and any(chat.placement == "user" for chat in chats):
+    if config.context_placement == "auto" and any(
+        chat.placement == "user" for chat in chats.values()
+    ):
         remarks.append(
             "the chat template does not take the context as a system message, or a request's own "
             "behind it: it stands in front of the first user message"
@@ -218,4 +221,13 @@ def _remarks(config: TrainConfig, chats: Iterable[Chat], task: Task) -> list[str
             f"stand in front of all prompts: the chat template puts the rest elsewhere, and it is "
             f"computed with every sequence"
         )
+    examples = {case.example.context: case.example for case in task.cases}
+    for name, example in examples.items():
+        chat, prefix = chats[name], task.prefixes[name]
+        if chat.tools and not chat.holds_tools(prefix, example.messages):
+            whose = f"of context {name!r} " if name else ""
+            remarks.append(
+                f"the tools {whose}are not shared: the chat template writes their schemas behind "
+                f"where prompts begin to differ, and they are computed with every sequence"
+            )
     return remarks

@@ -1,11 +1,13 @@
 """Special tokens that are spelled in a text: they become real ones, for both models."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from opcd.tasks.data import Contexts, Example
+from opcd.tasks.messages import words_of
 
 
 def special_tokens_in(
@@ -23,13 +25,16 @@ def special_tokens_in(
 def placed_texts(
     parts: Mapping[str, Sequence[Example]], contexts: Contexts
 ) -> list[tuple[str, str]]:
-    """Where each text of the data stands, and the text."""
-    return [
-        (f"context {name!r}" if name else "the context", message["content"])
-        for name, context in contexts.items()
-        for message in context
-    ] + [
-        (Path(example.source).name, message["content"])
+    """Where each text of the data stands, and the text; calls and schemas of tools as JSON."""
+    placed = []
+    for name, context in contexts.items():
+        place = f"context {name!r}" if name else "the context"
+        placed += [(place, words_of(message)) for message in context.messages]
+        placed += [
+            (f"the tools of {place}", json.dumps(t, ensure_ascii=False)) for t in context.tools
+        ]
+    return placed + [
+        (Path(example.source).name, words_of(message))
         for examples in parts.values()
         for example in examples
         for message in example.messages

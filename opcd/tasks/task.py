@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from opcd.passes.prefix import shared_prefix_length
 from opcd.runtime.files import shown
 from opcd.scoring.scorers import Scorer, load_scorer
 from opcd.tasks.chat import Chat
-from opcd.tasks.contexts import read_contexts
+from opcd.tasks.contexts import Context, read_contexts
 from opcd.tasks.data import (
     Example,
     check_contexts,
@@ -27,6 +27,7 @@ from opcd.tasks.gold import check_gold
 from opcd.tasks.held_out import Parts, hold_out, with_their_answers
 from opcd.tasks.limits import check_lengths, check_tokens
 from opcd.tasks.messages import Message, user
+from opcd.tasks.tools import Tool
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class Task:
     validation: list[Case]
     test: list[Case]
     scorer: Scorer
+    # The tools of contexts that have some, by name; the teacher's prompts hold them, as rendered.
+    tools: dict[str, list[Tool]] = field(default_factory=dict)
 
     @property
     def train(self) -> list[Prompt]:
@@ -66,7 +69,12 @@ class Task:
     @property
     def prompts(self) -> list[Prompt]:
         """Those of every part."""
-        return [*self.train, *(case.prompt for case in self.validation + self.test)]
+        return [case.prompt for case in self.cases]
+
+    @property
+    def cases(self) -> list[Case]:
+        """Those of every part."""
+        return [*self.training, *self.validation, *self.test]
 
     @property
     def a_prefix(self) -> list[int]:
@@ -79,10 +87,14 @@ class Task:
 
     @property
     def context_digests(self) -> dict[str, str]:
-        """What tells contexts apart, by their names: a digest of their tokens."""
-        return {
-            name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+        """What tells contexts apart, by their names: a digest of their tokens, and their tools."""
+        parts = {
+            name: [ids, self.tools[name]] if name in self.tools else ids
             for name, ids in sorted(self.prefixes.items())
+        }
+        return {
+            name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
+            for name, part in parts.items()
         }
 
     @property
@@ -127,7 +139,7 @@ def can_judge(scorer: Scorer, cases: Sequence[Case]) -> bool:
 class TaskFiles(NamedTuple):
     """A task's inputs, read and checked; everything that needs no model."""
 
-    contexts: dict[str, list[Message]]  # by name; one alone is ""
+    contexts: dict[str, Context]  # by name; one alone is ""
     parts: dict[str, list[Example]]
     scorer: Scorer
     remarks: list[str]  # for people, a line each
@@ -237,7 +249,8 @@ def render_task(
     def cases(part: str) -> list[Case]:
         return [by_example[id(example)] for example in files.parts[part]]
 
-    return Task(prefixes, cases("train"), cases("validation"), cases("test"), files.scorer)
+    tools = {name: chats[name].tools for name in prefixes if chats[name].tools}
+    return Task(prefixes, cases("train"), cases("validation"), cases("test"), files.scorer, tools)
 
 
 def rendered(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:

@@ -15,6 +15,7 @@ from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.tasks.messages import Message, assistant, system, user
 from opcd.tasks.records import read_text
+from opcd.tasks.tools import Tool, names_of
 
 RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "chat_template"}
 REQUEST, ANSWER = "What is zebra 7?", "It is zebra 8."  # words that no template has
@@ -84,43 +85,62 @@ class Template:
                 f"{', '.join(sorted(tokenizer.chat_template))}; write the one that is meant into a "
                 f"file and name that as chat_template"
             )
-        template = tokenizer.get_chat_template()
-        self._template = CLOCK + template if "strftime_now" in template else template
+        self._template = _with_clock(tokenizer.get_chat_template())
+        # Of several templates one may be for prompts with tools.
+        self._tools_template = _with_clock(tokenizer.get_chat_template(tools=[]))
         self.text([user(REQUEST)])
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the messages, up to where the answer starts."""
-        return self.encode(self.text(messages))
+    def ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Token ids of the messages, and of the tools, up to where the answer starts."""
+        return self.encode(self.text(messages, tools=tools))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text, which holds its special tokens already."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(
-        self, messages: Sequence[Message], answered: bool = False, day: date | None = None
+        self,
+        messages: Sequence[Message],
+        answered: bool = False,
+        day: date | None = None,
+        tools: Sequence[Tool] = (),
     ) -> str:
         """The messages as text: opened for an answer, or with the last one as the answer."""
+        if tools and "tools" in self._arguments:
+            raise InputError(
+                "tools must stand in one place, got some in the context and in chat_template_args; "
+                "remove one"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=not answered,
-                chat_template=self._template,
+                chat_template=self._tools_template if tools else self._template,
                 **{"the_day": _table(day or self.day)} | self._arguments,
+                **({"tools": list(tools)} if tools else {}),
             )
         except _FAILURES as error:
-            roles = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
+            given = ", ".join(m["role"] for m in messages[:4]) + (", ..." if messages[4:] else "")
+            given += f"; tools {', '.join(names_of(tools))}" if tools else ""
             raise InputError(
-                f"the chat template of {self.name!r} must accept these messages ({roles}), but "
+                f"the chat template of {self.name!r} must accept these messages ({given}), but "
                 f"says: {' '.join(str(error).split())[:200]}; name a file with another "
                 f"template as chat_template"
             ) from error
         assert isinstance(text, str)
         return text
 
-    def dated(self, messages: Sequence[Message]) -> bool:
+    def dated(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
         """Whether the text is another one on another day."""
-        return self.text(messages) != self.text(messages, day=OTHER_DAY)
+        return self.text(messages, tools=tools) != self.text(messages, day=OTHER_DAY, tools=tools)
+
+    def opened(self, messages: Sequence[Message]) -> str:
+        """What is written behind messages where an answer shall follow: the generation prompt."""
+        text, closed = self.text(messages), self.text(messages, answered=True)
+        pairs = enumerate(zip(text, closed, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(closed)))
+        return text[same:]
 
     @cached_property
     def takes_system(self) -> bool:
@@ -190,6 +210,10 @@ def read_template(path: str) -> str:
             f"word; name the model's chat_template.jinja or one like it"
         )
     return text
+
+
+def _with_clock(template: str) -> str:
+    return CLOCK + template if "strftime_now" in template else template
 
 
 def _template_in(text: str, path: str) -> str:

@@ -2,12 +2,18 @@
 
 Between generation prompt and answer many templates write something: a space, a channel, an empty
 thought, a mark of the response. A completion begins with that, as a sampled one would. What the
-text spells itself stands there once, and white space around it where the template keeps it.
+text spells itself stands there once, and white space around it where the template keeps it. A turn
+that calls tools is what the template writes of it.
 """
+
+from collections.abc import Sequence
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import opened_thought, split_thought
+from opcd.tasks.kept import check_kept
+from opcd.tasks.messages import Message
 from opcd.tasks.template import ANSWER, Template
+from opcd.tasks.tools import Tool
 
 
 def completion_text(text: str, template: Template) -> str:
@@ -41,6 +47,27 @@ def completion_text(text: str, template: Template) -> str:
     if spelled or not before or (before.strip() and before.strip() in text):
         return _written(text, template) + after
     return before + _written(text.lstrip(), template) + after
+
+
+def turn_text(
+    turn: Message, request: Sequence[Message], template: Template, tools: Sequence[Tool] = ()
+) -> str:
+    """All that stands behind the generation prompt of a request where the turn calls tools.
+
+    Raises InputError for a template that drops of the turn, or begins it otherwise than it opens an
+    answer.
+    """
+    check_kept(template, [turn], lambda turns: [*request, *turns], tools, answered=True)
+    opened = template.text(request, tools=tools)
+    whole = template.text([*request, turn], answered=True, tools=tools)
+    if not whole.startswith(opened):
+        raise InputError(
+            f"calls of tools as a completion need a chat template that writes them behind what "
+            f"opens an answer, but that of {template.name!r} opens with "
+            f"{template.opened(request)!r} and writes them otherwise; pass completion_token_ids, "
+            f"or name a file with another template as chat_template"
+        )
+    return whole.removeprefix(opened)
 
 
 def _written(text: str, template: Template) -> str:

@@ -16,6 +16,8 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 import opcd
 from tests.conftest import CHATML, tiny_llama, tiny_tokenizer
+from tests.opcd.tasks.templates import TOOL_FAMILIES
+from tests.opcd.tasks.test_tool_templates import RAIN, TOOL
 
 CONTEXT = "Answer with one letter."
 PROMPTS = [
@@ -354,6 +356,30 @@ def test_a_context_from_a_file_of_messages_among_others(tmp_path: Path) -> None:
     run(tmp_path / "run", context=contexts, prompts=rows, test_data=None)
     (file,) = (tmp_path / "run" / "inputs").glob("context-*.json")
     assert json.loads(file.read_text()) == {"bank": messages, "shop": "Be kind."}
+
+
+def test_a_context_with_tools_from_prompts_to_answers(tmp_path: Path) -> None:
+    """Rows that end with a question or with what a tool gave; a call is the answer of one."""
+    template = TOOL_FAMILIES["Qwen2.5"].template
+    asked, called, given, *_ = RAIN
+    done = opcd.distill(
+        tiny_llama(),
+        {"messages": [{"role": "system", "content": "Be brief."}], "tools": [TOOL]},
+        [*PROMPTS, {"messages": [asked, called, given], "tools": [TOOL]}],
+        tokenizer=tiny_tokenizer(template),
+        test_data=[
+            {"messages": [{"role": "user", "content": "Sun?"}, called]},
+            {"messages": [{"role": "user", "content": "So?"}, called, given], "answer": "Yes."},
+        ],
+        output_dir=tmp_path / "run",
+        quiet=True,
+        **SHORT | {"steps": 1},
+    )
+    call, answer = done.answers
+    assert call["accepted"] == ['{"name": "weather", "arguments": {"city": "Bonn", "days": 2}}']
+    assert answer["prompt"][1:] == [called, given]
+    assert "  So?" in done.report()
+    assert done.scorecard["contenders"]["distilled"]["n"] == 2
 
 
 def test_stopped_travels_between_processes() -> None:

@@ -33,6 +33,7 @@ from opcd.rollouts.protocol import Rollout, SamplingParams, complete
 from opcd.runtime.files import read_metrics
 from opcd.runtime.progress import Progress
 from opcd.scoring.scorers import Score, Scorer, load_scorer
+from opcd.tasks.messages import user
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import Case, spread
 from opcd.training.evaluate import evaluate_run
@@ -566,8 +567,7 @@ def test_what_a_prompt_is_worth_before_anything_is_distilled(
 
 def test_prompts_before_and_after_are_spread_over_the_file() -> None:
     rows = [
-        {"prompt": [{"content": f"n {i}"}], "base": f"b {i}", "base_right": i % 2 == 0}
-        for i in range(12)
+        {"prompt": [user(f"n {i}")], "base": f"b {i}", "base_right": i % 2 == 0} for i in range(12)
     ]
     shown = [line.split() for line in before_after(rows).splitlines()]
     assert shown[::2] == [["n", str(i)] for i in (0, 2, 4, 7, 9)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opcd.errors import InputError
-from opcd.tasks.contexts import read_contexts
+from opcd.tasks.contexts import Context, read_contexts
 
 
 def write(path: Path, text: str) -> str:
@@ -16,14 +16,15 @@ def write(path: Path, text: str) -> str:
 
 def test_a_text_file_is_one_system_message(tmp_path: Path) -> None:
     assert read_contexts(write(tmp_path / "c.md", " Be brief.\r\nAnd kind.\n")) == (
-        {"": [{"role": "system", "content": "Be brief.\nAnd kind."}]},
+        {"": Context([{"role": "system", "content": "Be brief.\nAnd kind."}])},
         [],
     )
 
 
 def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    assert read_contexts(write(tmp_path / "c.json", json.dumps(messages))) == ({"": messages}, [])
+    path = write(tmp_path / "c.json", json.dumps(messages))
+    assert read_contexts(path) == ({"": Context(messages)}, [])
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_json_file_is_a_list_of_messages(tmp_path: Path) -> None:
         (
             "c.json",
             '{"messages": [{"role": "system", "content": "x"}], "tools": [{"type": "function"}]}',
-            'a request with "tools": conversations with tools are not supported yet',
+            'c.json: "tools": tool 0: "name" must be that of a function, text .*, got None; ',
         ),
         (
             "c.json",
@@ -111,23 +112,23 @@ def test_the_body_of_a_request(tmp_path: Path) -> None:
     body = {"model": "m", "messages": messages, "temperature": 0, "tool_choice": "none"}
     path = write(tmp_path / "c.json", json.dumps(body))
     assert read_contexts(path) == (
-        {"": [SYSTEM, *DEMONSTRATION]},
+        {"": Context([SYSTEM, *DEMONSTRATION])},
         ["c.json: settings left out: model, temperature, tool_choice"],
     )
     body = {"messages": [*messages, {"role": "user", "content": "Grass?"}]}
     assert read_contexts(write(tmp_path / "c.json", json.dumps(body))) == (
-        {"": [SYSTEM, *DEMONSTRATION]},
+        {"": Context([SYSTEM, *DEMONSTRATION])},
         ["c.json: the last user message is the request and was left out"],
     )
     parts = [{"type": "text", "text": "One word.", "cache_control": {"type": "ephemeral"}}]
     body = {"model": "m", "system": parts, "messages": [*DEMONSTRATION]}
     assert read_contexts(write(tmp_path / "c.json", json.dumps(body))) == (
-        {"": [SYSTEM, *DEMONSTRATION]},
+        {"": Context([SYSTEM, *DEMONSTRATION])},
         ["c.json: settings left out: model; text parts joined by line breaks"],
     )
     body = {"messages": [SYSTEM]}
     path = write(tmp_path / "c.json", json.dumps(body))
-    assert read_contexts(path) == ({"": [SYSTEM]}, [])
+    assert read_contexts(path) == ({"": Context([SYSTEM])}, [])
 
 
 def test_contexts_are_named_for_people(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_text_parts_of_a_context(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "word."}]
     path = write(tmp_path / "c.json", json.dumps({"a": [SYSTEM | {"content": parts}]}))
     assert read_contexts(path) == (
-        {"a": [{"role": "system", "content": "One\nword."}]},
+        {"a": Context([{"role": "system", "content": "One\nword."}])},
         [
             "c.json: 1 context, which rows name: a",
             "c.json: a: text parts joined by line breaks",

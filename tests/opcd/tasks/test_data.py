@@ -7,7 +7,7 @@ import pytest
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.tasks.contexts import read_contexts
+from opcd.tasks.contexts import Context, read_contexts
 from opcd.tasks.data import (
     Example,
     check_contexts,
@@ -19,7 +19,8 @@ from opcd.tasks.data import (
 from opcd.tasks.messages import Message
 from opcd.tasks.task import read_task_files
 
-CONTEXT = {"": [{"role": "system", "content": "Answer in one word."}]}
+SYSTEM = [{"role": "system", "content": "Answer in one word."}]
+CONTEXT = {"": Context(SYSTEM)}
 
 
 def write(path: Path, text: str) -> str:
@@ -49,7 +50,7 @@ def test_prompts_and_messages_and_answers(tmp_path: Path) -> None:
         ('{"prompt": ""}', "non-empty string"),
         ('{"prompt": 3}', "non-empty string"),
         (r'{"prompt": "a \ud800 b"}', "lone surrogate"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "message 0 must answer a call"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "last message must be the user"),
         ('{"prompt": "a", "answer": {"text": "x"}}', "a string, a number"),
         ('{"prompt": "a", "context": " ", "answer": "x"}', "must be the name of one"),
@@ -81,9 +82,11 @@ DEMO = [{"role": "user", "content": "Demo"}, {"role": "assistant", "content": "x
 def test_prompts_in_two_parts_or_in_the_context_are_refused_all_at_once() -> None:
     train = [example(f"Hello  {i}", f"t:{i}") for i in range(8)]
     test = [example(f"hello {i}", f"e:{i}") for i in range(1, 8)]
-    check_disjoint({"train": train * 2, "test": []}, {"": DEMO})
+    check_disjoint({"train": train * 2, "test": []}, {"": Context(DEMO)})
     with pytest.raises(InputError) as refused:
-        check_disjoint({"train": [example("demo", "t:9"), *train], "test": test}, {"": DEMO})
+        check_disjoint(
+            {"train": [example("demo", "t:9"), *train], "test": test}, {"": Context(DEMO)}
+        )
     assert str(refused.value) == (
         "training, validation and test prompts must be disjoint from each other and from the "
         "context's demonstrations, got 8 overlaps: t:9 is demonstration 1 of the context ('demo'); "
@@ -107,7 +110,7 @@ def test_prompts_overlap_in_every_spelling(one: str, other: str) -> None:
 
 
 def test_overlaps_are_judged_a_context_at_a_time() -> None:
-    contexts = {"de": DEMO, "en": CONTEXT[""]}
+    contexts = {"de": Context(DEMO), "en": CONTEXT[""]}
     train = [example("Sky?", "t:1", context="de"), example("Demo", "t:2", context="en")]
     check_disjoint({"train": train, "test": [example("Sky?", "e:1", context="en")]}, contexts)
     with pytest.raises(InputError, match=r"1 overlap: e:1 is t:1 \('Sky\?'\)"):
@@ -115,7 +118,7 @@ def test_overlaps_are_judged_a_context_at_a_time() -> None:
 
 
 def test_a_demonstration_is_its_own_contexts() -> None:
-    contexts = {"de": DEMO, "en": CONTEXT[""]}
+    contexts = {"de": Context(DEMO), "en": CONTEXT[""]}
     check_disjoint({"train": [example("Demo", "t:1", context="en")]}, contexts)
     with pytest.raises(InputError, match="t:1 is demonstration 1 of the context"):
         check_disjoint({"train": [example("Demo", "t:1", context="de")]}, contexts)
@@ -126,18 +129,20 @@ def test_what_stands_before_a_prompt_makes_it_another_one() -> None:
     dated = example("Sky?", "e:1", before=before)
     check_disjoint({"train": [example("Sky?", "t:1")], "test": [dated]}, CONTEXT)
     with pytest.raises(InputError, match="e:2 is demonstration 1 of the context"):
-        check_disjoint({"test": [example("demo", "e:2", before=before)]}, {"": DEMO})
+        check_disjoint({"test": [example("demo", "e:2", before=before)]}, {"": Context(DEMO)})
 
 
 def test_a_conversation_is_a_demonstration_as_a_whole() -> None:
     """Another one may end with the same words, as "yes" does."""
     shown = [*DEMO, {"role": "user", "content": "Yes"}, {"role": "assistant", "content": "y"}]
     other = ({"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "x"})
-    check_disjoint({"test": [example("yes", "e:1", before=other)]}, {"": [*CONTEXT[""], *shown]})
+    check_disjoint(
+        {"test": [example("yes", "e:1", before=other)]}, {"": Context([*SYSTEM, *shown])}
+    )
     for before in ((), tuple(DEMO)):
         with pytest.raises(InputError, match="e:2 is demonstration 2 of the context"):
             check_disjoint(
-                {"test": [example("yes", "e:2", before=before)]}, {"": [*CONTEXT[""], *shown]}
+                {"test": [example("yes", "e:2", before=before)]}, {"": Context([*SYSTEM, *shown])}
             )
 
 
@@ -179,8 +184,8 @@ def test_several_contexts_have_names_that_every_row_must_use(tmp_path: Path) -> 
     messages = [{"role": "system", "content": "Answer in German."}]
     text = json.dumps({"de": messages, "en": " Answer in English. "})
     contexts, _ = read_contexts(write(tmp_path / "c.json", text))
-    assert contexts["de"] == messages
-    assert contexts["en"] == [{"role": "system", "content": "Answer in English."}]
+    assert contexts["de"] == Context(messages)
+    assert contexts["en"] == Context([{"role": "system", "content": "Answer in English."}])
 
     def rows(*records: dict) -> dict:
         lines = "\n".join(map(json.dumps, records))
@@ -189,15 +194,15 @@ def test_several_contexts_have_names_that_every_row_must_use(tmp_path: Path) -> 
     named = rows({"prompt": "a", "context": "de"}, {"prompt": "b", "context": "en"})
     assert [e.context for e in named["train"]] == ["de", "en"]
     check_contexts(named, contexts)
-    check_contexts(rows({"prompt": "a"}), {"": messages})
+    check_contexts(rows({"prompt": "a"}), {"": Context(messages)})
     with pytest.raises(InputError, match=r'p.jsonl:2: "context" must be one of de, en, got \'\''):
         check_contexts(rows({"prompt": "a", "context": "de"}, {"prompt": "b"}), contexts)
     with pytest.raises(InputError, match=r"p.jsonl:1: \"context\" must be one of de, en, got 'fr'"):
         check_contexts(rows({"prompt": "a", "context": "fr"}), contexts)
     with pytest.raises(InputError, match=r'there must be no "context", got \'de\'; leave it out'):
-        check_contexts(rows({"prompt": "a", "context": "de"}), {"": messages})
+        check_contexts(rows({"prompt": "a", "context": "de"}), {"": Context(messages)})
     passage = "The sky is blue by day and black at night."
     with pytest.raises(InputError, match="text that a request is about belongs into its prompt"):
-        check_contexts(rows({"prompt": "a", "context": passage}), {"": messages})
+        check_contexts(rows({"prompt": "a", "context": passage}), {"": Context(messages)})
     with pytest.raises(InputError, match=r'"context" must be .* got 3; leave it out where there'):
         rows({"prompt": "a", "context": 3})

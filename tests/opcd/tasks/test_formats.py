@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from opcd.errors import InputError
+from opcd.tasks.contexts import Context
 from opcd.tasks.data import read_examples
 from opcd.tasks.messages import Message
 from opcd.tasks.records import read_records, read_text
 
-CONTEXTS = {"": [{"role": "system", "content": "Answer with\none word."}]}
+CONTEXTS = {"": Context([{"role": "system", "content": "Answer with\none word."}])}
 
 
 def system(text: str) -> Message:
@@ -370,29 +371,30 @@ BAD = {
         "d.jsonl:1: each line must be one JSON object, got 1e400, which is too large for a number; "
         "correct that line",
     ),
-    "tools": (
+    "a tool's result without a call": (
         "d.jsonl",
         lines({"messages": [*SKY, {"role": "tool", "content": "blue"}], "answer": "Blue"}),
-        "d.jsonl:1: the role of message 1 must be system, user or assistant, got 'tool': "
-        "conversations with tools are not supported yet; leave that conversation out",
+        "d.jsonl:1: message 1 must answer a call of the assistant's turn in front of it, got the "
+        "result of a tool that no call is left for; remove it, or add the call",
     ),
     "tool calls": (
         "d.jsonl",
         lines({"messages": [*SKY, assistant("x") | {"content": None, "tool_calls": [{"id": 1}]}]}),
-        'd.jsonl:1: message 1 must be text, got "tool_calls": conversations with tools are not '
-        "supported yet; leave that conversation out",
+        'd.jsonl:1: message 1: call 0 must be {"name": ..., "arguments": {...}}, got '
+        "{'id': 1}; correct it ({} where it takes none)",
     ),
     "tools beside the messages": (
         "d.jsonl",
         lines(BATCH | {"body": {"messages": SKY, "tools": [{"type": "function"}]}}),
-        'd.jsonl:1: a request must be text, got "tools": conversations with tools are not '
-        "supported yet; leave that row out",
+        'd.jsonl:1: "tools": tool 0: "name" must be that of a function, text without spaces around '
+        "it, got None; correct it",
     ),
     "tools in a column": (
         "d.jsonl",
-        lines({"messages": SKY, "answer": "Blue", "tools": [{"type": "function"}]}),
-        'd.jsonl:1: a row must be text, got "tools": conversations with tools are not supported '
-        "yet; remove it",
+        lines({"messages": SKY, "answer": "Blue", "tools": [{"name": "look"}]}),
+        "d.jsonl:1: the tools of a row must be its context's, got look where the context has none; "
+        'put them into the context ({"messages": [...], "tools": [...]}), of which each set of '
+        "tools needs one with a name of its own, or leave them out of the row",
     ),
     "an image in a column": (
         "d.jsonl",
@@ -469,8 +471,8 @@ BAD = {
     "two answers in a row": (
         "d.jsonl",
         lines({"messages": [*SKY, assistant("Blue"), assistant("Green")]}),
-        "d.jsonl:1: the last message must be the user's, or the one answer behind it, got roles "
-        "user, assistant; the model writes the answer",
+        "d.jsonl:1: the last message must be the user's or a tool's, or the one answer behind it, "
+        "got roles user, assistant; the model writes the answer",
     ),
     "nothing behind the reasoning": (
         "d.jsonl",
@@ -590,7 +592,7 @@ def test_the_demonstrations_of_a_context_are_taken_out_or_refused(tmp_path: Path
 
     def read(*front: Message, context: list[Message]) -> tuple[list[Message], list[str]]:
         path = written(tmp_path, "p.jsonl", lines({"messages": [*front, *SKY]}))
-        (example,), said = read_examples(path, False, {"": context})
+        (example,), said = read_examples(path, False, {"": Context(context)})
         return list(example.messages), said
 
     form, taken = "p.jsonl: 1 plain row; ", "the context's demonstrations were taken out"
@@ -614,7 +616,7 @@ def test_the_demonstrations_of_a_context_are_taken_out_or_refused(tmp_path: Path
 def test_a_row_that_begins_with_the_whole_context(tmp_path: Path) -> None:
     """Requests as they are sent to a server carry the demonstrations as well."""
     context = [system("One word."), user("Grass?"), assistant("Green")]
-    contexts = {"a": context, "b": [system("A sentence.")]}
+    contexts = {"a": Context(context), "b": Context([system("A sentence.")])}
     path = written(
         tmp_path,
         "p.jsonl",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from opcd.config import TrainConfig
+from opcd.tasks.contexts import Context
 from opcd.tasks.data import Example
 from opcd.tasks.prepare import prepare
 from opcd.tasks.special_tokens import (
@@ -28,7 +29,7 @@ def test_people_are_told_how_often_and_where() -> None:
     train = [example("a", "data/p.jsonl:1"), example("b <|im_end|>", "data/p.jsonl:2")]
     test = [example("<|im_end|>", "e.jsonl:1")]
     system = {"role": "system", "content": "End with <|im_start|>."}
-    placed = placed_texts({"train": train, "test": test}, {"": [system]})
+    placed = placed_texts({"train": train, "test": test}, {"": Context([system])})
     assert special_token_remarks(placed, tiny_tokenizer()) == [
         "<|im_end|> is spelled in 2 texts, first in p.jsonl:2: the models read a special token "
         "there, not its letters",
