@@ -93,7 +93,7 @@ class Objective:
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
     mixture."""
-    guided_share: float = 0.0
+    guided_share: float = 0.25
     """Share of a step's prompts that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
     plain form, 1 its off-policy baseline."""
@@ -112,9 +112,9 @@ class Optimizer:
 
     steps: int = 50
     """Optimizer steps."""
-    learning_rate: float = 5e-6
-    """Peak rate of AdamW. The default suits models of billions of parameters, and small ones hardly
-    move with it: at 135 million 1e-4 was the best of three. LoRA wants about ten times as much."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW; by default one for the model's size, which a run prints: 1e-4 at 135
+    million parameters, 5e-6 at 8 billion, and ten times as much for LoRA."""
     warmup_steps: int = 5
     """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
     schedule: Literal["constant", "linear"] = "constant"

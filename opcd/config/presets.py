@@ -3,18 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Rates: docs/results.md measures them at 135M on one task.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # A model below a billion parameters, all weights, on a CPU or a small GPU.
     "laptop": {
-        "learning_rate": 1e-4,
         "schedule": "linear",
         "max_completion_tokens": 64,
         "divergence_prompts": 48,
     },
     # A model of a few billion parameters, all weights, on one GPU of 80 GB. Not measured.
     "one-gpu": {
-        "learning_rate": 1e-5,
         "schedule": "linear",
         "prompts_per_step": 64,
         "gradient_checkpointing": True,
@@ -24,7 +21,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # An adapter: a model that is too large to train whole.
     "lora": {
         "lora_rank": 16,
-        "learning_rate": 1e-3,
         "schedule": "linear",
     },
 }

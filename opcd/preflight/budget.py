@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opcd.config.rate import LORA
 from opcd.errors import InputError
 from opcd.preflight.disk import Disk, disk
 from opcd.preflight.memory import Memory, Models
@@ -14,7 +15,6 @@ from opcd.tasks.prepare import Setup
 # What makes a run smaller, the least loss first; those of the first kind are never raised.
 LOWERED = {"max_tokens_per_pass": 1024, "rollout_batch_size": 8}
 CHANGES = {**LOWERED, "gradient_checkpointing": True, "lora_rank": 16}
-LORA_RATE = 10  # times the rate of all weights: at that alone an adapter learns next to nothing
 NAMES = {
     "process": "beside them the process",
     "weights": "weights",
@@ -100,8 +100,9 @@ def _remedies(setup: Setup, room: Room) -> list[Remedy]:
         if current <= value if name in LOWERED else current:
             continue
         settings = {**settings, name: value}
-        if name == "lora_rank":
-            settings["learning_rate"] = round(LORA_RATE * setup.config.learning_rate, 12)
+        if name == "lora_rank" and (rate := setup.config.learning_rate) is not None:
+            # At the rate of all weights an adapter learns next to nothing.
+            settings["learning_rate"] = float(f"{LORA * rate:.12g}")
         changed = setup._replace(config=replace(setup.config, **settings))
         tried.append(Remedy(settings, Models(changed).memory().needed))
         if _fits(tried[-1].needed, room):

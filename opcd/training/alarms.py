@@ -144,7 +144,7 @@ def _coverage(course: Course) -> Alarm | None:
         "coverage",
         "the loss falls, and what the prompted teacher says is not learned",
         f"{missing}; loss {was:.3f} in the first {LOSS_STEPS} steps, {now:.3f} since",
-        _more_of_it(course.config)
+        _more_of_it(course)
         if course.config.guided_share
         else "start anew with guided_share 0.25: the prompted teacher then shows it",
     )
@@ -196,7 +196,7 @@ def _entropy(course: Course) -> Alarm | None:
         "the student settles on little of what the teacher finds possible",
         f"entropy {now['student_entropy']:.3f} nats a token on its own completions, the teacher's "
         f"there {now['teacher_entropy']:.3f}, after step {now['step']}",
-        f"{_slower(course.config)}{covering}",
+        f"{_slower(course)}{covering}",
     )
 
 
@@ -218,7 +218,7 @@ def _length(course: Course) -> Alarm | None:
         "completions run into max_completion_tokens, and the prompted teacher's do not",
         f"{now:.0%} cut at {config.max_completion_tokens} tokens in the last {CUT_STEPS} steps, "
         f"{before:.0%} in those before, prompted {usual:.0%}",
-        _slower(config)
+        _slower(course)
         if share
         else "start anew with guided_share 0.25: what the prompted teacher writes ends",
     )
@@ -233,7 +233,7 @@ def _empty(course: Course) -> Alarm | None:
         "empty",
         "the student answers with nothing, and the prompted teacher does not",
         f"{now['empty_share']:.0%} empty after step {now['step']}, prompted {usual:.0%}",
-        _slower(course.config),
+        _slower(course),
     )
 
 
@@ -249,7 +249,7 @@ def _constant(course: Course) -> Alarm | None:
         "constant",
         "the student gives one answer to everything, and the prompted teacher does not",
         f"{now['commonest_share']:.0%} the same after step {now['step']}, prompted {usual:.0%}",
-        _slower(course.config)
+        _slower(course)
         if course.config.guided_share
         else "start anew with guided_share 0.25: the prompted teacher then shows the others",
     )
@@ -270,7 +270,7 @@ def _divergence(course: Course) -> Alarm | None:
         "the student has left its teacher",
         f"{low:.2f} to {high:.2f} nats a token in steps {found[0].step} to {found[-1].step}, the "
         f"median before them {found[0].median:.3f}",
-        _slower(course.config),
+        _slower(course),
     )
 
 
@@ -313,12 +313,18 @@ def _behind(found: Row) -> bool:
     return wilson_interval(theirs * n, n)[0] > wilson_interval(ours * n, n)[1]
 
 
-def _slower(config: TrainConfig) -> str:
-    return f"start anew with a lower learning_rate than {config.learning_rate:g}"
+def _slower(course: Course) -> str:
+    return f"start anew with a lower learning_rate{_than_the_rate(course)}"
 
 
-def _more_of_it(config: TrainConfig) -> str:
+def _more_of_it(course: Course) -> str:
     return (
-        f"start anew with a higher learning_rate than {config.learning_rate:g}, or with more steps "
-        f"than {config.steps}"
+        f"start anew with a higher learning_rate{_than_the_rate(course)}, or with more steps than "
+        f"{course.config.steps}"
     )
+
+
+def _than_the_rate(course: Course) -> str:
+    """The peak so far: a run without a rate of its own has taken one for the model's size."""
+    rates = [row["learning_rate"] for row in course.steps if "learning_rate" in row]
+    return f" than {max(rates):g}" if rates else ""

@@ -30,7 +30,7 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
         f"sequences {plan.mode}, {plan.backend} ({plan.reason})",
         *setup.prompt_lines,
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
-        f"({trained / 1e6:.1f} M)",
+        f"({trained / 1e6:.1f} M), at a rate of {distiller.peak_rate:g}",
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
         f"data      {len(task.train)} training, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts",

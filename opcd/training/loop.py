@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opcd.config import TrainConfig
+from opcd.config.rate import rate_factor, usual_rate
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.cast_weights import CastWeights
@@ -52,9 +53,11 @@ class Distiller:
         self.config = config
         self.steps_done = 0
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in self.student.parameters())
+        self.peak_rate = config.learning_rate or usual_rate(size, bool(config.lora_rank))
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.learning_rate,
+            lr=self.peak_rate,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -114,7 +117,7 @@ class Distiller:
                 f"{self.steps_done + 1}; the state before that step is saved: resume the "
                 f"run with a lower learning_rate or max_grad_norm, or with dtype float32"
             )
-        learning_rate = config.learning_rate * rate_factor(self.steps_done, config)
+        learning_rate = self.peak_rate * rate_factor(self.steps_done, config)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -202,15 +205,6 @@ class Distiller:
 def _of_tokens(values: Sequence[bool], episodes: Sequence[Episode]) -> Tensor:
     """(N,): each episode's value at its scored tokens."""
     return torch.tensor(values).repeat_interleave(torch.tensor(scored_tokens(episodes)))
-
-
-def rate_factor(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate in step number `step`, from 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    return max(config.steps - step, 0) / max(config.steps - config.warmup_steps, 1)
 
 
 def token_weights(lengths: Sequence[int], config: TrainConfig) -> list[Tensor]:

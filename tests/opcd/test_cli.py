@@ -76,7 +76,7 @@ def test_settings_that_no_command_line_has_read(settings: dict) -> None:
         with pytest.raises(InputError, match=f"{name} must be one of .*, got '{change[name]}'"):
             TrainConfig(**settings | change).check()
     for change, wanted in (
-        ({"learning_rate": "1e-4"}, "type float, got '1e-4'"),
+        ({"learning_rate": "1e-4"}, "type float | None, got '1e-4'"),
         ({"steps": 2.5}, "type int, got 2.5"),
         ({"test_data": Path("test.jsonl")}, "type str | None, got PosixPath"),
         ({"chat_template_args": None}, "type dict, got None"),

@@ -21,7 +21,7 @@ run: {output_dir: out, trackers: "tensorboard, python:t.py:make"}
 def test_what_counts_and_where_it_came_from(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(FILE)
     config = gather({"steps": "7", "teacher": "null"}, tmp_path / "task.yaml")
-    assert (config.steps, config.learning_rate, config.warmup_steps) == (7, 1e-4, 5)
+    assert (config.steps, config.max_completion_tokens, config.warmup_steps) == (7, 64, 5)
     assert config.context == str(tmp_path / "c.md")
     assert config.scorer == f"python:{tmp_path}/s.py:f"
     assert config.trackers == f"tensorboard,python:{tmp_path}/t.py:make"
@@ -29,11 +29,11 @@ def test_what_counts_and_where_it_came_from(tmp_path: Path) -> None:
     assert config.output_dir == "out"
     assert config.chat_template_args == {"thinking": False}
     assert config.origins["steps"] == "command line"
-    assert config.origins["learning_rate"] == "preset laptop"
+    assert config.origins["max_completion_tokens"] == "preset laptop"
     assert config.origins["context"] == "task.yaml"
     assert "warmup_steps" not in config.origins
     lora = gather({}, tmp_path / "task.yaml", preset="lora")
-    assert (lora.lora_rank, lora.learning_rate) == (16, 1e-3)
+    assert (lora.lora_rank, lora.schedule) == (16, "linear")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from opcd.config import TrainConfig
+from opcd.config.rate import rate_factor, usual_rate
 from opcd.episodes import Episode, Span
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergences, own_side, teacher_side
@@ -20,7 +21,7 @@ from opcd.tasks.prepare import prepare
 from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.build import build_distiller
-from opcd.training.loop import Distiller, rate_factor, token_weights
+from opcd.training.loop import Distiller, token_weights
 from opcd.training.sources import step_prompts
 from opcd_kernels import reference
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
@@ -165,7 +166,7 @@ def test_ten_updates_are_those_of_plain_autograd(settings: dict) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), d.config.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = d.config.learning_rate * rate_factor(step, d.config)
+            group["lr"] = d.peak_rate * rate_factor(step, d.config)
         optimizer.step()
         optimizer.zero_grad()
         assert d.step()["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -214,6 +215,24 @@ def test_learning_rate(settings: dict) -> None:
     assert [rate_factor(i, config) for i in range(8)] == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
     config.warmup_steps = 0
     assert rate_factor(0, config) == 1
+
+
+def test_a_rate_of_its_own_for_every_size(settings: dict) -> None:
+    rates = {n: usual_rate(int(n), adapter=False) for n in (134.5e6, 0.5e9, 1.7e9, 8e9)}
+    assert rates[134.5e6] == pytest.approx(1e-4)
+    assert 3e-5 < rates[0.5e9] < 5e-5
+    assert 1e-6 < rates[8e9] <= 5e-6 < rates[1.7e9] < 2e-5
+    assert usual_rate(int(134.5e6), adapter=True) == pytest.approx(1e-3)
+    d = build_distiller(prepare(TrainConfig(**settings | {"learning_rate": None})))
+    size = sum(p.numel() for p in d.student.parameters())
+    assert d.peak_rate == usual_rate(size, adapter=False)
+    assert d.step()["learning_rate"] == d.peak_rate  # of one step's warm-up
+    lora = settings | {"learning_rate": None, "lora_rank": 2}
+    d = build_distiller(prepare(TrainConfig(**lora)))
+    size = sum(p.numel() for p in d.student.parameters())
+    assert d.peak_rate == usual_rate(size, adapter=True)
+    settings["learning_rate"] = 2e-3
+    assert build_distiller(prepare(TrainConfig(**settings))).peak_rate == 2e-3
 
 
 def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
