@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS
 from opcd.errors import InputError
+from opcd.models.digest import model_digest
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, system, user
 from opcd.tasks.prepare import Setup
@@ -25,8 +25,6 @@ PROBES: tuple[list[Message], ...] = (
     [system("The customer is Ms Ng."), user("What is zebra 7?")],
     [user("What is zebra 7?"), assistant("It is zebra 8."), user("And zebra 9?")],
 )
-MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
-PIECES, PIECE_BYTES = 16, 65_536  # of a model's file, spread over it: weights may be large
 
 
 def measured_by(setup: Setup) -> dict[str, str | None]:
@@ -39,11 +37,11 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
     form = {name: [_prompts(chat, probe) for probe in PROBES] for name, chat in setup.chats.items()}
     rows = [[c.example.messages, sorted(c.example.answers), c.example.context] for c in task.test]
     elsewhere = [[request.example.messages, request.kind] for request in setup.elsewhere]
-    model = _model_digest(config.model)
+    model = model_digest(config.model)
     return {
         "form": _digest([form, sorted(setup.stop_ids)]),
         "model": model,
-        "teacher": _model_digest(config.teacher) if config.teacher else model,
+        "teacher": model_digest(config.teacher) if config.teacher else model,
         "test_data": _digest(rows) if rows else None,
         "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
@@ -68,23 +66,6 @@ def _prompts(chat: Chat, request: list[Message]) -> list[list[int]] | None:
         return [chat.student_ids(request), chat.teacher_ids(request)]
     except InputError:
         return None
-
-
-def _model_digest(name: str) -> str:
-    """The name of one that is no folder; else a digest of its files, of large ones in pieces."""
-    if not Path(name).is_dir():
-        return name
-    found = hashlib.sha256()
-    for path in sorted(Path(name).iterdir()):
-        if path.suffix not in MODEL_FILES or not path.is_file():
-            continue
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for i in range(PIECES):
-                file.seek(i * max(PIECE_BYTES, size // PIECES))
-                found.update(file.read(PIECE_BYTES))
-    return found.hexdigest()
 
 
 def _digest(value: Any) -> str:

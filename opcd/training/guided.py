@@ -15,6 +15,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.errors import InputError
+from opcd.models.digest import model_digest
 from opcd.models.lm import causal_lm
 from opcd.rollouts.noise import GUIDED, streams
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
@@ -54,7 +55,7 @@ class TeacherCompletions:
         self._file = folder / FILE
         self._rule = {
             "rule": "one completion a prompt and sample, used again whenever the prompt is guided",
-            "teacher": config.teacher or config.model,
+            "teacher": model_digest(config.teacher or config.model),
             "seed": config.seed,
             "temperature": config.temperature,
             "max_completion_tokens": config.max_completion_tokens,
@@ -123,6 +124,8 @@ class TeacherCompletions:
         if not lines:
             return {}
         rule, *rows = lines
+        if rule.get("teacher") == (self._config.teacher or self._config.model):
+            rule["teacher"] = self._rule["teacher"]  # versions before wrote its name
         if rule != self._rule:
             differing = [k for k in self._rule if rule.get(k) != self._rule[k]]
             raise InputError(

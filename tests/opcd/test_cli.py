@@ -350,5 +350,5 @@ def test_help_explains_the_fields_of_a_command_and_no_others(
     assert explained == {*fields, *own, "config", "preset", "json"}
     text = " ".join(text.split())
     assert "Limit of a completion, in tokens" in text
-    trains = "The default suits models of billions of parameters" in text
+    trains = "by default one for the model's size" in text
     assert trains == (command == "train")

@@ -18,7 +18,8 @@ def prepared(settings: dict, *rows: dict) -> Setup:
     write_jsonl(Path(settings["prompts"]), [{"prompt": "red"}, {"prompt": "blue"}])
     path = write_jsonl(folder / "stored.jsonl", list(rows))
     return prepare(
-        TrainConfig(**settings, guided_share=1.0, guided_completions=str(path)), for_training=True
+        TrainConfig(**settings | {"guided_share": 1.0, "guided_completions": str(path)}),
+        for_training=True,
     )
 
 

@@ -1,6 +1,7 @@
 """Guided rollouts: who is guided, by what, how that is scored, and where it is kept."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller
 from opcd.training.sources import OnPolicy
 from opcd_kernels import reference
-from tests.conftest import write_jsonl
+from tests.conftest import tiny_llama, write_jsonl
 
 WORDS = [
     "red",
@@ -234,6 +235,22 @@ def test_completions_of_another_rule_are_refused(settings: dict) -> None:
         distiller(settings, guided_share=1.0, seed=1, temperature=0.5)
 
 
+def test_completions_are_the_teachers_wherever_it_lies(settings: dict, tmp_path: Path) -> None:
+    distiller(settings, guided_share=1.0).rollout()
+    file = Path(settings["output_dir"]) / "guided.jsonl"
+    kept = file.read_text()
+    moved = shutil.copytree(settings["model"], tmp_path / "moved")
+    distiller(settings, guided_share=1.0, model=str(moved)).rollout()
+    assert file.read_text() == kept, "nothing was made anew"
+    rule, *rows = kept.splitlines(keepends=True)
+    named = json.loads(rule) | {"teacher": settings["model"]}  # as versions before wrote it
+    file.write_text("".join([json.dumps(named) + "\n", *rows]))
+    distiller(settings, guided_share=1.0).rollout()
+    tiny_llama(3).save_pretrained(moved)
+    with pytest.raises(InputError, match="got another teacher"):
+        distiller(settings, guided_share=1.0, model=str(moved))
+
+
 def stored(settings: dict, change: Callable[[list], object] = lambda _: None) -> str:
     rows = [{"prompt": word, "completion": word[0]} for word in WORDS]
     change(rows)
@@ -260,7 +277,7 @@ def test_rows_of_a_fine_tuning_file_are_stored_completions(settings: dict) -> No
             turns.append(("assistant", row.pop("completion")))
             row["messages"] = [{"role": role, "content": text} for role, text in turns]
 
-    config = TrainConfig(**settings, guided_share=1.0, guided_completions=stored(settings))
+    config = TrainConfig(**settings | {"guided_share": 1.0, "guided_completions": stored(settings)})
     plain = prepare(config, True).completions
     stored(settings, openai)
     assert prepare(config, True).completions == plain
@@ -273,7 +290,9 @@ def test_completions_of_other_prompts_are_left_out_and_said(settings: dict) -> N
         rows.insert(1, {"prompt": "no such prompt", "completion": "x"})
 
     path = stored(settings, renamed)
-    setup = prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path), True)
+    setup = prepare(
+        TrainConfig(**settings | {"guided_share": 1.0, "guided_completions": path}), True
+    )
     assert setup.completions is not None
     assert len(setup.completions) == 12
     assert setup.remarks == [
@@ -312,8 +331,8 @@ def test_stored_completions_that_do_not_fit_are_refused_before_weights_are_loade
 ) -> None:
     path = stored(settings, change)
     with pytest.raises(InputError, match=message):
-        prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path), True)
-    prepare(TrainConfig(**settings, guided_share=1.0, guided_completions=path))  # to score
+        prepare(TrainConfig(**settings | {"guided_share": 1.0, "guided_completions": path}), True)
+    prepare(TrainConfig(**settings | {"guided_share": 1.0, "guided_completions": path}))  # to score
 
 
 @pytest.mark.parametrize(
