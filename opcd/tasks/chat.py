@@ -110,7 +110,8 @@ class Chat:
                     f"completion_token_ids"
                 )
         text = completion_text(text, template)
-        return [*self._ids_behind(template.text(request), text), *template.stop_ids[-1:]]
+        (ids,) = template.continued(template.text(request), [text])
+        return [*ids, *template.stop_ids[-1:]]
 
     def call_ids(
         self, messages: Sequence[Message], turn: Message, stop_ids: Collection[int]
@@ -134,7 +135,7 @@ class Chat:
             raise InputError(
                 f"a completion must end with what ends it, got {found[0]} within it; remove that"
             )
-        ids = self._ids_behind(template.text(request), text)
+        (ids,) = template.continued(template.text(request), [text])
         ends = [i for i, token in enumerate(ids) if token in stop_ids]
         if not ends:
             raise InputError(
@@ -143,12 +144,6 @@ class Chat:
                 f"completion_token_ids"
             )
         return ids[: ends[0] + 1]
-
-    def _ids_behind(self, opened: str, text: str) -> list[int]:
-        """Token ids of a text behind a rendered prompt; its own where they merge with that."""
-        encode = self.template.encode
-        before, whole = encode(opened), encode(opened + text)
-        return whole[len(before) :] if whole[: len(before)] == before else encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The completion's text without surrounding white space.

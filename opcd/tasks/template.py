@@ -98,6 +98,18 @@ class Template:
         """Token ids of rendered text, which holds its special tokens already."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def continued(self, opened: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that stand behind rendered text, each behind the one before it; a
+        text's own where its first tokens merge with what is in front."""
+        found, before = [], self.encode(opened)
+        for text in texts:
+            opened += text
+            whole = self.encode(opened)
+            own = whole[: len(before)] == before
+            found.append(whole[len(before) :] if own else self.encode(text))
+            before = whole
+        return found
+
     def text(
         self,
         messages: Sequence[Message],
@@ -138,9 +150,7 @@ class Template:
     def opened(self, messages: Sequence[Message]) -> str:
         """What is written behind messages where an answer shall follow: the generation prompt."""
         text, closed = self.text(messages), self.text(messages, answered=True)
-        pairs = enumerate(zip(text, closed, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(closed)))
-        return text[same:]
+        return text[same_start(text, closed) :]
 
     @cached_property
     def takes_system(self) -> bool:
@@ -192,6 +202,12 @@ class Template:
         what the template writes behind an answer."""
         found = (self.tokenizer.eos_token_id, self.frame.end)
         return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def same_start(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def read_template(path: str) -> str:
