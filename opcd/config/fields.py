@@ -24,6 +24,9 @@ class Data:
     is missing to what the prompted teacher answers."""
     test_data: str | None = None
     """Requests for the scorecard, with "answer"s or without."""
+    turns: Literal["last", "all"] = "last"
+    """Which prompts a training row gives: last is the whole row, up to the last assistant turn; all
+    is one for each assistant turn, behind what was said before it."""
     held_out_share: float = 0.3
     """Share of the prompts that is kept out of training where neither validation_data nor test_data
     is named: a third of it to choose the checkpoint by, the rest as test data."""
@@ -89,6 +92,9 @@ class Sampling:
 class Objective:
     """What is minimised."""
 
+    source: Literal["sampled", "recorded"] = "sampled"
+    """What is trained on: completions that are sampled (the student's own, and guided ones), or the
+    assistant turns of the training rows as they were recorded, all of them, without sampling."""
     forward_share: float = 0.0
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
@@ -101,7 +107,8 @@ class Objective:
     """File with a completion for every training prompt (or another run's guided.jsonl), used for
     the guided share in place of the teacher's own."""
     guided_objective: Literal["forward_kl", "cross_entropy"] = "forward_kl"
-    """What is minimised on guided completions; cross_entropy is sequence-level distillation."""
+    """What is minimised on guided completions and recorded turns; cross_entropy is sequence-level
+    distillation."""
     average_over: Literal["tokens", "sequences"] = "tokens"
     """Every completion token of a step weighs the same, or every sequence does."""
 
@@ -233,12 +240,37 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
             raise InputError(
                 "held_out_share must be below 1, got 1: nothing would be left to train on; lower it"
             )
+        if self.source == "recorded":
+            self._check_recorded()
         if self.guided_completions is not None and not self.guided_share:
             raise InputError(
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "
                 "trained on them; set guided_share to 1 to train on them alone"
             )
         return self
+
+    def _check_recorded(self) -> None:
+        """Raise InputError for a field that would do nothing, unless it is at its default and
+        nobody has named it."""
+        for name, implied in RECORDED.items():
+            value = getattr(self, name)
+            untouched = value == getattr(TrainConfig, name) and name not in self.origins
+            if value == implied or untouched:
+                continue
+            raise InputError(
+                f"{name} must be {'null' if implied is None else implied} or left out with source "
+                f"recorded, got {value}: nothing is sampled in training, and every assistant turn "
+                f"is trained on as it was recorded; leave it out, or set source to sampled"
+            )
+
+    def with_implied(self) -> "TrainConfig":
+        """With the values that source recorded implies."""
+        return replace(self, **RECORDED) if self.source == "recorded" else self
+
+    @property
+    def shown_share(self) -> float:
+        """Share of a step's sequences that another than the student wrote."""
+        return 1.0 if self.source == "recorded" else self.guided_share
 
     def differing_fields(self, other: "TrainConfig") -> list[str]:
         """Names of the fields in which two configurations differ; paths to one file do not."""
@@ -256,6 +288,16 @@ FIELDS: Mapping[str, str] = MappingProxyType(
     {field_.name: name for name, group in GROUPS.items() for field_ in fields(group)}
 )
 """The group of each field, in the order of the groups."""
+RECORDED: Mapping[str, Any] = MappingProxyType(
+    {
+        "turns": "all",
+        "completions_per_prompt": 1,
+        "forward_share": 0.0,
+        "guided_share": 0.0,
+        "guided_completions": None,
+    }
+)
+"""What the fields of sampled completions are with source recorded."""
 MEASURING = frozenset(
     {
         *(name for name, group in FIELDS.items() if group in ("data", "models")),
@@ -263,7 +305,7 @@ MEASURING = frozenset(
         *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
         *("max_tokens_per_pass", "prefix_cache_mib"),
     }
-)
+) - {"turns"}
 """The fields that a model is measured by; the others are for training alone."""
 
 

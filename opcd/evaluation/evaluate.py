@@ -137,7 +137,7 @@ def evaluate(
     if elsewhere is not None:
         card["elsewhere"] = elsewhere.card
     if distilled is not None:
-        card["verdict"] = verdict(card, config.guided_share)._asdict()
+        card["verdict"] = verdict(card, config.shown_share)._asdict()
     return Evaluation(card, rows, elsewhere.answers if elsewhere is not None else [])
 
 

@@ -305,7 +305,9 @@ def draw_curve(
     )
     if any("guided_loss" in m for m in metrics):
         guided = [m.get("guided_loss", math.nan) for m in metrics]
-        axes[0].plot(steps, guided, color="C4", alpha=0.6, label="guided, what is minimised")
+        axes[0].plot(
+            steps, guided, color="C4", alpha=0.6, label="guided or recorded, what is minimised"
+        )
         axes[0].legend(frameon=False)
     if validated:
         where = [m["step"] for m in validated]

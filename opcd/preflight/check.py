@@ -81,7 +81,7 @@ def check(
     say(sample_line(cases, setup.task))
     found = Found(
         wrong_inputs="; ".join(seen.differing[:3]),
-        guided_share=setup.config.guided_share,
+        guided_share=setup.config.shown_share,
         expected_requests=expected_requests,
         **({} if needs is None else _needed(needs)),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from peft import PeftModel
 
-from opcd.episodes import Prompt
+from opcd.episodes import Episode, Prompt
 from opcd.models.cast_weights import CastWeights
 from opcd.models.files import ModelFiles
 from opcd.models.head import head_of
@@ -143,9 +143,8 @@ class Models:
 
     def _update(self) -> "_Update":
         """Of the pass with the most tokens of all steps, behind those before it."""
-        config, student, n = self.config, self.student, self.config.max_completion_tokens
-        ids = self._largest_pass(lambda prompt: prompt.student_ids)
-        rows = [Row([*prompt, *[0] * n], [(len(prompt), n)]) for prompt in ids]
+        config, student = self.config, self.student
+        rows = self._largest_pass(lambda item: item.student_ids)
         for p in self.trained:
             p.grad = self.make.like(p) if self.on_cpu else None
         tally = Tally()
@@ -164,44 +163,49 @@ class Models:
     @torch.no_grad()
     def _teacher_pass(self) -> int:
         """The height of the teacher's largest pass."""
-        n, shared = self.config.max_completion_tokens, self.plan.shares_prefix
-        ids = self._largest_pass(
-            (lambda prompt: prompt.teacher_ids) if shared else self.setup.task.prompted_ids
+        shared = self.plan.shares_prefix
+        rows = self._largest_pass(
+            (lambda item: item.teacher_ids) if shared else self.setup.task.prompted_ids
         )
         prefix, copies = self.prefix if shared else None, 0
         if prefix is not None and not prefix.only_attention:
             # Copies of other states cannot be made without numbers: of all, so that it is enough.
-            copies = len(ids) * prefix.nbytes
+            copies = len(rows) * prefix.nbytes
             prefix = None
-        rows = [Row([*prompt, *[0] * n], [(len(prompt), n)], prefix) for prompt in ids]
+        rows = [row._replace(prefix=prefix) for row in rows]
         with Tally() as tally, self.frozen():
             scored_hidden(self.teacher, rows, self.plan.packed)
         return tally.peak + copies
 
-    def _largest_pass(self, ids_of: Callable[[Prompt], list[int]]) -> list[list[int]]:
-        """What the prompts of a step's pass are that holds the most tokens, of all steps."""
-        config, largest = self.config, (0, list[list[int]]())
+    def _largest_pass(self, ids_of: Callable[[Prompt | Episode], Sequence[int]]) -> list[Row]:
+        """The rows of a step's pass that holds the most tokens, of all steps; without a prefix.
+
+        Completions are at their limit; recorded turns stand in their conversations.
+        """
+        config, task = self.config, self.setup.task
+        items: Sequence[Prompt | Episode] = task.recorded or task.train
+        more = 0 if task.recorded else config.max_completion_tokens
+        largest: tuple[int, list[Prompt | Episode]] = (0, [])
         for step in range(config.steps):
-            prompts = step_prompts(self.setup.task.train, step, config)
-            ids = [ids_of(p) for p in prompts for _ in range(config.completions_per_prompt)]
-            lengths = [len(x) + config.max_completion_tokens for x in ids]
+            chosen = step_prompts(items, step, config)
+            chosen = [item for item in chosen for _ in range(config.completions_per_prompt)]
+            lengths = [len(ids_of(item)) + more for item in chosen]
             for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
-                found = sum(lengths[i] for i in batch), [ids[i] for i in batch]
+                found = sum(lengths[i] for i in batch), [chosen[i] for i in batch]
                 largest = max(largest, found, key=lambda x: x[0])
-        return largest[1]
+        return [_row(ids_of(item), item, more) for item in largest[1]]
 
     # ---- sampling ----
 
     def _rollouts(self) -> Sampling:
         """Of the student's largest call: a step's prompts, or those of a validation."""
         config, task = self.config, self.setup.task
-        step = [p.student_ids for p in step_prompts(task.train, 0, config)]
-        longest = sorted((p.student_ids for p in task.train), key=len, reverse=True)
-        calls = [
-            longest[: len(step)] * config.completions_per_prompt,
-            [case.prompt.student_ids for case in task.validation],
-        ]
-        return self._sampling(self.student, max(calls, key=lambda x: sum(map(len, x))))
+        calls = [[case.prompt.student_ids for case in task.validation]]
+        if not task.recorded:
+            longest = sorted((p.student_ids for p in task.train), key=len, reverse=True)
+            calls.append(longest[: config.prompts_per_step] * config.completions_per_prompt)
+        largest = max(calls, key=lambda x: sum(map(len, x)))
+        return self._sampling(self.student, largest) if largest else Sampling(0, 0)
 
     def _scorecard(self) -> int:
         """One model, and what it takes to answer test requests behind their contexts."""
@@ -230,6 +234,15 @@ class _Update(NamedTuple):
     activations: int  # that backward waits for
     loss: int  # scratch of the loss
     peak: int
+
+
+def _row(ids: Sequence[int], item: Prompt | Episode, more: int) -> Row:
+    """What a pass computes of a recorded conversation, or of a prompt and so many new tokens."""
+    if isinstance(item, Prompt):
+        return Row([*ids, *[0] * more], [(len(ids), more)])
+    # Turns count from the end: in front of them the ids of a side may hold the context.
+    first = len(ids) - len(item.student_ids)
+    return Row([*ids], [(first + start, n) for start, n in item.student_spans])
 
 
 def _weights(model: torch.nn.Module) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from opcd.episodes import Episode
 from opcd.models.by_name import load_tokenizer
 from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup
@@ -11,6 +12,14 @@ from opcd.tasks.template import read_template
 from opcd.tasks.tools import Tool
 
 SHOWN = 360  # characters of each part of a prompt; the middle is left out
+
+
+class Piece(NamedTuple):
+    """Tokens of a recorded conversation that stand next to each other, for the student."""
+
+    text: str  # decoded, special tokens visible
+    tokens: int
+    scored: bool
 
 
 class Rendering(NamedTuple):
@@ -26,6 +35,7 @@ class Rendering(NamedTuple):
     compared: int  # requests rendered again, apart from this library
     differing: list[str]  # what is not the same, for people
     not_compared: str  # why some were not; "" where all were
+    recorded: list[Piece]  # the first of the conversations that are trained on, where some are
 
 
 def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
@@ -60,7 +70,21 @@ def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
         compared,
         differing,
         ", ".join(dict.fromkeys(reasons)),
+        pieces(task.recorded[0], decode) if task.recorded else [],
     )
+
+
+def pieces(episode: Episode, decode: Callable[[Sequence[int]], str]) -> list[Piece]:
+    """A conversation as the student is given it, parted into what is scored and what is not."""
+    found, begin, ids = [], 0, episode.student_ids
+    for start, length in episode.student_spans:
+        for end, scored in ((start, False), (start + length, True)):
+            # As a part of the whole: alone, many tokenizers leave a first space out.
+            text = decode(ids[:end])[len(decode(ids[:begin])) :]
+            if end > begin:
+                found.append(Piece(text, end - begin, scored))
+            begin = end
+    return found
 
 
 def rendering_lines(found: Rendering) -> list[str]:
@@ -80,9 +104,18 @@ def rendering_lines(found: Rendering) -> list[str]:
             f"rendering the ids of {found.compared} requests are those of the tokenizer's own "
             f"apply_chat_template"
         )
+    if found.recorded:
+        lines.append(_recorded_line(found.recorded))
     if found.not_compared:
         lines.append(f"rendering not compared: {found.not_compared}")
     return lines
+
+
+def _recorded_line(conversation: Sequence[Piece]) -> str:
+    """What is scored of a recorded conversation, in brackets that no template writes."""
+    scored, tokens = (sum(p.tokens for p in conversation if p.scored or all_) for all_ in (0, 1))
+    text = " ".join(f"⟦{_shown(p.text)}⟧" if p.scored else _shown(p.text) for p in conversation)
+    return f"recorded  {scored} of {tokens} tokens are scored, those in ⟦⟧: {text}"
 
 
 def _unlike_plain(setup: Setup, context: str) -> str:

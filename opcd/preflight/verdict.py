@@ -59,7 +59,7 @@ class Found(NamedTuple):
     fits_with: str = ""  # settings with which it would fit; "" if none are known
     disk_needed: int | None = None  # bytes
     disk_free: int | None = None
-    guided_share: float = 0.0  # as configured
+    guided_share: float = 0.0  # of what is trained on, the share that the student does not write
     expected_requests: float | None = None  # between two changes of the prompt, as the user says
     pays_after: float | None = None  # requests until a run has paid for itself
     measured: Measured | None = None  # None: the models were not asked

@@ -11,10 +11,12 @@ messages        chat messages as people write them, to roles, texts and calls of
 tools           tools as people write them: schemas and calls
 records         files to JSON objects, each with its place
 special_tokens  special tokens that data spell
-order           which prompts a step takes
+order           which prompts, or conversations, a step takes
 completions     completions of training prompts from a file
 chat            messages to token ids, with and without the context
 turn            a completion given as text, as the template writes an answered turn
+turns           training conversations turn by turn: each a prompt of its own
+recorded        a recorded conversation as token ids, of which its assistant turns are scored
 template        a tokenizer's chat template, judged by what it writes
 kept            whether a template keeps messages
 limits          what must fit the model: lengths, tokens

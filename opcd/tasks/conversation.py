@@ -24,6 +24,27 @@ def read_conversation(value: Any, source: str) -> Conversation:
     return conversation
 
 
+def answering_turns(messages: Sequence[Message], source: str) -> list[int]:
+    """Which messages are assistant turns that answer the user, or go on behind a tool's result.
+
+    A turn that nothing but a system message stands in front of answers nothing: it is history.
+
+    Raises InputError for a turn behind another one, which no model writes.
+    """
+    found = []
+    for i, message in enumerate(messages):
+        before = messages[i - 1]["role"] if i else "system"
+        if message["role"] != "assistant" or before == "system":
+            continue
+        if before == "assistant":
+            raise InputError(
+                f"{source}: each assistant turn must answer a user's message or what a tool gave, "
+                f"got message {i} behind another assistant turn; merge both into one"
+            )
+        found.append(i)
+    return found
+
+
 def check_results(messages: Sequence[Message], source: str) -> None:
     """Raise InputError where calls and results do not belong together, see `read_conversation`."""
     turns = [i for i, m in enumerate(messages) if m["role"] != "system"]

@@ -10,8 +10,17 @@ from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import folded, normalised
 from opcd.tasks.contexts import Context
+from opcd.tasks.conversation import answering_turns
 from opcd.tasks.formats import ANSWERS, COMPLETIONS, LABELS, Row, guess, read_row
-from opcd.tasks.messages import Message, asked, calls_of, is_tool_turn, split_system, words_of
+from opcd.tasks.messages import (
+    Message,
+    asked,
+    assistant,
+    calls_of,
+    is_tool_turn,
+    split_system,
+    words_of,
+)
 from opcd.tasks.records import Record, read_records
 from opcd.tasks.tools import Tool, calls_text, names_of
 
@@ -30,6 +39,7 @@ class Example:
     answers: tuple[str, ...]
     source: str  # "file:line", for error messages
     context: str = ""  # the name of the context that belongs to it, where there are several
+    turn: Message | None = None  # the assistant's, as it was recorded, where that is trained on
 
     @property
     def own_system(self) -> bool:
@@ -41,31 +51,45 @@ class Example:
         """The last user message, for people to read."""
         return asked(self.messages)
 
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The prompt, and the recorded turn behind it."""
+        return (*self.messages, self.turn) if self.turn else self.messages
+
 
 def read_examples(
-    path: str, wants_answers: bool, contexts: Contexts
+    path: str,
+    wants_answers: bool,
+    contexts: Contexts,
+    recorded: bool = False,  # whether prompts are conversations whose turns are trained on
 ) -> tuple[list[Example], list[str]]:
     """The examples of a file in any form of `formats`, and remarks on how it was read.
 
     A system message that is the context's is taken out; another one stays with its request. A
-    completion is the answer where answers are wanted, unless the row has one, else left out.
+    completion is the answer where answers are wanted, unless the row has one, and the last turn of
+    a recorded conversation; else it is left out.
 
-    Raises InputError naming the file and the line, also where some rows have answers and some not.
+    Raises InputError naming the file and the line, also where some rows have answers and some not,
+    and for a recorded conversation without an assistant turn.
     """
+    wanted = LABELS if wants_answers else {"completion"} if recorded else set[str]()
     kind = "evaluation data" if wants_answers else "prompts"
     examples: list[Example] = []
     unanswered: list[tuple[str, Record]] = []
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
     for source, record in read_records(path, kind):
-        row = read_row(record, source, LABELS if wants_answers else ())
+        row = read_row(record, source, wanted)
         messages, found = strip_context(row, contexts.get(row.context, NO_CONTEXT), source)
         answers: tuple[str, ...] = ()
+        turn = None
         said = [*_left_out(row), *row.answer_notes]
+        if recorded:
+            messages, turn, said = _recorded(row, messages, source)
         if wants_answers:
             answers, said = _accepted(row, source)
             if not answers:
                 unanswered.append((source, record))
-        examples.append(Example(tuple(messages), answers, source, row.context))
+        examples.append(Example(tuple(messages), answers, source, row.context, turn))
         notes.update([*row.notes, *found, *said])
         forms[row.form] += 1
         unused.update(row.unused)
@@ -83,6 +107,24 @@ def _check_meant(source: str, record: Record, nowhere: bool) -> None:
         f'{source}: evaluation data needs "answer" (a string or a list of accepted ones) in every '
         f"row, or in none, got keys {sorted(record)}; {advice}"
     )
+
+
+def _recorded(
+    row: Row, messages: list[Message], source: str
+) -> tuple[list[Message], Message, list[str]]:
+    """A conversation up to its last assistant turn, that turn, and how the row was read."""
+    if row.completion or row.calls:
+        messages = [*messages, assistant(row.completion, row.calls)]
+    turns = answering_turns(messages, source)
+    if not turns:
+        raise InputError(
+            f"{source}: with source recorded a row must hold an assistant turn behind a user's "
+            f"message, got roles {', '.join(m['role'] for m in messages)}; add what the assistant "
+            f'said, as the last message or as "completion", or remove the row'
+        )
+    last = turns[-1]
+    cut = ["what stands behind the last assistant turn left out"] if messages[last + 1 :] else []
+    return messages[:last], messages[last], [*row.answer_notes, *cut]
 
 
 def strip_context(row: Row, context: Context, source: str) -> tuple[list[Message], list[str]]:

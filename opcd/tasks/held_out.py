@@ -1,7 +1,7 @@
 """Prompts that a run keeps out of training, to be measured on, where no other data is named."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,20 +21,20 @@ class Parts(NamedTuple):
     test: list[Example]
 
 
-def hold_out(prompts: Sequence[Example], share: float) -> Parts:
+def hold_out(prompts: Sequence[Example], share: float, inside: Iterable[Example] = ()) -> Parts:
     """A third of the share for validation and the rest for the test, each in the file's order.
 
     Which ones is a function of their texts: a prompt that is added moves few others. At least one
-    is left to train on.
+    is left to train on, and so are requests that stand `inside` of conversations, where those are
+    trained on from their first turn.
     """
     by_request: dict[str, list[Example]] = {}
     for example in prompts:
-        text = repr(request_of(example))
-        by_request.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(example)
-    order = sorted(by_request)
-    if len(order) < FEWEST:
+        by_request.setdefault(_digest(example), []).append(example)
+    if len(by_request) < FEWEST:
         return Parts([*prompts], [], [])
-    kept_out = min(int(share * len(order)), len(order) - 1)
+    order = sorted(set(by_request) - {_digest(example) for example in inside})
+    kept_out = min(int(share * len(by_request)), len(by_request) - 1, len(order))
     validation = min(kept_out // 3, MOST_VALIDATION)
     test = min(kept_out - kept_out // 3, MOST_TEST)
     part_of = {
@@ -44,8 +44,12 @@ def hold_out(prompts: Sequence[Example], share: float) -> Parts:
     }
     parts: list[list[Example]] = [[], [], []]
     for example in prompts:
-        parts[part_of[id(example)]].append(example)
+        parts[part_of.get(id(example), 0)].append(example)
     return Parts(*parts)
+
+
+def _digest(example: Example) -> str:
+    return hashlib.sha256(repr(request_of(example)).encode()).hexdigest()
 
 
 def with_their_answers(parts: Parts, path: str) -> Parts:

@@ -29,6 +29,20 @@ def check_lengths(
         )
 
 
+def check_conversation(
+    example: Example,
+    length: int,  # tokens of its conversation, rendered with the context
+    max_positions: int | None,
+) -> None:
+    """Raise InputError if context and conversation exceed the model's positions."""
+    if max_positions is not None and length > max_positions:
+        raise InputError(
+            f"{example.source}: context and recorded conversation must fit the model's "
+            f"{max_positions} positions, got {length} tokens; shorten the context or that "
+            f"conversation (nothing is cut silently)"
+        )
+
+
 def check_tokens(
     ids: Sequence[int], vocab_size: int, tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> None:

@@ -1,14 +1,16 @@
 """The order in which a run takes its prompts."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from opcd.config import TrainConfig
-from opcd.episodes import Prompt
+
+T = TypeVar("T")  # a prompt, or a recorded conversation
 
 
-def step_prompts(prompts: Sequence[Prompt], step: int, config: TrainConfig) -> list[Prompt]:
+def step_prompts(prompts: Sequence[T], step: int, config: TrainConfig) -> list[T]:
     """The prompts of step number `step` (from 0): epochs of seeded shuffles, one after another."""
     chosen = []
     order: list[int] = []

@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opcd.config import TrainConfig
 from opcd.config.settings import read_config_file
@@ -136,22 +136,16 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     }
     limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
     rows = min(c.get_text_config().vocab_size for c in configs)
-    task = render_task(files, chats, limit, config.max_completion_tokens, rows)
+    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
+    check_ends(stop_ids, config.model)
+    ends = stop_ids if for_training else []
+    task = render_task(files, chats, limit, config.max_completion_tokens, rows, ends)
     elsewhere, found = read_elsewhere(config, files, next(iter(chats.values())), limit, rows)
-    for model_config in configs:
-        for lengths, more in (
-            ([len(p.student_ids) for p in task.prompts], config.max_completion_tokens),
-            ([len(task.prompted_ids(p)) for p in task.prompts], config.max_completion_tokens),
-            ([len(request.token_ids) for request in elsewhere], ANSWER_TOKENS),
-        ):
-            if lengths:
-                check_rope(model_config, min(lengths) + 1, max(lengths) + more)
-    resolved = replace(config, device=str(device))
+    _check_rope(configs, task, elsewhere, config.max_completion_tokens)
+    resolved = replace(config.with_implied(), device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
     resolved.today = template.day.isoformat() if dated else None
-    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
-    check_ends(stop_ids, config.model)
     completions = None
     said: list[str] = []
     if for_training and config.guided_completions is not None:
@@ -189,6 +183,25 @@ def _check_rows(student: int, teacher: int) -> None:
             f"the teacher must have an embedding for every token of the student, got {teacher} and "
             f"{student} rows; choose a teacher with as many rows, padding included"
         )
+
+
+def _check_rope(
+    configs: Sequence[PretrainedConfig],
+    task: Task,
+    elsewhere: Sequence[Request],
+    max_completion_tokens: int,
+) -> None:
+    """Raise InputError if sequences lie on both sides of where rotary frequencies change."""
+    recorded = [(len(e.student_ids), len(task.prompted_ids(e))) for e in task.recorded]
+    asked = [(len(p.student_ids), len(task.prompted_ids(p))) for p in task.prompts]
+    others = [len(request.token_ids) for request in elsewhere]
+    bounds = [[(n + 1, n + ANSWER_TOKENS) for n in others]]
+    for side in (0, 1):
+        lengths = [(n[side] + 1, n[side] + max_completion_tokens) for n in asked]
+        bounds.append(lengths + [(n[side], n[side]) for n in recorded])
+    for model_config in configs:
+        for found in filter(None, bounds):
+            check_rope(model_config, min(low for low, _ in found), max(high for _, high in found))
 
 
 def _day(config: TrainConfig) -> date:

@@ -33,12 +33,13 @@ def placed_texts(
         placed += [
             (f"the tools of {place}", json.dumps(t, ensure_ascii=False)) for t in context.tools
         ]
-    return placed + [
-        (Path(example.source).name, words_of(message))
+    said = {  # once each: prompts of one conversation share their messages
+        id(message): (Path(example.source).name, words_of(message))
         for examples in parts.values()
         for example in examples
-        for message in example.messages
-    ]
+        for message in example.conversation
+    }
+    return [*placed, *said.values()]
 
 
 def special_token_remarks(

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 from opcd.config import TrainConfig
-from opcd.episodes import Prompt
+from opcd.episodes import Episode, Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.runtime.files import shown
@@ -25,9 +25,11 @@ from opcd.tasks.data import (
 )
 from opcd.tasks.gold import check_gold
 from opcd.tasks.held_out import Parts, hold_out, with_their_answers
-from opcd.tasks.limits import check_lengths, check_tokens
+from opcd.tasks.limits import check_conversation, check_lengths, check_tokens
 from opcd.tasks.messages import Message, user
+from opcd.tasks.recorded import Recorded, recorded_ids
 from opcd.tasks.tools import Tool
+from opcd.tasks.turns import all_prompts, prompts_in, turns_remark
 
 T = TypeVar("T")
 
@@ -56,15 +58,17 @@ class Task:
     scorer: Scorer
     # The tools of contexts that have some, by name; the teacher's prompts hold them, as rendered.
     tools: dict[str, list[Tool]] = field(default_factory=dict)
+    # The conversations of the training part, where those are trained on as they were recorded.
+    recorded: list[Episode] = field(default_factory=list)
 
     @property
     def train(self) -> list[Prompt]:
         """The training prompts."""
         return [case.prompt for case in self.training]
 
-    def prompted_ids(self, prompt: Prompt) -> list[int]:
-        """The whole prompt with its context in front."""
-        return self.prefixes[prompt.context] + prompt.teacher_ids
+    def prompted_ids(self, prompt: Prompt | Episode) -> list[int]:
+        """The whole prompt, or conversation, with its context in front."""
+        return [*self.prefixes[prompt.context], *prompt.teacher_ids]
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -103,7 +107,9 @@ class Task:
         prefixes = [ids for _, ids in sorted(self.prefixes.items())]
         prompts = [[*p.student_ids, -1, *p.teacher_ids] for p in self.train]
         named = [p.context for p in self.train if p.context]
-        return hashlib.sha256(json.dumps(prefixes + prompts + named).encode()).hexdigest()
+        recorded = [[e.student_ids, e.teacher_ids, e.spans] for e in self.recorded]
+        ids = prefixes + prompts + named + recorded
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     @property
     def validation_digest(self) -> str:
@@ -153,20 +159,31 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         "validation": config.validation_data,
         "test": config.test_data,
     }
+    recorded = config.source == "recorded"
     parts: dict[str, list[Example]] = {}
     for part, path in files.items():
         parts[part] = []
         if path:
-            parts[part], said = read_examples(path, part != "train", contexts)
+            training = part == "train"
+            parts[part], said = read_examples(path, not training, contexts, training and recorded)
             remarks += said
+    turn_by_turn = recorded or config.turns == "all"
     if not (config.validation_data or config.test_data):
-        found = hold_out(parts["train"], config.held_out_share)
+        rows = parts["train"] if turn_by_turn else []
+        inside = [prompt for row in rows for prompt in prompts_in(row)[:-1]]
+        found = hold_out(parts["train"], config.held_out_share, inside)
         if config.prompts:
             found = with_their_answers(found, config.prompts)
         parts |= found._asdict()
         remarks += _held_out_remarks(found, config)
+    rows = parts["train"]
+    if turn_by_turn and config.prompts:
+        parts["train"] = all_prompts(rows)
+        remarks.append(turns_remark(config.prompts, rows, len(parts["train"]), recorded))
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
+    if recorded:  # a conversation is trained on as a whole
+        parts["train"] = rows
     for labelled in (parts["validation"], parts["test"]):
         check_same_answers(labelled)
         remarks += repeat_remarks(labelled)
@@ -184,15 +201,20 @@ def _held_out_remarks(parts: Parts, config: TrainConfig) -> list[str]:
     if parts.test:
         judged = ", by the answers that they have" if parts.test[0].answers else ""
         return [
-            f"of {total} prompts {len(parts.train)} are trained on, {kept_out} the model with"
-            f"{judged}"
+            f"of {total} {_kind(config)} {len(parts.train)} are trained on, {kept_out} the model "
+            f"with{judged}"
         ]
     if config.held_out_share and total:
         return [
-            f"{total} prompts are too few to keep some out of training: nothing will be measured "
-            f"without validation_data and test_data"
+            f"{total} {_kind(config)} are too few to keep some out of training: nothing will be "
+            f"measured without validation_data and test_data"
         ]
     return []
+
+
+def _kind(config: TrainConfig) -> str:
+    """What parts are made of where no data is named."""
+    return "conversations" if config.source == "recorded" or config.turns == "all" else "prompts"
 
 
 def _unjudged(
@@ -216,22 +238,30 @@ def render_task(
     max_positions: int | None,
     max_completion_tokens: int,
     vocab_size: int,  # of the model: its embeddings
+    recorded_ends: Collection[int] = (),  # tokens that end recorded turns; () leaves those out
 ) -> Task:
     """Turn the files into token ids, and find the prefix that a context's prompts share.
 
     Raises InputError if a prompt with its context, or without it, does not fit the model, or holds
-    a token that the model has no embedding for.
+    a token that the model has no embedding for; so for recorded conversations.
     """
     by_example: dict[int, Case] = {}
+    episodes: dict[int, Episode] = {}
     prefixes = {}
     for name, chat in chats.items():
         examples = [e for part in files.parts.values() for e in part if e.context == name]
         if not examples:
             continue
         with_context = [rendered(chat.teacher_ids, example) for example in examples]
+        conversations = [
+            (example, recorded_ids(chat, example, recorded_ends))
+            for example in files.parts["train"]
+            if recorded_ends and example.turn and example.context == name
+        ]
         # A first user message of another kind: the common start must be the context's alone.
         probes = [chat.teacher_ids([user(t)]) for t in ("Hm?", "3 + 4")]
-        length = shared_prefix_length([*with_context, *probes])
+        whole = [conversation.teacher_ids for _, conversation in conversations]
+        length = shared_prefix_length([*with_context, *whole, *probes])
         if length == 0:
             raise InputError(
                 "the rendered prompts must start with the context, but have no common first "
@@ -245,12 +275,25 @@ def render_task(
             check_tokens([*ids, *student_ids], vocab_size, chat.template.tokenizer, example)
             prompt = Prompt(student_ids, ids[length:], name)
             by_example[id(example)] = Case(example, prompt)
+        for example, found in conversations:
+            check_conversation(example, len(found.teacher_ids), max_positions)
+            ids = [*found.student_ids, *found.teacher_ids]
+            check_tokens(ids, vocab_size, chat.template.tokenizer, example)
+            episodes[id(example)] = _episode(found, length, name)
 
     def cases(part: str) -> list[Case]:
         return [by_example[id(example)] for example in files.parts[part]]
 
     tools = {name: chats[name].tools for name in prefixes if chats[name].tools}
-    return Task(prefixes, cases("train"), cases("validation"), cases("test"), files.scorer, tools)
+    recorded = [episodes[id(e)] for e in files.parts["train"] if id(e) in episodes]
+    parts = cases("train"), cases("validation"), cases("test")
+    return Task(prefixes, *parts, files.scorer, tools, recorded)
+
+
+def _episode(found: Recorded, shared: int, context: str) -> Episode:
+    """A recorded conversation, for the teacher behind the tokens that all prompts share."""
+    spans = tuple(s._replace(teacher_start=s.teacher_start - shared) for s in found.spans)
+    return Episode(found.student_ids, found.teacher_ids[shared:], spans, context)
 
 
 def rendered(render: Callable[[Sequence[Message]], list[int]], example: Example) -> list[int]:

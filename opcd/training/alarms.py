@@ -145,7 +145,7 @@ def _coverage(course: Course) -> Alarm | None:
         "the loss falls, and what the prompted teacher says is not learned",
         f"{missing}; loss {was:.3f} in the first {LOSS_STEPS} steps, {now:.3f} since",
         _more_of_it(course)
-        if course.config.guided_share
+        if course.config.shown_share
         else "start anew with guided_share 0.25: the prompted teacher then shows it",
     )
 
@@ -202,7 +202,7 @@ def _entropy(course: Course) -> Alarm | None:
 
 def _length(course: Course) -> Alarm | None:
     """Completions run into the limit, and the prompted teacher's do not."""
-    config, share = course.config, course.config.guided_share
+    config, share = course.config, course.config.shown_share
     cut = [row["truncated_share"] for row in course.steps[-2 * CUT_STEPS :]]
     if len(cut) < 2 * CUT_STEPS or share == 1:
         return None
@@ -250,7 +250,7 @@ def _constant(course: Course) -> Alarm | None:
         "the student gives one answer to everything, and the prompted teacher does not",
         f"{now['commonest_share']:.0%} the same after step {now['step']}, prompted {usual:.0%}",
         _slower(course)
-        if course.config.guided_share
+        if course.config.shown_share
         else "start anew with guided_share 0.25: the prompted teacher then shows the others",
     )
 

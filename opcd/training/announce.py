@@ -32,7 +32,7 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
         f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M), at a rate of {distiller.peak_rate:g}",
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
-        f"data      {len(task.train)} training, {len(task.validation)} validation, "
+        f"data      {_trained_on(setup)}, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts",
         *setup.notes,
     ]
@@ -47,6 +47,15 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
             f"learning rate ends at {config.steps / config.warmup_steps:.0%} of learning_rate"
         )
     return "\n".join(lines)
+
+
+def _trained_on(setup: Setup) -> str:
+    """How much there is to train on."""
+    task = setup.task
+    if not task.recorded:
+        return f"{len(task.train)} training"
+    turns = sum(len(conversation.spans) for conversation in task.recorded)
+    return f"{len(task.recorded)} recorded conversations with {turns} turns to train on"
 
 
 def announce_prompts(setup: Setup, progress: Progress) -> None:

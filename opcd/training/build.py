@@ -18,7 +18,7 @@ from opcd.tasks.prepare import Setup
 from opcd.teacher import SharedPrefixTeacher, teacher_of
 from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
-from opcd.training.sources import OnPolicy, PartlyGuided, Source
+from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source
 
 
 def build_distiller(setup: Setup) -> Distiller:
@@ -56,6 +56,8 @@ def build_distiller(setup: Setup) -> Distiller:
 
 def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
     config, prompts = setup.config, setup.task.train
+    if config.source == "recorded":
+        return Recorded(setup.task.recorded, config)
     if not config.guided_share:
         return OnPolicy(prompts, config)
     if setup.completions is not None:

@@ -72,6 +72,19 @@ class PartlyGuided:
         return wanted
 
 
+class Recorded:
+    """Conversations whose assistant turns are scored as they were recorded; nothing is sampled."""
+
+    def __init__(self, conversations: Sequence[Episode], config: TrainConfig) -> None:
+        self._conversations = conversations
+        self._config = config
+
+    def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
+        """See Source.episodes."""
+        chosen = step_prompts(self._conversations, step, self._config)
+        return [scored_as(conversation, "recorded", self._config) for conversation in chosen]
+
+
 def parted(
     prompts: Sequence[Prompt], step: int, config: TrainConfig
 ) -> tuple[list[Prompt], list[Prompt]]:

@@ -17,6 +17,8 @@ OTHERWISE = {  # every field of training alone, with another value than in the r
     "steps": 5,
     "prompts_per_step": 2,
     "completions_per_prompt": 3,
+    "turns": "all",
+    "source": "recorded",
     "forward_share": 1.0,
     "guided_share": 0.5,
     "guided_completions": "none.jsonl",
