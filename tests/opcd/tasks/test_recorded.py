@@ -242,11 +242,6 @@ def test_a_turn_is_tokenized_apart_from_what_it_would_merge_with() -> None:
             COLOURS,
             r"the same way with and without it, got .*Hello\.!<.* and .*Hello\.<\|im_end\|>",
         ),
-        (  # behind something else than what opens an answer
-            "{{ '\\n' }}{{ m.content }}",
-            COLOURS[:2],
-            "",
-        ),
         (
             "{{ m.content.split('</think>')[-1] }}",
             [user("Hi"), assistant(THOUGHT)],
@@ -267,12 +262,8 @@ def test_a_turn_is_tokenized_apart_from_what_it_would_merge_with() -> None:
 def test_templates_that_write_turns_otherwise(
     said: str, messages: list[Message], spellings: str
 ) -> None:
-    chat = chat_of(turns(said))
-    if not spellings:
-        assert marked(chat, messages)[0].endswith("assistant\n⟦\nHello.<|im_end|>⟧")
-        return
     with pytest.raises(InputError, match=f"^p.jsonl:7: .*{spellings}"):
-        recorded(chat, messages)
+        recorded(chat_of(turns(said)), messages)
 
 
 @pytest.mark.parametrize(
