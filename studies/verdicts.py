@@ -47,7 +47,8 @@ def main() -> int:
         row = carried_out(arguments.part, task, arguments.model)
         with KEPT.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{task}: {row['found']['verdict']}, {row['seconds']:.0f} s", flush=True)
+        word = row["found"]["verdict"]["word"]
+        print(f"{task}: {word}, {row['seconds']:.0f} s", flush=True)
     return 0
 
 
