@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
-from opcd.models.lm import causal_lm
+from opcd.models.lm import cache_argument, causal_lm
 from opcd.rollouts.noise import drawn, uniforms
 from opcd.rollouts.protocol import SamplingParams
 
@@ -51,7 +51,7 @@ def generated(
             attention_mask=mask.to(lm.device),
             generation_config=config,
             logits_processor=draws,
-            past_key_values=cache,
+            **cache_argument(lm, cache),
         )
 
 
