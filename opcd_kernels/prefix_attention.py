@@ -58,7 +58,7 @@ def _walk(
         mask_n = offs_n < end
         inside = mask_n[:, None] & mask_d[None, :]
         # The block's own offset is 64 bits wide: of a long row it passes 2³¹.
-        at, in_block = start.to(tl.int64), tl.arange(0, BLOCK_N)[:, None]
+        at, in_block = tl.cast(start, tl.int64), tl.arange(0, BLOCK_N)[:, None]
         k_block, v_block = k_ptr + at * stride_k, v_ptr + at * stride_v
         k = tl.load(k_block + in_block * stride_k + offs_d[None, :], mask=inside, other=0.0)
         v = tl.load(v_block + in_block * stride_v + offs_d[None, :], mask=inside, other=0.0)
