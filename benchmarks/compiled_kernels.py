@@ -80,11 +80,7 @@ def divergence_builds() -> Iterator[Build]:
                 "BLOCK_V": rows_triton.BLOCK_V,
             },
             rows_triton.THREADS,
-            architectures=(
-                (*ARCHITECTURES, *SMALL)
-                if kind == "mixture" and options and targets
-                else ARCHITECTURES
-            ),
+            architectures=(*ARCHITECTURES, *(SMALL if largest else ())),
         )
 
 

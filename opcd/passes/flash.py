@@ -185,7 +185,8 @@ class CpuFlash:
             out, lse = flash(_fold(rows, len(k)), k[None], v[None], 0.0, False, scale=scale)
             outs.append(_unfold(out[0], n))
             lses.append(_unfold(lse[0], n))
-        return Part(*(x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses)))
+        out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
+        return Part(out, lse)
 
     def own_backward(
         self,
