@@ -8,7 +8,12 @@ from torch.utils._pytree import tree_leaves
 
 from opcd.config import TrainConfig
 from opcd.models.lm import cache_argument, causal_lm, last_logits
-from opcd.passes.prefix import SharedPrefix, common_prefix
+from opcd.passes.prefix import (
+    SharedPrefix,
+    common_prefix,
+    tokens_that_pay,
+    worthwhile_prefix,
+)
 from opcd.preflight.weightless import Tally
 from opcd.rollouts.generate import batch_rows
 from opcd.rollouts.noise import drawn
@@ -32,7 +37,11 @@ def sampling(
     lm = causal_lm(model)
     total = max(map(len, prompts)) + config.max_completion_tokens
     rows = min(len(prompts), batch_rows(config.rollout_batch_size, total))
-    batch = sorted(prompts, key=len, reverse=True)[:rows]
+    batch = sorted(prompts, key=len, reverse=True)
+    pays = tokens_that_pay(lm.device.type, grad=False, in_row=False)
+    new = len(batch[0]) - (worthwhile_prefix(prompts, pays) if share_prefix else 0)
+    rows = min(rows, max(1, config.max_tokens_per_pass // new))
+    batch = batch[:rows]
 
     def prefill() -> Any:
         prefix = common_prefix(model, prompts) if share_prefix else None

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from opcd.models.lm import cache_argument, causal_lm
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.rollouts.noise import drawn, uniforms
 from opcd.rollouts.protocol import SamplingParams
 
@@ -45,7 +46,7 @@ def generated(
     if params.temperature > 0:
         draws.append(_Draws(streams.to(lm.device), params.temperature, ids.shape[1]))
     generate: Any = model.generate
-    with _plain_generation_config(lm), _contiguous_head_input(lm):
+    with _plain_generation_config(lm), _contiguous_head_input(lm), without_cudnn_attention():
         return generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
