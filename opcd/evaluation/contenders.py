@@ -4,9 +4,12 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from opcd.evaluation.decoding import answer_params
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
-from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.rollouts.noise import HELD_OUT, streams
+from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams
+from opcd.tasks.chat import Chat
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 
@@ -34,7 +37,7 @@ class Contender(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model that answers greedily, and what samples from it."""
+    """A model that answers, and what samples from it."""
 
     model: Any
     plan: Plan
@@ -43,15 +46,11 @@ class LoadedModel(NamedTuple):
 
     def alone(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers without the context."""
-        return self.answers([c.prompt.student_ids for c in cases])
+        return answers_alone(self.engine, cases, self.setup)
 
     def prompted(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers behind the context; requests with the same one share its prefix."""
         return prompted_answers(self.engine, cases, self.setup)
-
-    def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
-        """Answers to whole prompts."""
-        return greedy_answers(self.engine, prompt_ids, self.setup)
 
 
 class Models:
@@ -99,31 +98,51 @@ def both_contenders(
 
 
 def prompted_answers(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
-    """The likeliest completions behind the context, a context at a time: those share its prefix."""
+    """Answers behind the context, a context at a time: those share its prefix."""
     by_context: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         by_context.setdefault(case.prompt.context, []).append(i)
+    numbers = streams(setup.config.seed, HELD_OUT, [case.prompt for case in cases])
     found: dict[int, Answer] = {}
     for members in by_context.values():
         ids = [setup.task.prompted_ids(cases[i].prompt) for i in members]
-        found.update(zip(members, greedy_answers(engine, ids, setup), strict=True))
+        said = answers_of(engine, ids, [numbers[i] for i in members], setup)
+        found.update(zip(members, said, strict=True))
     return [found[i] for i in range(len(cases))]
 
 
-def greedy_answers(
-    engine: RolloutEngine, prompt_ids: Sequence[Sequence[int]], setup: Setup
+def answers_alone(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
+    """Answers without the context."""
+    prompts = [case.prompt for case in cases]
+    numbers = streams(setup.config.seed, HELD_OUT, prompts)
+    return answers_of(engine, [prompt.student_ids for prompt in prompts], numbers, setup)
+
+
+def answers_of(
+    engine: RolloutEngine,
+    prompt_ids: Sequence[Sequence[int]],
+    numbers: Sequence[int],  # what each draws by: the same for every contender
+    setup: Setup,
 ) -> list[Answer]:
-    """The likeliest completions, decoded; equal prompts are answered once."""
-    distinct = {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-    params = SamplingParams(setup.config.max_completion_tokens, temperature=0.0)
-    rollouts = engine.generate([*distinct], params)
-    answers = [
-        Answer(
-            setup.chat.decode(rollout.completion_token_ids),
-            rollout.completion_token_ids,
-            rollout.finish_reason,
-            setup.chat.decode_raw(rollout.completion_token_ids),
-        )
-        for rollout in rollouts
-    ]
-    return [answers[distinct[tuple(ids)]] for ids in prompt_ids]
+    """Completions as the group `evaluation` of the configuration says, decoded.
+
+    Where they are the likeliest ones, equal prompts are answered once.
+    """
+    params = answer_params(setup)
+    asked = [*zip(map(tuple, prompt_ids), numbers, strict=True)]
+    if params.temperature == 0:
+        asked = [(ids, 0) for ids, _ in asked]
+    distinct = [*dict.fromkeys(asked)]
+    rollouts = engine.generate([ids for ids, _ in distinct], params, [n for _, n in distinct])
+    said = {
+        question: _answer(rollout, params, setup.chat)
+        for question, rollout in zip(distinct, rollouts, strict=True)
+    }
+    return [said[question] for question in asked]
+
+
+def _answer(rollout: Rollout, params: SamplingParams, chat: Chat) -> Answer:
+    """A completion as text, which ends in front of a stop string; its tokens do not."""
+    ids = rollout.completion_token_ids
+    cut = params.stop.cut if params.stop is not None else str
+    return Answer(chat.decode(ids, cut), ids, rollout.finish_reason, cut(chat.decode_raw(ids)))

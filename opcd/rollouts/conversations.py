@@ -46,7 +46,7 @@ class GrowingRows(ABC):
         self._before = list(map(len, self._tokens))
         completions = self._completed(rows, params, numbers[rows]) if rows else []
         for row, ids in zip(rows, completions, strict=True):
-            reason = "stop" if ids[-1] in self._eos else "length"
+            ids, reason = params.finished(ids, self._eos)
             found[row] = Rollout(list(self._tokens[row]), ids, reason, self._version)
             self._tokens[row] += ids
         return found

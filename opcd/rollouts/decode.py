@@ -18,10 +18,13 @@ from torch import Tensor
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm
 from opcd.passes.attention import Shape, cached_attention
-from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.packed import Behind, packed_attention, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
-from opcd.rollouts.noise import drawn, uniforms
+from opcd.rollouts.histories import branches
+from opcd.rollouts.noise import drawn, truncated, uniforms
+from opcd.rollouts.protocol import SamplingParams
+from opcd.rollouts.stops import StopStrings
 
 # Steps of a graph between two looks at whether all rows have finished: a look waits for the GPU.
 STEPS_BETWEEN_LOOKS = 8
@@ -90,6 +93,14 @@ class _CachedRow(NamedTuple):
         return keys.to(dtype), values.to(dtype)
 
 
+class _Piece(NamedTuple):
+    """Tokens that are computed once, and the rows that hold the first ones of them."""
+
+    token_ids: Sequence[int]
+    first: int  # the position of the first
+    rows: list[tuple[int, int]]  # a row, and how many it holds
+
+
 class _StepPass:
     """One new token of each row, behind what the cache holds of it."""
 
@@ -118,11 +129,17 @@ class Decoder:
     """
 
     def __init__(
-        self, model: torch.nn.Module, rows: int, length: int, eos_token_ids: Sequence[int]
+        self,
+        model: torch.nn.Module,
+        rows: int,
+        length: int,
+        eos_token_ids: Sequence[int],
+        truncates: bool = False,  # whether it can draw from the likeliest tokens alone: a sort more
     ) -> None:
         lm = causal_lm(model)
         self.rows = rows
         self.length = length
+        self.truncates = truncates
         self._model = model
         self._device = device = lm.device
         low = torch.is_autocast_enabled(device.type)
@@ -136,6 +153,8 @@ class Decoder:
         self._last = torch.zeros_like(self._position)
         self._live = torch.zeros(rows, dtype=torch.bool, device=device)
         self._temperature = torch.zeros((), device=device)
+        self._top_k = torch.zeros((), dtype=torch.long, device=device)
+        self._top_p = torch.ones((), dtype=torch.float64, device=device)
         self._streams = torch.zeros_like(self._position)
         self._first = torch.zeros_like(self._position)  # where the completion's first token goes
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -145,14 +164,14 @@ class Decoder:
         self,
         prompts: Sequence[Sequence[int]],  # at most B
         prefix: SharedPrefix | None,  # what they all start with
-        max_new_tokens: int,
-        temperature: float,
+        params: SamplingParams,
         streams: Tensor,  # (B,) int64, on the CPU: what each row draws by
     ) -> None:
-        """Start a row for each prompt. Equal prompts are computed once."""
-        assert max(map(len, prompts)) + max_new_tokens <= self.length, "a row that does not fit"
+        """Start a row for each prompt. What several begin with is computed once."""
+        longest = max(map(len, prompts)) + params.max_completion_tokens
+        assert longest <= self.length, "a row that does not fit"
         self.place(prompts, prefix)
-        self.start(range(len(prompts)), max_new_tokens, temperature, streams)
+        self.start(range(len(prompts)), params, streams)
 
     def place(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
         """Put prompts, at most B, into the rows in place of whatever stands there."""
@@ -169,17 +188,19 @@ class Decoder:
     def start(
         self,
         rows: Sequence[int],  # that get a completion; the others stand still
-        max_new_tokens: int,  # with the tokens that a row holds at most T
-        temperature: float,
+        params: SamplingParams,
         streams: Tensor,  # (len(rows),) int64, on the CPU
     ) -> None:
-        """Let rows be completed, each behind its newest token."""
+        """Let rows be completed, each behind its newest token, up to T tokens at most."""
+        assert self.truncates or not params.truncates, "a decoder that draws from all tokens"
         of = torch.tensor(list(rows), dtype=torch.long)
         numbers = torch.zeros(self.rows, dtype=torch.long).index_copy(0, of, streams)
         live = torch.zeros(self.rows, dtype=torch.bool).index_fill(0, of, True)
         self._live.copy_(live)
-        self._last.copy_(self._position + max_new_tokens * self._live)
-        self._temperature.fill_(temperature)
+        self._last.copy_(self._position + params.max_completion_tokens * self._live)
+        self._temperature.fill_(params.temperature)
+        self._top_k.fill_(params.top_k)
+        self._top_p.fill_(params.top_p)
         self._streams.copy_(numbers)
         self._first.copy_(self._position + 1)
 
@@ -194,21 +215,13 @@ class Decoder:
         earlier than it did: what it held behind is written over.
         """
         rows = sorted(new)
-        pieces = [[tokens[row][-1], *new[row][:-1]] for row in rows]
-        firsts = [len(tokens[row]) - 1 for row in rows]
-        slots = [
-            row * self.length + first + i
-            for row, first, piece in zip(rows, firsts, pieces, strict=True)
-            for i in range(len(piece))
-        ]
-        to, ids = (torch.tensor(x, device=self._device) for x in (slots, [*chain(*pieces)]))
-        behind = [_CachedRow(self._cache, *x) for x in zip(rows, firsts, strict=True)]
-
-        def store(layer: int, key: Tensor, value: Tensor) -> None:
-            self._cache.write(layer, to, key, value)
-
-        packing = Packing([[len(piece)] for piece in pieces], self._device)
-        packed_pass(self._model, ids[None], packing, behind, store)
+        groups: list[tuple[Behind, list[_Piece]]] = []
+        for row in rows:
+            first = len(tokens[row]) - 1
+            ids = [tokens[row][-1], *new[row][:-1]]
+            piece = _Piece(ids, first, [(row, len(ids))])
+            groups.append((_CachedRow(self._cache, row, first), [piece]))
+        self._compute(groups)
         held = self._tokens.cpu()
         position = self._position.cpu()
         for row in rows:
@@ -227,31 +240,51 @@ class Decoder:
         self._live.zero_()
 
     def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
-        """Keys and values of every prompt but its last token, which the first step computes."""
+        """Keys and values of every prompt but its last token, which the first step computes.
+
+        Equal prompts, and the history that several begin with, are computed once.
+        """
         start = len(prefix) if prefix is not None else 0
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            rows_of.setdefault(tuple(prompt[start:-1]), []).append(row)
-        sequences = sorted(filter(None, rows_of), key=len, reverse=True)
-        if sequences:
-            slots: list[int] = []
-            source: list[int] = []  # the place in the packed row of what goes into a slot
-            packed: list[int] = []
-            for sequence in sequences:
-                for row in rows_of[sequence]:
-                    first = row * self.length + start
-                    slots += range(first, first + len(sequence))
-                    source += range(len(packed), len(packed) + len(sequence))
-                packed += sequence
-            to, of, ids = (torch.tensor(x, device=self._device) for x in (slots, source, packed))
-            packing = Packing([list(map(len, sequences))], self._device)
-
-            def store(layer: int, key: Tensor, value: Tensor) -> None:
-                self._cache.write(layer, to, key[of], value[of])
-
-            packed_pass(self._model, ids[None], packing, [prefix], store)
+            rows_of.setdefault(tuple(prompt[:-1]), []).append(row)
+        sequences = sorted(rows_of, key=len, reverse=True)
+        trunks: dict[int, _Piece] = {}
+        rests: list[tuple[Behind, list[_Piece]]] = []
+        for i, branch in enumerate(branches(sequences, start)):
+            rows = rows_of[sequences[i]]
+            if branch.trunk == i:
+                trunks[i] = _Piece(sequences[i][start:], start, [])
+            trunks[branch.trunk].rows.extend((row, branch.length - start) for row in rows)
+            if rest := sequences[i][branch.length :]:
+                piece = _Piece(rest, branch.length, [(row, len(rest)) for row in rows])
+                rests.append((_CachedRow(self._cache, rows[0], branch.length), [piece]))
+        if computed := [piece for piece in trunks.values() if piece.token_ids]:
+            self._compute([(prefix, computed)])
         if prefix is not None:
             self._copy_prefix(prefix, len(prompts))
+        if rests:
+            self._compute(rests)
+
+    def _compute(self, groups: Sequence[tuple[Behind, Sequence["_Piece"]]]) -> None:
+        """Keys and values of new tokens, in one packed pass, into the slots of their rows."""
+        slots: list[int] = []
+        source: list[int] = []  # the place in the packed row of what goes into a slot
+        packed: list[int] = []
+        for piece in chain.from_iterable(pieces for _, pieces in groups):
+            for row, count in piece.rows:
+                first = row * self.length + piece.first
+                slots += range(first, first + count)
+                source += range(len(packed), len(packed) + count)
+            packed += piece.token_ids
+        to, of, ids = (torch.tensor(x, device=self._device) for x in (slots, source, packed))
+        lengths = [[len(piece.token_ids) for piece in pieces] for _, pieces in groups]
+
+        def store(layer: int, key: Tensor, value: Tensor) -> None:
+            self._cache.write(layer, to, key[of], value[of])
+
+        packing = Packing(lengths, self._device)
+        packed_pass(self._model, ids[None], packing, [behind for behind, _ in groups], store)
 
     def _copy_prefix(self, prefix: SharedPrefix, rows: int) -> None:
         first = torch.arange(rows, device=self._device)[:, None] * self.length + len(prefix)
@@ -271,8 +304,12 @@ class Decoder:
         )
         logits = output.logits[0].float()
         greedy = self._temperature == 0
+        temperature = self._temperature.masked_fill(greedy, 1.0)
         uniform = uniforms(self._streams, self._position + 1 - self._first)
-        token = drawn(logits, uniform, self._temperature.masked_fill(greedy, 1.0))
+        head = logits
+        if self.truncates:
+            head = truncated(logits, temperature, self._top_k, self._top_p)
+        token = drawn(head, uniform, temperature)
         token = torch.where(greedy, logits.argmax(-1), token)
         self._tokens.scatter_(1, self._position[:, None] + 1, token[:, None])
         self._position += self._live
@@ -306,16 +343,35 @@ class Decoder:
                 ) from error
         self._graph, self._logits = graph, logits
 
-    def run(self, steps: int) -> None:
-        """At most so many steps; fewer where all rows finish before."""
+    def run(self, params: SamplingParams) -> None:
+        """Complete the rows. One that comes to a stop string between two looks goes on up to the
+        next: what is behind it is for the caller to cut."""
         graph = self._graph
         looks = 1 if graph is None else STEPS_BETWEEN_LOOKS
         advance = self.step if graph is None else graph.replay
         with packed_attention(self._model) if graph is None else contextlib.nullcontext():
-            for done in range(1, steps + 1):
+            for done in range(1, params.max_completion_tokens + 1):
                 advance()
-                if done % looks == 0 and not self._live.any():
-                    return
+                if done % looks == 0:
+                    if params.stop is not None:
+                        self._end_at(params.stop)
+                    if not self._live.any():
+                        return
+
+    def _end_at(self, stop: StopStrings) -> None:
+        """End the rows that have come to a stop string."""
+        live, firsts = self._live.tolist(), self._first.tolist()
+        for row, sequence in enumerate(self.sequences()):
+            if live[row] and stop.reached(sequence[firsts[row] :]):
+                live[row] = False
+        self._live.copy_(torch.tensor(live))
+
+    def cut(self, lengths: Mapping[int, int]) -> None:
+        """Let rows end with so many tokens; what they hold behind is written over."""
+        position = self._position.cpu()
+        for row, length in lengths.items():
+            position[row] = length - 1
+        self._position.copy_(position)
 
     def step_logits(self) -> Tensor:  # (B, V), fp32
         """One step, as `run` does it; the logits hold until the next one."""

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from opcd.models.lm import eos_token_ids
-from opcd.passes.prefix import SharedPrefix, common_prefix
-from opcd.rollouts.generate_call import generated, until_eos
+from opcd.models.lm import causal_lm, eos_token_ids, transformer
+from opcd.passes.prefix import MIN_TOKENS_SAVED, SharedPrefix, common_prefix
+from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_conversations import GeneratedConversations
+from opcd.rollouts.histories import Branch, batches_by_history, branches, tokens_saved
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
-from opcd.runtime.batches import batches_by_length
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
 # as long as they hold no more tokens than that many rows of this length.
@@ -26,8 +27,8 @@ class TransformersEngine:
     """`transformers.generate` on the trained module itself: its weights are never stale.
 
     What all prompts of a call start with (a context, a default system message) is computed once,
-    unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
-    only prompts of one length are batched.
+    and so is a history that several go on from; unless `share_prefix` is off: then nothing is
+    assumed of the model's cache and its masks, and only prompts of one length are batched.
     """
 
     name = "generate"
@@ -51,20 +52,23 @@ class TransformersEngine:
         """See RolloutEngine.generate."""
         numbers = stream_tensor(streams, prompts, params)
         prefix = common_prefix(self._model, prompts) if self._share_prefix else None
-        completions: dict[int, list[int]] = {}
+        completions: dict[int, tuple[list[int], str]] = {}
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
         size = batch_rows(self._batch_size, total)
-        for batch in self._batches(lengths, pads, size):
+        shared = len(prefix) if prefix is not None else 0
+        batches = (
+            batches_by_history(prompts, shared, size) if pads else _of_one_length(lengths, size)
+        )
+        for batch in batches:
             output = self._generate_batch(
                 [prompts[i] for i in batch], params, numbers[batch], prefix
             )
             completions.update(zip(batch, output, strict=True))
         rollouts = []
         for i, prompt in enumerate(prompts):
-            ids = completions[i]
-            reason = "stop" if ids and ids[-1] in self._eos else "length"
+            ids, reason = completions[i]
             rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
@@ -83,30 +87,64 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _batches(self, lengths: Sequence[int], pads: bool, size: int) -> Iterator[list[int]]:
-        if pads:
-            yield from batches_by_length(lengths, size)
-            return
-        for length in sorted(set(lengths)):
-            same = [i for i, x in enumerate(lengths) if x == length]
-            for start in range(0, len(same), size):
-                yield same[start : start + size]
-
     def _generate_batch(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         streams: Tensor,  # (B,)
         prefix: SharedPrefix | None,
-    ) -> list[list[int]]:
+    ) -> list[tuple[list[int], str]]:
         shared = len(prefix) if prefix is not None else 0
-        pad, width = self._eos[0], max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)  # (B, T): prefix, pads, the rest of the prompt
-        mask = torch.zeros_like(ids)
-        for row, kept, prompt in zip(ids, mask, prompts, strict=True):
-            tokens = torch.tensor(prompt)
-            row[:shared], row[width - len(prompt) + shared :] = tokens[:shared], tokens[shared:]
-            kept[:shared], kept[width - len(prompt) + shared :] = 1, 1
         cache = prefix.expand(len(prompts)) if prefix is not None else None
+        starts = [shared] * len(prompts)  # tokens of each prompt that the cache holds
+        columns = shared
+        found = branches([prompt[:-1] for prompt in prompts], shared)
+        worth_a_pass = tokens_saved(found, shared) >= MIN_TOKENS_SAVED
+        if worth_a_pass and allows_gaps(self._model, prompts[0], prefix):
+            cache, columns = self._histories(prompts, found, prefix)
+            starts = [branch.length for branch in found]
+        width = columns + max(len(p) - start for p, start in zip(prompts, starts, strict=True))
+        pad = self._eos[0]
+        ids = torch.full((len(prompts), width), pad)  # (B, T): what is held, pads, the rest
+        mask = torch.zeros_like(ids)
+        for row, kept, prompt, start in zip(ids, mask, prompts, starts, strict=True):
+            tokens, rest = torch.tensor(prompt), width - (len(prompt) - start)
+            row[:start], row[rest:] = tokens[:start], tokens[start:]
+            kept[:start], kept[rest:] = 1, 1
         output = generated(self._model, ids, mask, cache, self._eos, params, streams)
-        return [until_eos(row, self._eos) for row in output.sequences[:, width:].tolist()]
+        return [params.finished(row, self._eos) for row in output.sequences[:, width:].tolist()]
+
+    def _histories(
+        self, prompts: Sequence[Sequence[int]], found: Sequence[Branch], prefix: SharedPrefix | None
+    ) -> tuple[Cache, int]:
+        """A cache with a row for each prompt, which holds its history, and how many columns it has.
+
+        Trunks are padded on the right: under causal attention no real position sees a pad.
+        """
+        start = len(prefix) if prefix is not None else 0
+        trunks = [i for i, branch in enumerate(found) if branch.trunk == i]
+        columns = max(found[i].length for i in trunks)
+        ids = torch.full((len(trunks), columns - start), self._eos[0])
+        for row, i in zip(ids, trunks, strict=True):
+            own = prompts[i][start : found[i].length]
+            row[: len(own)] = torch.tensor(own)
+        device = causal_lm(self._model).device
+        positions = torch.arange(start, columns, device=device)
+        output = transformer(self._model)(
+            input_ids=ids.to(device),
+            position_ids=positions.expand(len(trunks), -1),
+            past_key_values=prefix.expand(len(trunks)) if prefix is not None else None,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        place = {i: row for row, i in enumerate(trunks)}
+        rows = torch.tensor([place[branch.trunk] for branch in found], device=device)
+        cache.batch_select_indices(rows)
+        return cache, columns
+
+
+def _of_one_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    for length in sorted(set(lengths)):
+        same = [i for i, x in enumerate(lengths) if x == length]
+        for start in range(0, len(same), size):
+            yield same[start : start + size]

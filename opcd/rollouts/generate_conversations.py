@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
+from opcd.passes.prefix import common_prefix
 from opcd.rollouts.conversations import GrowingRows
-from opcd.rollouts.generate_call import generated, until_eos
+from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.protocol import SamplingParams
 
 
@@ -70,7 +70,7 @@ class GeneratedConversations(GrowingRows):
     ) -> None:
         super().__init__(model, prompts, version)
         prefix = common_prefix(model, prompts) if share_prefix else None
-        together = share_prefix and _allows_gaps(model, prompts[0], prefix)
+        together = share_prefix and allows_gaps(model, prompts[0], prefix)
         size, shared = batch_size if together else 1, len(prefix) if prefix is not None else 0
         self._batches = []
         for start in range(0, len(prompts), size):
@@ -105,7 +105,7 @@ class GeneratedConversations(GrowingRows):
             cached = sequences.shape[1] - 1  # the newest column was not computed
             real = torch.zeros(len(here), cached - width, dtype=batch.mask.dtype)
             for place, row in enumerate(here):
-                ids = until_eos(sequences[place, width:].tolist(), self._eos)
+                ids, _ = params.finished(sequences[place, width:].tolist(), self._eos)
                 real[place, : len(ids)] = 1
                 batch.pending[place] = ids[cached - width :]
                 found[row] = ids
@@ -130,17 +130,6 @@ class GeneratedConversations(GrowingRows):
                 self._batches[number] = _Rectangle(
                     batch.rows, [self._tokens[row] for row in batch.rows], None, 0
                 )
-
-
-def _allows_gaps(
-    model: torch.nn.Module, prompt: Sequence[int], prefix: SharedPrefix | None
-) -> bool:
-    """Whether masked pads between a row's tokens leave its passes exact, however long it grows."""
-    try:
-        prefix = prefix or SharedPrefix(model, prompt[:1])
-    except UnsupportedModelError:
-        return False
-    return prefix.allows_pads(2**31)
 
 
 def _shortened(cache: Any, columns: int) -> bool:

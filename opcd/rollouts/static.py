@@ -12,9 +12,9 @@ from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
 from opcd.rollouts.decode import LENGTH_STEP, Decoder, rounded_length, uncached_autocast
+from opcd.rollouts.histories import batches_by_history
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 from opcd.rollouts.static_conversations import StaticConversations
-from opcd.runtime.batches import batches_by_length
 
 
 class StaticEngine:
@@ -54,21 +54,17 @@ class StaticEngine:
         sequences: dict[int, list[int]] = {}
         with uncached_autocast(causal_lm(self._model).device):
             prefix = common_prefix(self._model, prompts)
-            decoder = self._decoder_for(min(self._batch_size, len(prompts)), longest)
-            for batch in batches_by_length(list(map(len, prompts)), self._batch_size):
-                decoder.load(
-                    [prompts[i] for i in batch],
-                    prefix,
-                    params.max_completion_tokens,
-                    params.temperature,
-                    numbers[batch],
-                )
-                decoder.run(params.max_completion_tokens)
+            most = min(self._batch_size, len(prompts))
+            shared = len(prefix) if prefix is not None else 0
+            for batch in batches_by_history(prompts, shared, self._batch_size):
+                rows = most if self._graphed else len(batch)  # idle ones cost a CPU as much
+                decoder = self._decoder_for(rows, longest, params.truncates)
+                decoder.load([prompts[i] for i in batch], prefix, params, numbers[batch])
+                decoder.run(params)
                 sequences.update(zip(batch, decoder.sequences(), strict=False))
         rollouts = []
         for i, prompt in enumerate(prompts):
-            ids = sequences[i][len(prompt) :]
-            reason = "stop" if ids[-1] in self._eos else "length"
+            ids, reason = params.finished(sequences[i][len(prompt) :], self._eos)
             rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
@@ -86,17 +82,17 @@ class StaticEngine:
         """Free the graph, keys and values; the next call makes them anew."""
         self._decoder = None
 
-    def _decoder_for(self, rows: int, longest: int) -> Decoder:
+    def _decoder_for(self, rows: int, longest: int, truncates: bool) -> Decoder:
         """The decoder of the call before, if it fits."""
         length = rounded_length(longest)
         fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
-        if held is not None and fixed == self._fixed:
+        if held is not None and fixed == self._fixed and truncates == held.truncates:
             if self._graphed:  # idle rows cost a graph little, a new graph costs a second
                 rows, length = max(rows, held.rows), max(length, held.length)
             if (held.rows, held.length) == (rows, length):
                 return held
         self._decoder = held = None  # its memory, before as much is asked for again
-        decoder = Decoder(self._model, rows, length, self._eos)
+        decoder = Decoder(self._model, rows, length, self._eos, truncates)
         if self._graphed:
             decoder.capture()
         self._decoder, self._fixed = decoder, fixed
@@ -133,7 +129,7 @@ def _gap_to_full_passes(model: torch.nn.Module) -> float:
     decoder = Decoder(model, 2, LENGTH_STEP, [])
     if lm.device.type == "cuda":
         decoder.capture()
-    decoder.load([ids[:3], ids[3:]], None, 4, 1.0, torch.tensor([1, 2]))
+    decoder.load([ids[:3], ids[3:]], None, SamplingParams(4), torch.tensor([1, 2]))
     gaps = []
     for _ in range(3):
         before = decoder.sequences()

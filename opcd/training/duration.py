@@ -17,7 +17,7 @@ from opcd.tasks.prepare import Setup
 from opcd.tasks.task import spread
 from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller
-from opcd.training.sources import parted
+from opcd.training.sources import parted, prompts_of
 from opcd.training.validation import Validation
 
 SCRATCH = 2**24  # numbers on which AdamW and writing are timed
@@ -123,10 +123,11 @@ def _with_steps(steps: int, one: Timed, setup: Setup) -> RunSeconds:
 
 def _guided_completions(steps: int, setup: Setup) -> int:
     """How many the teacher writes in so many steps; a prompt that comes again keeps its own."""
-    config, prompts = setup.config, setup.task.train
+    config, conversations = setup.config, setup.task.conversations
     if not config.guided_share or setup.completions is not None:
         return 0
-    guided = {p.key for step in range(steps) for p in parted(prompts, step, config)[1]}
+    chosen = (parted(conversations, step, config)[1] for step in range(steps))
+    guided = {prompt.key for some in chosen for prompt in prompts_of(some)}
     return len(guided) * config.completions_per_prompt
 
 

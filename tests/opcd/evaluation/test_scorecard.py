@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.config.settings import gather
 from opcd.errors import InputError
-from opcd.evaluation.contenders import Answer, Contender, greedy_answers
+from opcd.evaluation.contenders import Answer, Contender, answers_of
 from opcd.evaluation.evaluate import Evaluation, evaluate
 from opcd.evaluation.intervals import PerRequest, paired_difference, wilson_interval
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
@@ -452,13 +453,16 @@ def test_equal_prompts_are_answered_once(settings: dict) -> None:
     asked: list[int] = []
 
     class Echo:
-        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+        def generate(self, prompts: Sequence, params: SamplingParams, _: Any) -> list[Rollout]:
             asked.append(len(prompts))
             return [Rollout(p, [p[-1] + 2], "stop", 0) for p in prompts]
 
-    answers = greedy_answers(Echo(), [[40], [50], [40]], setup)
+    answers = answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], setup)
     assert asked == [2]
     assert [a.text for a in answers] == [setup.chat.decode([x]) for x in (42, 52, 42)]
+    drawn = setup._replace(config=replace(setup.config, eval_temperature=0.7))
+    answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], drawn)
+    assert asked == [2, 3], "each draws for itself"
 
 
 def test_a_scorer_sees_special_tokens(settings: dict) -> None:
@@ -466,10 +470,10 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
     stop = setup.tokenizer.eos_token_id
 
     class Stopping:
-        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+        def generate(self, prompts: Sequence, params: SamplingParams, _: Any) -> list[Rollout]:
             return [Rollout(p, [40, stop] if p[-1] > 45 else [40], "stop", 0) for p in prompts]
 
-    answers = greedy_answers(Stopping(), [[40], [50], [40], [50]], setup)
+    answers = answers_of(Stopping(), [[40], [50], [40], [50]], [0] * 4, setup)
     scorer = Scorer("python:m:f", lambda it: Score("<|im_end|>" in it.raw, {}), None)
     assert accuracy(answers[:3], setup.task.test[:3], scorer, [""] * 3) == pytest.approx(1 / 3)
 
