@@ -93,7 +93,7 @@ def truncated(
     the whole: renormalised by its sum. Summed in fp64; top_p 1 leaves out nothing, whatever
     rounding makes of the sum.
     """
-    ordered, index = (logits / temperature).sort(-1, descending=True, stable=True)
+    ordered, index = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     k, p = (torch.as_tensor(x, device=logits.device) for x in (top_k, top_p))
     rank = torch.arange(logits.shape[1], device=logits.device)
     kept = (rank < k) | (k == 0)

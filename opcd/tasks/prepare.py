@@ -31,6 +31,7 @@ from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
 from opcd.scoring.reasoning import MARKS
 from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
+from opcd.tasks.contexts import Context
 from opcd.tasks.elsewhere import ANSWER_TOKENS, Request, read_elsewhere
 from opcd.tasks.special_tokens import placed_texts, special_token_remarks, special_tokens_in
 from opcd.tasks.task import Task, read_task_files, render_task
@@ -127,14 +128,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     template = Template(tokenizer, config.chat_template_args, _day(config))
     own_system = {e.context for part in files.parts.values() for e in part if e.own_system}
     chats = {
-        name: Chat(
-            template,
-            context.messages,
-            config.context_placement,
-            config.without_context,
-            name in own_system,
-            context.tools,
-        )
+        name: _chat(template, name, context, config, name in own_system)
         for name, context in files.contexts.items()
     }
     limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
@@ -178,6 +172,20 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         completions,
         remarks,
     )
+
+
+def _chat(
+    template: Template, name: str, context: Context, config: TrainConfig, own_system: bool
+) -> Chat:
+    """Of one context. An error says where the tools stand, if it has some."""
+    placed = config.context_placement, config.without_context
+    try:
+        return Chat(template, context.messages, *placed, own_system, context.tools)
+    except InputError as error:
+        if not context.tools:
+            raise
+        where = f"{config.context}: {name}" if name else config.context
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_stops(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
