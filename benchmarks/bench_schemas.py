@@ -1,4 +1,4 @@
-"""A whole training step behind tool schemas: 1,500 tokens in front of every request of the teacher's.
+"""A whole training step behind tool schemas: 1,500 tokens in front of the teacher's prompts.
 
     ours       the schemas' keys and values computed once, before the first step
     in-full    the same step with a teacher that computes them with every sequence

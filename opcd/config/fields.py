@@ -94,11 +94,11 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """How answers are drawn where models are measured; training always samples the whole
-    distribution."""
+    """How a scorecard's answers are drawn; checks and the choice of a checkpoint take the likeliest
+    ones, and training samples the whole distribution."""
 
     eval_temperature: float = 0.0
-    """Temperature of answers; 0 is greedy."""
+    """Temperature of a scorecard's answers; 0 is greedy."""
     top_k: int = 0
     """Answers are drawn from so many likeliest tokens; 0 for all. The paper has 20."""
     top_p: float = 1.0

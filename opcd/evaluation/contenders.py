@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from opcd.evaluation.decoding import answer_params
+from opcd.evaluation.decoding import greedy_params
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.noise import HELD_OUT, streams
@@ -43,28 +43,30 @@ class LoadedModel(NamedTuple):
     plan: Plan
     engine: RolloutEngine
     setup: Setup
+    params: SamplingParams  # of its answers
 
     def alone(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers without the context."""
-        return answers_alone(self.engine, cases, self.setup)
+        return answers_alone(self.engine, cases, self.params, self.setup)
 
     def prompted(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers behind the context; requests with the same one share its prefix."""
-        return prompted_answers(self.engine, cases, self.setup)
+        return prompted_answers(self.engine, cases, self.params, self.setup)
 
 
 class Models:
     """Those that answer, by their names or folders; one in memory at a time."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, params: SamplingParams | None = None) -> None:
         self._setup = setup
+        self._params = params or greedy_params(setup)
         self._held: tuple[str, LoadedModel] | None = None
 
     def get(self, name: str) -> LoadedModel:
         """The model of that name; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.close()
-            self._held = name, load_for_answers(self._setup, name)
+            self._held = name, load_for_answers(self._setup, name, self._params)
         return self._held[1]
 
     def close(self) -> None:
@@ -75,13 +77,13 @@ class Models:
             gc.collect()  # engines and wrappers refer to each other
 
 
-def load_for_answers(setup: Setup, name: str) -> LoadedModel:
+def load_for_answers(setup: Setup, name: str, params: SamplingParams) -> LoadedModel:
     """A model by its name or folder, ready to answer."""
     config = setup.config
     model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
-    return LoadedModel(model, plan, engine, setup)
+    return LoadedModel(model, plan, engine, setup, params)
 
 
 def both_contenders(
@@ -97,7 +99,9 @@ def both_contenders(
     ]
 
 
-def prompted_answers(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
+def prompted_answers(
+    engine: RolloutEngine, cases: Sequence[Case], params: SamplingParams, setup: Setup
+) -> list[Answer]:
     """Answers behind the context, a context at a time: those share its prefix."""
     by_context: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
@@ -106,29 +110,28 @@ def prompted_answers(engine: RolloutEngine, cases: Sequence[Case], setup: Setup)
     found: dict[int, Answer] = {}
     for members in by_context.values():
         ids = [setup.task.prompted_ids(cases[i].prompt) for i in members]
-        said = answers_of(engine, ids, [numbers[i] for i in members], setup)
+        said = answers_of(engine, ids, [numbers[i] for i in members], params, setup)
         found.update(zip(members, said, strict=True))
     return [found[i] for i in range(len(cases))]
 
 
-def answers_alone(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
+def answers_alone(
+    engine: RolloutEngine, cases: Sequence[Case], params: SamplingParams, setup: Setup
+) -> list[Answer]:
     """Answers without the context."""
     prompts = [case.prompt for case in cases]
     numbers = streams(setup.config.seed, HELD_OUT, prompts)
-    return answers_of(engine, [prompt.student_ids for prompt in prompts], numbers, setup)
+    return answers_of(engine, [prompt.student_ids for prompt in prompts], numbers, params, setup)
 
 
 def answers_of(
     engine: RolloutEngine,
     prompt_ids: Sequence[Sequence[int]],
     numbers: Sequence[int],  # what each draws by: the same for every contender
+    params: SamplingParams,
     setup: Setup,
 ) -> list[Answer]:
-    """Completions as the group `evaluation` of the configuration says, decoded.
-
-    Where they are the likeliest ones, equal prompts are answered once.
-    """
-    params = answer_params(setup)
+    """Completions, decoded. Where they are the likeliest ones, equal prompts are answered once."""
     asked = [*zip(map(tuple, prompt_ids), numbers, strict=True)]
     if params.temperature == 0:
         asked = [(ids, 0) for ids, _ in asked]

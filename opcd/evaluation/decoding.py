@@ -1,4 +1,4 @@
-"""How completions are drawn: as training draws them, and as the answers that are measured."""
+"""How completions are drawn: in training, where models are looked at, and for a scorecard."""
 
 from opcd.rollouts.protocol import SamplingParams
 from opcd.rollouts.stops import StopStrings
@@ -11,8 +11,13 @@ def rollout_params(setup: Setup) -> SamplingParams:
     return SamplingParams(config.max_completion_tokens, config.temperature, stop=stops(setup))
 
 
+def greedy_params(setup: Setup) -> SamplingParams:
+    """Of the likeliest answers, by which prompts are looked at and checkpoints chosen."""
+    return SamplingParams(setup.config.max_completion_tokens, 0.0, stop=stops(setup))
+
+
 def answer_params(setup: Setup) -> SamplingParams:
-    """Of answers, as the group `evaluation` of the configuration says."""
+    """Of a scorecard's answers, as the group `evaluation` of the configuration says."""
     config = setup.config
     return SamplingParams(
         config.max_completion_tokens,

@@ -25,7 +25,7 @@ from opcd.evaluation.contenders import (
     Models,
     both_contenders,
 )
-from opcd.evaluation.decoding import decoding_of, rollout_params
+from opcd.evaluation.decoding import answer_params, decoding_of, rollout_params
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
 from opcd.evaluation.intervals import paired_difference
 from opcd.evaluation.measured import measured_by
@@ -64,7 +64,7 @@ def evaluate(
         _check_same_kind(setup, distilled)
         names["after"] = distilled
     held_out = spread(task.test, config.divergence_prompts)
-    models = Models(setup)
+    models = Models(setup, answer_params(setup))
     contenders: list[Contender] = []
     answers: dict[str, list[Answer]] = {}
     owns: dict[str, Side] = {}

@@ -7,6 +7,7 @@ from opcd.config import TrainConfig
 from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.evaluation.contenders import LoadedModel, answers_of, load_for_answers
+from opcd.evaluation.decoding import answer_params
 from opcd.rollouts.noise import HELD_OUT, streams
 from opcd.tasks.messages import user
 from opcd.tasks.prepare import prepare
@@ -22,9 +23,10 @@ class SideBySide:
                 f"folder of a run that has ended"
             )
         self._setup = prepare(config)
+        params = answer_params(self._setup)
         self._models: dict[str, LoadedModel] = {
-            "base": load_for_answers(self._setup, config.model),
-            "distilled": load_for_answers(self._setup, str(distilled)),
+            "base": load_for_answers(self._setup, config.model, params),
+            "distilled": load_for_answers(self._setup, str(distilled), params),
         }
 
     @property
@@ -51,8 +53,8 @@ class SideBySide:
             ("prompted", "base", prompted),
             ("distilled", "distilled", alone),
         ):
-            engine = self._models[model].engine
-            (answer,) = answers_of(engine, [ids], numbers, self._setup)
+            held = self._models[model]
+            (answer,) = answers_of(held.engine, [ids], numbers, held.params, self._setup)
             yield name, answer.text
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from opcd.evaluation.contenders import LoadedModel
+from opcd.evaluation.decoding import greedy_params
 from opcd.evaluation.elsewhere import original_side
 from opcd.runtime.stopwatch import Stopwatch
 from opcd.tasks.prepare import Setup
@@ -204,7 +205,8 @@ def _elsewhere_seconds(distiller: Distiller, setup: Setup) -> float:
     if not (requests and setup.task.test):
         return 0.0
     student, plan = distiller.student, distiller.student_loss.plan
-    model = LoadedModel(student, plan, distiller.engine, setup._replace(elsewhere=requests))
+    some = setup._replace(elsewhere=requests)
+    model = LoadedModel(student, plan, distiller.engine, some, greedy_params(setup))
     both = _seconds(lambda: distiller.in_low_precision(lambda: original_side(model)), distiller)
     return both / len(requests)
 

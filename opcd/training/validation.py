@@ -21,7 +21,7 @@ from opcd.evaluation.agreement import (
     teacher_side,
 )
 from opcd.evaluation.contenders import Answer, answers_alone, prompted_answers
-from opcd.evaluation.decoding import rollout_params
+from opcd.evaluation.decoding import greedy_params, rollout_params
 from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference
 from opcd.evaluation.scorecard import accuracy
@@ -72,10 +72,10 @@ class Validation:
 
     def answers(self) -> list[Answer]:
         """What the student as it is answers to the requests, without the context."""
-        distiller = self._distiller
+        distiller, params = self._distiller, greedy_params(self._setup)
         distiller.engine.sync(distiller.student, distiller.steps_done)
         return distiller.in_low_precision(
-            lambda: answers_alone(distiller.engine, self._cases, self._setup)
+            lambda: answers_alone(distiller.engine, self._cases, params, self._setup)
         )
 
     def distances(self) -> tuple[Gap, Divergences]:
@@ -105,7 +105,7 @@ class Validation:
         with teacher.frozen(), torch.autocast(device.type, enabled=False):
             size = config.rollout_batch_size
             engine = build_engine(config.rollout_engine, teacher.model, size, teacher.plan)
-            answers = prompted_answers(engine, self._cases, self._setup)
+            answers = prompted_answers(engine, self._cases, greedy_params(self._setup), self._setup)
             engine.close()
         return answers
 

@@ -41,6 +41,8 @@ from opcd.training.evaluate import evaluate_run
 from opcd.training.run import train
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
+GREEDY = SamplingParams(8, temperature=0.0)
+
 
 class Heard(Progress):
     """What a run tells."""
@@ -457,11 +459,10 @@ def test_equal_prompts_are_answered_once(settings: dict) -> None:
             asked.append(len(prompts))
             return [Rollout(p, [p[-1] + 2], "stop", 0) for p in prompts]
 
-    answers = answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], setup)
+    answers = answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], GREEDY, setup)
     assert asked == [2]
     assert [a.text for a in answers] == [setup.chat.decode([x]) for x in (42, 52, 42)]
-    drawn = setup._replace(config=replace(setup.config, eval_temperature=0.7))
-    answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], drawn)
+    answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], SamplingParams(8, 0.7), setup)
     assert asked == [2, 3], "each draws for itself"
 
 
@@ -473,7 +474,7 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
         def generate(self, prompts: Sequence, params: SamplingParams, _: Any) -> list[Rollout]:
             return [Rollout(p, [40, stop] if p[-1] > 45 else [40], "stop", 0) for p in prompts]
 
-    answers = answers_of(Stopping(), [[40], [50], [40], [50]], [0] * 4, setup)
+    answers = answers_of(Stopping(), [[40], [50], [40], [50]], [0] * 4, GREEDY, setup)
     scorer = Scorer("python:m:f", lambda it: Score("<|im_end|>" in it.raw, {}), None)
     assert accuracy(answers[:3], setup.task.test[:3], scorer, [""] * 3) == pytest.approx(1 / 3)
 
