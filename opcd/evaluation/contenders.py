@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from opcd.episodes import Prompt
 from opcd.evaluation.decoding import greedy_params
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
@@ -53,13 +54,19 @@ class LoadedModel(NamedTuple):
         """Answers behind the context; requests with the same one share its prefix."""
         return prompted_answers(self.engine, cases, self.params, self.setup)
 
+    def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
+        """Answers to whole prompts."""
+        asked = [Prompt([*ids], [*ids]) for ids in prompt_ids]
+        numbers = streams(self.setup.config.seed, HELD_OUT, asked)
+        return answers_of(self.engine, prompt_ids, numbers, self.params, self.setup)
+
 
 class Models:
     """Those that answer, by their names or folders; one in memory at a time."""
 
     def __init__(self, setup: Setup, params: SamplingParams | None = None) -> None:
         self._setup = setup
-        self._params = params or greedy_params(setup)
+        self._params = params
         self._held: tuple[str, LoadedModel] | None = None
 
     def get(self, name: str) -> LoadedModel:
@@ -77,13 +84,13 @@ class Models:
             gc.collect()  # engines and wrappers refer to each other
 
 
-def load_for_answers(setup: Setup, name: str, params: SamplingParams) -> LoadedModel:
-    """A model by its name or folder, ready to answer."""
+def load_for_answers(setup: Setup, name: str, params: SamplingParams | None = None) -> LoadedModel:
+    """A model by its name or folder, ready to answer; the likeliest, unless otherwise drawn."""
     config = setup.config
     model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
-    return LoadedModel(model, plan, engine, setup, params)
+    return LoadedModel(model, plan, engine, setup, params or greedy_params(setup))
 
 
 def both_contenders(

@@ -175,7 +175,7 @@ def episodes_of(
 
 def _sides(student: LoadedModel, held_out: Sequence[Case], shown: Side) -> tuple[Side, Side]:
     """What a student samples itself, and what it makes of the teacher's answers."""
-    model, plan, engine, setup = student
+    model, plan, engine, setup, _ = student
     config, params = setup.config, rollout_params(setup)
     own = own_side(model, plan, engine, [c.prompt for c in held_out], params, config)
     return own, student_side(model, plan, shown.episodes, config)

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opcd.config import TrainConfig
-from opcd.episodes import Prompt
 from opcd.errors import InputError
-from opcd.evaluation.contenders import LoadedModel, answers_of, load_for_answers
+from opcd.evaluation.contenders import LoadedModel, load_for_answers
 from opcd.evaluation.decoding import answer_params
-from opcd.rollouts.noise import HELD_OUT, streams
 from opcd.tasks.messages import user
 from opcd.tasks.prepare import prepare
 
@@ -47,14 +45,12 @@ class SideBySide:
         chat = self._setup.chats[self.contexts[0] if context is None else context]
         asked = [user(message)]
         alone, prompted = chat.student_ids(asked), chat.teacher_ids(asked)
-        numbers = streams(self._setup.config.seed, HELD_OUT, [Prompt(alone, prompted)])
         for name, model, ids in (
             ("base", "base", alone),
             ("prompted", "base", prompted),
             ("distilled", "distilled", alone),
         ):
-            held = self._models[model]
-            (answer,) = answers_of(held.engine, [ids], numbers, held.params, self._setup)
+            (answer,) = self._models[model].answers([ids])
             yield name, answer.text
 
     def close(self) -> None:
