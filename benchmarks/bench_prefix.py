@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.memory import peak_mib
 from opcd.errors import InputError
 from opcd.models.by_name import load_model, resolve_device, resolve_dtype
-from opcd.models.lm import transformer
+from opcd.models.lm import cache_argument, transformer
 from opcd.objective import head_divergence
 from opcd.passes.prefix import SharedPrefix
 from opcd.teacher import SharedPrefixTeacher
@@ -136,10 +136,11 @@ def dynamic_cache(
     width = max(map(len, sequences))
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=DEVICE)
     positions = torch.arange(len(prefix), len(prefix) + width, device=DEVICE)
-    hidden = transformer(model)(
+    body = transformer(model)
+    hidden = body(
         input_ids=ids,
         position_ids=positions[None],
-        past_key_values=prefix.expand(len(ids)),
+        **cache_argument(body, prefix.expand(len(ids))),
         use_cache=True,
     ).last_hidden_state
     ends = zip(hidden, sequences, completions, strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opcd.models.head import head_of
-from opcd.models.lm import causal_lm, transformer
+from opcd.models.lm import cache_argument, causal_lm, transformer
 from opcd.passes.packed import Behind, InRow, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
@@ -109,10 +109,11 @@ def _padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
     start = len(prefix) if prefix is not None else 0
     positions = torch.arange(start, start + width, device=lm.device)
     cache = prefix.expand(len(rows), passes=1) if prefix is not None else None
-    output = transformer(model)(
+    body = transformer(model)
+    output = body(
         input_ids=uploaded(input_ids, lm.device),
         position_ids=positions.expand(len(rows), -1),
-        past_key_values=cache,
         use_cache=cache is not None,
+        **cache_argument(body, cache),
     )
     return output.last_hidden_state.flatten(0, 1).index_select(0, index)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opcd.errors import InputError
-from opcd.models.lm import causal_lm, rope_differs, transformer
+from opcd.models.lm import cache_of, causal_lm, rope_differs, transformer
 from opcd.runtime.upload import uploaded
 
 # A pass reads every weight, which costs about as much as this many tokens in a batch.
@@ -39,7 +39,7 @@ class SharedPrefix:
         ids = uploaded(torch.tensor([self.token_ids]), lm.device)
         body = transformer(model)
         output = body(input_ids=ids, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
             raise UnsupportedModelError(
                 f"{type(lm).__name__} must return a transformers Cache to share a prefix, got "

@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from opcd.config import TrainConfig
-from opcd.models.lm import causal_lm, last_logits
+from opcd.models.lm import cache_argument, causal_lm, last_logits
 from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.preflight.weightless import Tally
 from opcd.rollouts.generate import batch_rows
@@ -45,8 +45,8 @@ def sampling(
         return lm(
             input_ids=torch.zeros(rows, width - start, dtype=torch.long, device=lm.device),
             attention_mask=mask,
-            past_key_values=prefix.expand(rows) if prefix is not None else None,
             use_cache=True,
+            **cache_argument(lm, prefix.expand(rows) if prefix is not None else None),
             **last_logits(lm),
         )
 
@@ -72,7 +72,7 @@ def prefix_bytes(prefix: SharedPrefix, tokens: int) -> int:
 
 def _layers(holder: Any) -> list[Any]:
     """Those of a cache, or of the cache of a model's output under any of its names."""
-    for name in ("past_key_values", "cache_params"):
+    for name in ("cache", "past_key_values", "cache_params"):
         holder = getattr(holder, name, holder)
     return list(getattr(holder, "layers", []))
 

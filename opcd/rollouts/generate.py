@@ -1,12 +1,13 @@
 """Completions by `transformers.generate`."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from opcd.models.lm import causal_lm, eos_token_ids, transformer
+from opcd.models.lm import cache_argument, cache_of, causal_lm, eos_token_ids, transformer
 from opcd.passes.prefix import MIN_TOKENS_SAVED, SharedPrefix, common_prefix
 from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_conversations import GeneratedConversations
@@ -130,13 +131,14 @@ class TransformersEngine:
             row[: len(own)] = torch.tensor(own)
         device = causal_lm(self._model).device
         positions = torch.arange(start, columns, device=device)
-        output = transformer(self._model)(
+        body: Any = transformer(self._model)
+        output = body(
             input_ids=ids.to(device),
             position_ids=positions.expand(len(trunks), -1),
-            past_key_values=prefix.expand(len(trunks)) if prefix is not None else None,
             use_cache=True,
+            **cache_argument(body, prefix.expand(len(trunks)) if prefix is not None else None),
         )
-        cache = output.past_key_values
+        cache = cache_of(output)
         place = {i: row for row, i in enumerate(trunks)}
         rows = torch.tensor([place[branch.trunk] for branch in found], device=device)
         cache.batch_select_indices(rows)

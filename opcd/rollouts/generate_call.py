@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from opcd.models.lm import causal_lm
+from opcd.models.lm import cache_argument, causal_lm
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
 from opcd.rollouts.noise import drawn, truncated, uniforms
 from opcd.rollouts.protocol import SamplingParams
@@ -63,7 +63,7 @@ def generated(
             generation_config=config,
             logits_processor=draws,
             stopping_criteria=ends,
-            past_key_values=cache,
+            **cache_argument(lm, cache),
         )
 
 
