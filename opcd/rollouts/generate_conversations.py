@@ -1,11 +1,10 @@
 """Conversations by `transformers.generate`, whose cache goes on from turn to turn."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from opcd.models.lm import cache_of
 from opcd.passes.prefix import common_prefix
@@ -58,7 +57,7 @@ class GeneratedConversations(GrowingRows):
 
     A row that ends its turn before others of its batch is padded behind it, and the pads masked.
     Where a model's layers do not allow that (sliding windows, recurrent states), each row is a
-    batch of its own; rows whose cache cannot be shortened are computed anew after a `rewind`.
+    batch of its own.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class GeneratedConversations(GrowingRows):
             rows = [*range(start, min(start + size, len(prompts)))]
             cache = prefix.expand(len(rows)) if prefix is not None else None
             self._batches.append(_Rectangle(rows, [prompts[i] for i in rows], cache, shared))
-        self._columns: dict[int, int] = {}  # by batch: those in front of the last completion
 
     def close(self) -> None:
         """See Conversations.close."""
@@ -91,13 +89,13 @@ class GeneratedConversations(GrowingRows):
     ) -> list[list[int]]:
         stream_of = dict(zip(rows, streams.tolist(), strict=True))
         found: dict[int, list[int]] = {}
-        for number, batch in enumerate(self._batches):
+        for batch in self._batches:
             here = [row for row in batch.rows if row in stream_of]
             if not here:
                 continue
             batch.keep(here)
             batch.widened(self._eos[0])
-            width = self._columns[number] = batch.ids.shape[1]
+            width = batch.ids.shape[1]
             numbers = torch.tensor([stream_of[row] for row in here])
             output = generated(
                 self._model, batch.ids, batch.mask, batch.cache, self._eos, params, numbers
@@ -118,26 +116,3 @@ class GeneratedConversations(GrowingRows):
         for batch in self._batches:
             for place, row in enumerate(batch.rows):
                 batch.pending[place] += new.get(row, [])
-
-    def _taken_back(self) -> None:
-        for number, batch in enumerate(self._batches):
-            columns = self._columns.get(number)
-            if columns is None or not any(self._due[row] for row in batch.rows):
-                continue
-            if batch.cache is not None and _shortened(batch.cache, columns):
-                batch.ids, batch.mask = batch.ids[:, :columns], batch.mask[:, :columns]
-                batch.pending = [[] for _ in batch.rows]
-            else:
-                self._batches[number] = _Rectangle(
-                    batch.rows, [self._tokens[row] for row in batch.rows], None, 0
-                )
-
-
-def _shortened(cache: Any, columns: int) -> bool:
-    """Cut a cache to so many columns; False where its layers keep more than keys and values."""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return False
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = layer.keys[..., :columns, :], layer.values[..., :columns, :]
-    return True

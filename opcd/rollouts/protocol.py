@@ -111,10 +111,6 @@ class Conversations(Protocol):
         """
         ...
 
-    def rewind(self) -> None:
-        """Take the last completion back; every row that goes on must then be appended to."""
-        ...
-
     def close(self) -> None:
         """Free what is held."""
         ...

@@ -98,6 +98,3 @@ class StaticConversations(GrowingRows):
             grown.adopt(held)
             self._decoders[number] = grown
         return self._decoders[number]
-
-    def _taken_back(self) -> None:
-        """What a decoder holds behind a row is written over when the row is appended to."""
