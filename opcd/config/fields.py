@@ -118,7 +118,7 @@ class Objective:
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
     mixture."""
     guided_share: float = 0.25
-    """Share of a step's prompts that are completed by the teacher, with the context in view, and
+    """Share of a step's rows that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
     plain form, 1 its off-policy baseline."""
     guided_completions: str | None = None

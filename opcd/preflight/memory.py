@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from opcd.episodes import Episode, Prompt
+from opcd.evaluation.decoding import answer_params, rollout_params
 from opcd.models.cast_weights import CastWeights
 from opcd.models.files import ModelFiles
 from opcd.models.head import head_of
@@ -226,6 +227,7 @@ class Models:
             model,
             prompts,
             self.config,
+            rollout_params(self.setup) if model is self.student else answer_params(self.setup),
             self.plan.shares_prefix,
             lambda call: self._low(call, head=True) if model is self.student else call(),
         )

@@ -13,6 +13,7 @@ from opcd.evaluation.decoding import answer_params, greedy_params, rollout_param
 from opcd.evaluation.evaluate import evaluate
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import scorecard_facts
+from opcd.preflight import memory
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.build import build_distiller
@@ -135,6 +136,16 @@ def test_a_scorecard_says_how_its_answers_were_drawn(settings: dict) -> None:
     said = "answers are drawn at temperature 0.9, top_k 20 (0: all), top_p 0.95, by the same"
     assert any(fact.startswith(said) for fact in scorecard_facts(card))
     assert not any("drawn at" in fact for fact in scorecard_facts(greedy.card))
+
+
+def test_memory_counts_the_sort(settings: dict) -> None:
+    """Of the whole vocabulary, for each row of a batch."""
+    found = [memory.Models(prepared(settings, **more)).memory() for more in ({}, DRAWN)]
+    phases = [{k: x - it.parts["process"] for k, x in it.phases.items()} for it in found]
+    rows, vocabulary = 4, 258
+    more = phases[1]["scorecard"] - phases[0]["scorecard"]
+    assert more > rows * vocabulary * (4 + 8 + 8), "ordered logits, their places, shares"
+    assert phases[1]["rollout"] == phases[0]["rollout"]
 
 
 def test_a_run_with_all_of_it(settings: dict) -> None:
