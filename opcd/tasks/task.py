@@ -118,7 +118,9 @@ class Task:
         recorded = [
             [e.student_ids, e.teacher_ids, e.spans] for e in chain.from_iterable(self.recorded)
         ]
-        ids = prefixes + prompts + named + recorded
+        turns = [len(conversation) for conversation in self.conversations]
+        together = [turns] if max(turns, default=1) > 1 else []  # what steps take
+        ids = prefixes + prompts + named + recorded + together
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     @property

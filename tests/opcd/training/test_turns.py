@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_a_step_takes_whole_conversations(talks: dict) -> None:
     write_jsonl(Path(talks["prompts"]), [row(word, 1 + i % 4) for i, word in enumerate(WORDS)])
     setup = prepared(talks, prompts_per_step=4, guided_share=0.25, steps=8)
     rows = setup.task.conversations
+    apart = [
+        case._replace(example=replace(case.example, source=f"p:{i}"))
+        for i, case in enumerate(setup.task.training)
+    ]
+    assert replace(setup.task, training=apart).training_digest != setup.task.training_digest
     assert sorted(map(len, rows)) == sorted([1, 2, 3, 4] * 4)
     seen: list[int] = []
     for step in range(4):
@@ -135,4 +141,5 @@ def test_a_step_takes_whole_conversations(talks: dict) -> None:
 
 def test_rows_of_one_prompt_are_taken_as_before(settings: dict) -> None:
     last, every = (prepared(settings, turns=turns) for turns in ("last", "all"))
+    assert last.fingerprint == every.fingerprint
     assert last.task.conversations == every.task.conversations == [[p] for p in last.task.train]
