@@ -31,6 +31,7 @@ class Contender(NamedTuple):
     name: str
     meaning: str  # for people
     answer: Callable[[Sequence[Case]], list[Answer]]
+    without: str = ""  # of one that sees the context, the name of the same model without it
 
 
 class LoadedModel(NamedTuple):
@@ -94,7 +95,12 @@ def both_contenders(
     """A model without the context, and with it."""
     return [
         Contender(names[0], f"{when}, without the context", lambda c: models.get(model).alone(c)),
-        Contender(names[1], f"{when}, with the context", lambda c: models.get(model).prompted(c)),
+        Contender(
+            names[1],
+            f"{when}, with the context",
+            lambda c: models.get(model).prompted(c),
+            without=names[0],
+        ),
     ]
 
 

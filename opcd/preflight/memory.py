@@ -210,7 +210,7 @@ class Models:
     def _scorecard(self) -> int:
         """One model, and what it takes to answer test requests behind their contexts."""
         by_context: dict[str, list[list[int]]] = {}
-        for case in self.setup.task.test:
+        for case in self.setup.task.scored:
             ids = self.setup.task.prompted_ids(case.prompt)
             by_context.setdefault(case.prompt.context, []).append(ids)
         largest = max(by_context.values(), key=lambda x: sum(map(len, x)), default=None)

@@ -96,7 +96,7 @@ def run_seconds(one: Timed, setup: Setup) -> RunSeconds:
 def _with_steps(steps: int, one: Timed, setup: Setup) -> RunSeconds:
     """Of a run of so many steps."""
     config, task = setup.config, setup.task
-    validated, tested = len(task.validation), len(task.test)
+    validated, tested = len(task.validation), len(task.scored)
 
     def reference(requests: int) -> float:
         """Of what the prompted teacher says to them."""
