@@ -103,7 +103,7 @@ class Objective:
     held to the original model without it: what keeps other abilities. At least one prompt a step
     where it is above 0; 1 trains on nothing else."""
     replay_data: str | None = None
-    """Prompts of that kind, as prompts are written. Default: 240 that come with opcd, none of them
+    """Prompts of that kind, as prompts are written. Default: 160 that come with opcd, none of them
     among those elsewhere."""
     return_anchor: float = 0.0
     """Weight of a second loss on the student's own completions, KL(student without the context ‖
@@ -270,8 +270,13 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
             )
         if self.replay_data is not None and not self.replay_share:
             raise InputError(
-                "replay_data must come with a replay_share above 0, got 0: nothing would be trained "
-                "on them; set replay_share to 0.25, or leave them out"
+                "replay_data must come with a replay_share above 0, got 0: nothing would be "
+                "trained on them; set replay_share to 0.25, or leave them out"
+            )
+        if self.replay_share and self.teacher is not None:
+            raise InputError(
+                f"replay_share must go without a teacher of its own, which would be the target in "
+                f"place of the original model, got {self.teacher!r}; leave one of both out"
             )
         if self.return_anchor and self.gradient_checkpointing:
             raise InputError(
@@ -292,11 +297,15 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         return self
 
     @property
-    def replay_prompts(self) -> int:
+    def replayed(self) -> int:
         """How many prompts of a step are replayed; the others are the task's."""
         if not self.replay_share:
             return 0
         return max(1, round(self.replay_share * self.prompts_per_step))
+
+    def of_task(self) -> "TrainConfig":
+        """This run with the task's own prompts of a step alone."""
+        return replace(self, prompts_per_step=self.prompts_per_step - self.replayed, replay_share=0)
 
     def _check_recorded(self) -> None:
         """Raise InputError for a field that would do nothing, unless it is at its default and

@@ -164,7 +164,9 @@ def _converted(name: str, value: Any, source: str) -> Any:
             words = f"one of {', '.join(options)}"
             hint = did_you_mean(str(value), options)
         else:
-            example = "{typos: typos.jsonl}" if name in FILES_BY_NAME else "{enable_thinking: false}"
+            example = (
+                "{typos: typos.jsonl}" if name in FILES_BY_NAME else "{enable_thinking: false}"
+            )
             words = WORDS.get(kind, f"a mapping, like {example}")
             hint = "; put it in quotes" if kind is str and isinstance(value, (int, float)) else ""
             if name in INPUT_FILES and isinstance(value, (dict, list)):

@@ -2,8 +2,10 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from opcd.models.adapter import is_adapter, load_adapter
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
@@ -78,9 +80,12 @@ class Models:
 
 
 def load_for_answers(setup: Setup, name: str) -> LoadedModel:
-    """A model by its name or folder, ready to answer."""
+    """A model by its name or folder, or an adapter's folder on the base, ready to answer."""
     config = setup.config
-    model = setup.load(name)
+    if is_adapter(Path(name)):
+        model = load_adapter(setup.load(config.model), Path(name))
+    else:
+        model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
     return LoadedModel(model, plan, engine, setup)

@@ -28,6 +28,7 @@ from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.memory import resident_memory
 from opcd.tasks.order import step_prompts
 from opcd.tasks.prepare import Setup
+from opcd.tasks.replay import WITHOUT
 
 T = TypeVar("T")
 
@@ -165,7 +166,11 @@ class Models:
         """The height of the teacher's largest pass."""
         shared = self.plan.shares_prefix
         rows = self._largest_pass(
-            (lambda item: item.teacher_ids) if shared else self.setup.task.prompted_ids
+            lambda item: (
+                item.teacher_ids
+                if shared or item.context == WITHOUT
+                else self.setup.task.prompted_ids(item)
+            )
         )
         prefix, copies = self.prefix if shared else None, 0
         if prefix is not None and not prefix.only_attention:
@@ -185,9 +190,13 @@ class Models:
         config, task = self.config, self.setup.task
         items: Sequence[Prompt | Episode] = task.recorded or task.train
         more = 0 if task.recorded else config.max_completion_tokens
+        replay = self.setup.replay
+        others = sorted(replay.prompts, key=lambda p: -len(ids_of(p))) if replay else []
+        own = config.of_task()
         largest: tuple[int, list[Prompt | Episode]] = (0, [])
         for step in range(config.steps):
-            chosen = step_prompts(items, step, config)
+            chosen = step_prompts(items, step, own)
+            chosen += others[: config.replayed]
             chosen = [item for item in chosen for _ in range(config.completions_per_prompt)]
             lengths = [len(ids_of(item)) + more for item in chosen]
             for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):

@@ -15,10 +15,12 @@ from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
 from opcd.tasks.prepare import Setup
+from opcd.tasks.replay import WITHOUT
 from opcd.teacher import SharedPrefixTeacher, teacher_of
+from opcd.training.anchor import ReturnAnchor
 from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
-from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source
+from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source, WithReplay
 
 
 def build_distiller(setup: Setup) -> Distiller:
@@ -50,11 +52,23 @@ def build_distiller(setup: Setup) -> Distiller:
         temperature=config.temperature,
         add_weight_grad=head_of(student).weight.requires_grad,
     )
-    source = _source(setup, teacher)
-    return Distiller(loss, teacher, engine, source, config, setup.dtype)
+    anchor = None
+    if config.return_anchor:
+        anchor = ReturnAnchor(student, plan, setup.task.prefixes, config)
+    return Distiller(loss, teacher, engine, _source(setup, teacher), config, setup.dtype, anchor)
 
 
 def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
+    config, replay = setup.config, setup.replay
+    if replay is None:
+        return _of_task(setup, teacher)
+    teacher.add_context(WITHOUT, replay.prefix)
+    own = config.of_task()
+    task = _of_task(setup._replace(config=own), teacher) if own.prompts_per_step else None
+    return WithReplay(task, replay.prompts, config)
+
+
+def _of_task(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
     config, prompts = setup.config, setup.task.train
     if config.source == "recorded":
         return Recorded(setup.task.recorded, config)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.errors import InputError
+from opcd.evaluation.elsewhere_tasks import tasks_of
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_jsonl
@@ -55,6 +56,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     """
     progress = progress or Progress()
     setup = prepare(config, for_training=True)
+    tasks_of(config)  # what the scorecard will ask for must be there before the first step
     folder = check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
     finished = before.get("steps_done") == config.steps
