@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
     _load()
-    commands = {"check": _check, "train": _train, "eval": _evaluate}
+    commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
     return commands[arguments.command](arguments, config)
 
 
@@ -121,6 +121,18 @@ def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
     show(found.card)
     with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         show_evaluated(folder, found)
+    return 0
+
+
+def _rivals(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.studies.rivals import rivals, rivals_table
+    from opcd.terminal import Terminal
+
+    with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
+        found = rivals(config, arguments.rival, arguments.other_context, terminal)
+    show(found)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        print(f"\n{rivals_table(found)}\n\nwritten: {Path(config.output_dir) / 'rivals'}")
     return 0
 
 
@@ -232,11 +244,12 @@ def _parser() -> _Parser:
         ("check", "Look at a prompt before any training: what it changes, what it will cost."),
         ("train", "Distil a context into a model, then score it on test data."),
         ("eval", "Score a distilled model against the base model, with and without the context."),
+        ("rivals", "Train and score what else a prompt can become, on the same prompts."),
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
-        printed = "what was found" if name == "check" else "the scorecard"
+        printed = {"check": "what was found", "rivals": "the rows"}.get(name, "the scorecard")
         sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
@@ -247,6 +260,20 @@ def _parser() -> _Parser:
                 type=float,
                 metavar="N",
                 help="requests that come between two changes of the prompt, if it is known",
+            )
+            _add_fields(sub, FIELDS)
+        elif name == "rivals":
+            sub.add_argument(
+                "--rival",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="this one, beside opcd; may be given several times; default: all",
+            )
+            sub.add_argument(
+                "--other_context",
+                metavar="FILE",
+                help="another task's context, for the control that learns from it",
             )
             _add_fields(sub, FIELDS)
         else:

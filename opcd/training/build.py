@@ -11,6 +11,7 @@ from peft import PeftModel
 from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
+from opcd.objective import Divergence, head_divergence
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
@@ -23,7 +24,7 @@ from opcd.training.loop import Distiller
 from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source, WithReplay
 
 
-def build_distiller(setup: Setup) -> Distiller:
+def build_distiller(setup: Setup, divergence: Divergence = head_divergence) -> Distiller:
     """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
     config = setup.config
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
@@ -51,6 +52,7 @@ def build_distiller(setup: Setup) -> Distiller:
         plan,
         temperature=config.temperature,
         add_weight_grad=head_of(student).weight.requires_grad,
+        divergence=divergence,
     )
     anchor = None
     if config.return_anchor:
