@@ -113,7 +113,7 @@ def compared(found: Mapping[str, Results]) -> dict[str, Any]:
         card[task] = {}
         for metric, mean in metrics.items():
             both = before.values[task][metric], after.values[task][metric]
-            row = {"original": mean, "distilled": after.means[task][metric]}
+            row: dict[str, Any] = {"original": mean, "distilled": after.means[task][metric]}
             if both[0] and len(both[0]) == len(both[1]):
                 theirs, ours = (PerRequest(values, [1] * len(values)) for values in both)
                 row["difference"] = paired_difference(ours, theirs).summary()

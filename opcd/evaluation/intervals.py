@@ -164,7 +164,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float
 
 
 def mean_of_shares_interval(
-    shares: Sequence[tuple[float, int]],  # each share, and of how many requests it is
+    shares: Sequence[tuple[float, float]],  # each share, and of how many requests it is
 ) -> list[float]:
     """95 % interval of the unweighted mean of independent proportions, such as rates of classes.
 
@@ -173,7 +173,7 @@ def mean_of_shares_interval(
     """
     k = len(shares)
     mean = sum(share for share, _ in shares) / k
-    limits = [(share, *wilson_interval(share * n, n)) for share, n in shares]
+    limits = [(share, *wilson_interval(share * n, round(n))) for share, n in shares]
     below = math.sqrt(sum((share - low) ** 2 for share, low, _ in limits)) / k
     above = math.sqrt(sum((high - share) ** 2 for share, _, high in limits)) / k
     return [max(0.0, mean - below), min(1.0, mean + above)]

@@ -67,8 +67,8 @@ def soft_prompt_answers(model: LoadedModel, vectors: Tensor, cases: Sequence[Cas
     for members in by_length.values():
         for start in range(0, len(members), setup.config.rollout_batch_size):
             batch = members[start : start + setup.config.rollout_batch_size]
-            ids = torch.tensor([prompts[i] for i in batch])
-            found.update(zip(batch, greedy(model.model, vectors, ids, new), strict=True))
+            together = torch.tensor([prompts[i] for i in batch])  # (B, T)
+            found.update(zip(batch, greedy(model.model, vectors, together, new), strict=True))
     eos = eos_token_ids(model.model)
     return [
         Answer(

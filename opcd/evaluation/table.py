@@ -25,8 +25,9 @@ def write_table(
     """Write answers.csv: UTF-8, with a first line of names, as spreadsheets and pandas read it."""
     text = io.StringIO()
     # All texts in quotes: Python before 3.13 leaves a carriage return, which ends a line, bare.
-    quoting = csv.QUOTE_NONNUMERIC
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n", quoting=quoting)
+    writer = csv.DictWriter(
+        text, COLUMNS, restval="", lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+    )
     writer.writeheader()
     writer.writerows(_judged(contenders, answers))
     writer.writerows(_elsewhere(elsewhere))

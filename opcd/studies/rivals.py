@@ -45,8 +45,8 @@ class Trained(NamedTuple):
     divergence: Divergence = head_divergence
 
 
-BARE = {"replay_share": 0.0, "replay_data": None, "return_anchor": 0.0}
-OWN = {"guided_share": 0.0, "forward_share": 0.0, **BARE}
+BARE: dict[str, Any] = {"replay_share": 0.0, "replay_data": None, "return_anchor": 0.0}
+OWN: dict[str, Any] = {"guided_share": 0.0, "forward_share": 0.0, **BARE}
 TRAINED = {
     REFERENCE: Trained("as configured", {}),
     "plain": Trained("own completions alone, the exact reverse KL", OWN),
@@ -280,8 +280,7 @@ class _Study:
     def _control(self, name: str) -> list[dict[str, Any]]:
         config = self._config
         if name == "teacher_without":
-            settings = {"replay_share": 1.0, "replay_data": config.prompts, "guided_share": 0.0}
-            settings |= {"return_anchor": 0.0}
+            settings = OWN | {"replay_share": 1.0, "replay_data": config.prompts}
             card = self._run(name, replace(config, **settings), head_divergence)
         else:
             card = self._of_another(name)

@@ -78,7 +78,7 @@ class Setup(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Digest of what is trained on: a resumed run must see the very same token ids."""
-        more = [sorted(self.completions.items())] if self.completions else []
+        more: list[Any] = [sorted(self.completions.items())] if self.completions else []
         more += [[p.student_ids for p in self.replay.prompts]] if self.replay else []
         if not more:
             return self.task.training_digest

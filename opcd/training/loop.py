@@ -9,6 +9,7 @@ What is sampled, and how each episode is scored, is the source's to say (`source
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -166,19 +167,15 @@ class Distiller:
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
-            arguments = (
-                [episodes[i] for i in batch],
-                targets.of(batch),
-                torch.cat([weights[i] for i in batch]),
-            )
-            out = self._passed(lambda a=arguments: self.student_loss(*a))
+            some, of_tokens = [episodes[i] for i in batch], torch.cat([weights[i] for i in batch])
+            out = self._passed(partial(self.student_loss, some, targets.of(batch), of_tokens))
             out.loss.backward()
-            anchor_loss, anchored = self._anchored(arguments[0], arguments[2])
+            anchor_loss, anchored = self._anchored(some, of_tokens)
             totals += torch.stack(
                 [
                     out.loss.detach() + anchor_loss,
                     out.student_entropy.sum(),
-                    *self._by_origin(arguments[0], out),
+                    *self._by_origin(some, out),
                     anchored,
                     *(nan if kl is None else kl.sum() for kl in (out.reverse_kl, out.forward_kl)),
                 ]
