@@ -358,4 +358,4 @@ def test_help_explains_the_fields_of_a_command_and_no_others(
     text = " ".join(text.split())
     assert "Limit of a completion, in tokens" in text
     trains = "by default one for the model's size" in text
-    assert trains == (command == "train")
+    assert trains == (command != "eval")
