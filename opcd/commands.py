@@ -55,9 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "chat":
         return _chat(arguments)
+    if arguments.command == "eval" and arguments.compare:
+        return _compare(arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
     _load()
-    commands = {"check": _check, "train": _train, "eval": _evaluate}
+    commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
     return commands[arguments.command](arguments, config)
 
 
@@ -110,11 +112,59 @@ def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
     from opcd.terminal import Terminal, show_evaluated
     from opcd.training.evaluate import evaluate_run
 
+    contenders = _named(arguments)
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
-        folder, found = evaluate_run(config, arguments.distilled, arguments.save_to, terminal)
+        folder, found = evaluate_run(
+            *(config, arguments.distilled, arguments.save_to, terminal),
+            *(contenders, arguments.served_model),
+        )
     show(found.card)
     with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         show_evaluated(folder, found)
+    return 0
+
+
+def _rivals(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    from opcd.studies.rivals import rivals, rivals_table
+    from opcd.terminal import Terminal
+
+    with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:
+        found = rivals(config, arguments.rival, arguments.other_context, terminal)
+    show(found)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        print(f"\n{rivals_table(found)}\n\nwritten: {Path(config.output_dir) / 'rivals'}")
+    return 0
+
+
+def _named(arguments: argparse.Namespace) -> dict[str, str]:
+    """Who else answers, by name. Raises InputError for what is not NAME=WHAT, and for one twice."""
+    found: dict[str, str] = {}
+    given = [
+        *arguments.contender,
+        *([f"server={arguments.base_url}"] if arguments.base_url else []),
+    ]
+    for text in given:
+        name, equals, what = text.partition("=")
+        if not (name and equals and what) or name in found:
+            raise InputError(
+                f"a contender must be given as NAME=WHAT, each name once, got {text!r}; write "
+                f"short=short.md, for example"
+            )
+        found[name] = what
+    return found
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from opcd.evaluation.compare import compare, comparison_table, draw_comparison
+
+    found = compare([Path(run) for run in arguments.compare])
+    if arguments.json:
+        print(json.dumps([run.card for run in found], indent=2))
+        return 0
+    picture = Path(arguments.save_to or ".") / "compare.svg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_comparison(found, picture)
+    print(f"{comparison_table(found)}\n\nwritten: {picture}")
     return 0
 
 
@@ -194,11 +244,12 @@ def _parser() -> _Parser:
         ("check", "Look at a prompt before any training: what it changes, what it will cost."),
         ("train", "Distil a context into a model, then score it on test data."),
         ("eval", "Score a distilled model against the base model, with and without the context."),
+        ("rivals", "Train and score what else a prompt can become, on the same prompts."),
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
-        printed = "what was found" if name == "check" else "the scorecard"
+        printed = {"check": "what was found", "rivals": "the rows"}.get(name, "the scorecard")
         sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
@@ -209,6 +260,20 @@ def _parser() -> _Parser:
                 type=float,
                 metavar="N",
                 help="requests that come between two changes of the prompt, if it is known",
+            )
+            _add_fields(sub, FIELDS)
+        elif name == "rivals":
+            sub.add_argument(
+                "--rival",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="this one, beside opcd; may be given several times; default: all",
+            )
+            sub.add_argument(
+                "--other_context",
+                metavar="FILE",
+                help="another task's context, for the control that learns from it",
             )
             _add_fields(sub, FIELDS)
         else:
@@ -223,6 +288,7 @@ def _parser() -> _Parser:
                 help="for scorecard and report; default output_dir, or a new folder in it where "
                 "something that is measured by is not as in training",
             )
+            _add_contenders(sub)
             _add_fields(sub, MEASURING)
     chat = commands.add_parser(
         "chat",
@@ -241,6 +307,32 @@ def _parser() -> _Parser:
     )
     init.add_argument("folder", metavar="FOLDER", help="a folder that is not there yet, or empty")
     return parser
+
+
+def _add_contenders(parser: argparse.ArgumentParser) -> None:
+    """Who else answers, and many runs side by side."""
+    parser.add_argument(
+        "--contender",
+        action="append",
+        default=[],
+        metavar="NAME=WHAT",
+        help="who answers as well: a model, the folder of an adapter or of a soft prompt, a prompt "
+        "(.md, .txt, .json) for the base; may be given several times",
+    )
+    parser.add_argument(
+        "--base_url",
+        metavar="URL",
+        help="an OpenAI-compatible server that answers as well, such as http://127.0.0.1:8000/v1",
+    )
+    parser.add_argument(
+        "--served_model", metavar="NAME", help="which model of that server, where it has several"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RUN",
+        help="print and draw the scorecards of these folders, and measure nothing",
+    )
 
 
 def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None:

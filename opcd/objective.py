@@ -1,6 +1,6 @@
 """The divergence between two models, from their hidden states: where opcd meets opcd_kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from opcd_kernels import LinearDivergence, chunks, linear_divergence, reference
 ROWS, BLOCK = 1024, 16_384  # tokens, and entries of the vocabulary, whose logits are there at once
 
 Losses = LinearDivergence
+Divergence = Callable[..., Losses]  # of arguments as those of `head_divergence`
 
 
 class Targets(NamedTuple):
@@ -61,6 +62,23 @@ def head_divergence(
         vocab_size=min(len(student.weight), len(teacher.weight)),
         **options,
     )
+
+
+def vocabulary_logprobs(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    vocab_size: int,  # entries of the vocabulary that count, from the first on
+    temperature: float = 1.0,
+) -> Tensor:  # (N, V)
+    """log softmax over the whole vocabulary, in fp32 whatever the head is kept in.
+
+    With gradients where they are enabled; of few rows at a time, as it holds all logits.
+    """
+    bias = None if head.bias is None else head.bias[:vocab_size].float()
+    weight = head.weight[:vocab_size].float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = reference.logits(hidden.float(), weight, bias, head.softcap, temperature)
+        return logits.log_softmax(-1)
 
 
 def head_logprobs(

@@ -10,7 +10,7 @@ from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.models.lm import check_causal_lm
-from opcd.objective import Losses, Targets, head_divergence
+from opcd.objective import Divergence, Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import WHOLE, Plan, planned_hidden
 from opcd.passes.sequences import Mask, TokenIds, marked_runs, whole_numbers
@@ -33,11 +33,13 @@ class StudentLoss(torch.nn.Module):
         plan: Plan = WHOLE,  # how the student's passes are made, see `find_plan`
         temperature: float = 1.0,  # both models' logits are divided by it
         add_weight_grad: bool = False,  # see `linear_divergence`
+        divergence: Divergence = head_divergence,  # another one, to be measured against
     ) -> None:
         super().__init__()
         check_causal_lm(student)
         self.student = student
         self.plan = plan
+        self._divergence = divergence
         self._options: dict[str, Any] = {
             "temperature": temperature,
             "add_weight_grad": add_weight_grad,
@@ -100,7 +102,7 @@ class StudentLoss(torch.nn.Module):
             token_weights, how = _scoring(episodes, token_weights)
         hidden = planned_hidden(self.student, rows, self.plan)
         head = head_of(self.student)
-        return head_divergence(
+        return self._divergence(
             hidden, head, targets.hidden, targets.head, token_weights, **how, **self._options
         )
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from opcd.config import TrainConfig
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
+from opcd.evaluation.facts import set_lines
 from opcd.evaluation.report import (
     before_after,
     raised_alarms,
@@ -219,4 +220,7 @@ def show_scorecard(found: Evaluation) -> None:
     """A scorecard and a few answers."""
     print(f"\n{scorecard_table(found.card)}\n")
     print("\n".join(f"  {fact}" for fact in scorecard_facts(found.card)))
+    for name, card in found.card.get("test_sets", {}).items():
+        print(f"\n{name}\n\n{scorecard_table(card)}\n")
+        print("\n".join(f"  {line}" for line in set_lines(card)))
     print(f"\nTest prompts, before and after\n\n{before_after(found.answers)}")

@@ -115,6 +115,7 @@ def tiny_settings(folder: Path, model_dir: Path) -> dict:
         "validate_every": 3,
         "save_every": 2,
         "elsewhere_prompts": 0,
+        "leak_tokens": 0,
     }
 
 

@@ -22,7 +22,7 @@ FLOORS = (
     {"evaluation"},
     {"preflight"},
     {"training"},
-    {"terminal"},
+    {"studies", "terminal"},
     {"api"},
     {"commands"},
     {"cli"},

@@ -169,6 +169,8 @@ def evaluate(
     *,
     distilled: str | Path | Distilled | None = None,
     elsewhere_data: Rows | None = None,
+    contenders: Mapping[str, str | Path] | None = None,
+    served_model: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     preset: str | None = None,
@@ -177,7 +179,11 @@ def evaluate(
 ) -> Evaluated:
     """Score a model without and with the context, and one `distilled` from it where it is named.
 
-    Arguments are those of `distill`. Raises InputError for whatever does not fit.
+    contenders: who else answers, by name: the folder of a model, of an adapter or of a soft prompt,
+        the file of a prompt, or the address of a server (http://127.0.0.1:8000/v1), of whose models
+        `served_model` names one.
+
+    Other arguments are those of `distill`. Raises InputError for whatever does not fit.
     """
     training = sorted(name for name in settings if name in FIELDS and name not in MEASURING)
     if training:
@@ -194,7 +200,12 @@ def evaluate(
                 config = gather(given, preset=preset, caller="Python")
                 target = free_name(folder / "scored")
                 where, _ = evaluate_run(
-                    config, "none" if distilled is None else name, str(target), shown
+                    config,
+                    "none" if distilled is None else name,
+                    str(target),
+                    shown,
+                    {who: str(what) for who, what in (contenders or {}).items()},
+                    served_model,
                 )
             except InputError:
                 inputs.discard()

@@ -24,6 +24,9 @@ class Data:
     is missing to what the prompted teacher answers."""
     test_data: str | None = None
     """Requests for the scorecard, with "answer"s or without."""
+    test_sets: dict[str, Any] = field(default_factory=dict)
+    """More test data by name, each file scored by itself beside test_data, as in {typos:
+    typos.jsonl, german: german.jsonl}; none may hold a request of another part of the data."""
     turns: Literal["last", "all"] = "last"
     """Which prompts a training row gives: last is the whole row, up to the last assistant turn; all
     is one for each assistant turn, behind what was said before it."""
@@ -113,6 +116,17 @@ class Objective:
     source: Literal["sampled", "recorded"] = "sampled"
     """What is trained on: completions that are sampled (the student's own, and guided ones), or the
     assistant turns of the training rows as they were recorded, all of them, without sampling."""
+    replay_share: float = 0.0
+    """Share of a step's prompts that have nothing to do with the context, on which the student is
+    held to the original model without it: what keeps other abilities. At least one prompt a step
+    where it is above 0; 1 trains on nothing else."""
+    replay_data: str | None = None
+    """Prompts of that kind, as prompts are written. Default: 160 that come with opcd, none of them
+    among those elsewhere."""
+    return_anchor: float = 0.0
+    """Weight of a second loss on the student's own completions, KL(student without the context ‖
+    student with it), the first held fixed: what keeps a distilled model right where its prompt is
+    sent all the same. 0 leaves that pass out; arXiv 2606.11627 has 0.5."""
     forward_share: float = 0.0
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
@@ -190,6 +204,12 @@ class Run:
     of test_data in the scorecard."""
     elsewhere_prompts: int = 300
     """How many of elsewhere_data are asked, spread over the file; 0 leaves that out."""
+    elsewhere_tasks: str = ""
+    """Tasks of lm-eval (the extra elsewhere), their names or YAML files, separated by commas, by
+    which original and distilled model are judged as well, both without the context."""
+    leak_tokens: int = 128
+    """Limit of an answer, in tokens, to twenty requests to reveal the context, of which the
+    scorecard counts what they bring out of the models; 0 leaves that out."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_tokens_per_pass: int = 4096
@@ -227,7 +247,7 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
         ) | dict.fromkeys(
             (
                 *("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"),
-                *("elsewhere_prompts", "top_k"),
+                *("elsewhere_prompts", "leak_tokens", "return_anchor", "top_k"),
             ),
             0,
         )
@@ -239,8 +259,9 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if not self.weight_decay < float("inf"):
-            raise InputError(f"weight_decay must be finite, got {self.weight_decay}")
+        for name in ("weight_decay", "return_anchor"):
+            if not getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be finite, got {getattr(self, name)}")
         for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -251,7 +272,7 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                     f"without_context must be default, none or a text for the model, got "
                     f"{self.without_context!r}; write {keyword}"
                 )
-        for name in ("forward_share", "guided_share", "held_out_share"):
+        for name in ("forward_share", "guided_share", "held_out_share", "replay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.held_out_share == 1:
@@ -272,6 +293,32 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "
                 "trained on them; set guided_share to 1 to train on them alone"
             )
+        if self.replay_data is not None and not self.replay_share:
+            raise InputError(
+                "replay_data must come with a replay_share above 0, got 0: nothing would be "
+                "trained on them; set replay_share to 0.25, or leave them out"
+            )
+        if self.replay_share and self.teacher is not None:
+            raise InputError(
+                f"replay_share must go without a teacher of its own, which would be the target in "
+                f"place of the original model, got {self.teacher!r}; leave one of both out"
+            )
+        if self.return_anchor and self.gradient_checkpointing:
+            raise InputError(
+                "return_anchor must go without gradient_checkpointing, whose backward runs the "
+                "layers again without the context's keys and values; leave one of both out"
+            )
+        for name, file in self.test_sets.items():
+            if not isinstance(name, str) or not name.strip() or name in PARTS:
+                raise InputError(
+                    f"a name of test_sets must be a text other than {', '.join(PARTS)}, got "
+                    f"{name!r}; rename it"
+                )
+            if not isinstance(file, str) or not file.strip():
+                raise InputError(
+                    f"test_sets must name a file for {name!r}, got {file!r}; write {{{name}: "
+                    f"FILE.jsonl}}"
+                )
         return self
 
     def _check_answers(self) -> None:
@@ -288,6 +335,17 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                 f"{self.top_k} and top_p {self.top_p} for greedy answers, where they do nothing; "
                 f"set eval_temperature, or leave them out"
             )
+
+    @property
+    def replayed(self) -> int:
+        """How many prompts of a step are replayed; the others are the task's."""
+        if not self.replay_share:
+            return 0
+        return max(1, round(self.replay_share * self.prompts_per_step))
+
+    def of_task(self) -> "TrainConfig":
+        """This run with the task's own prompts of a step alone."""
+        return replace(self, prompts_per_step=self.prompts_per_step - self.replayed, replay_share=0)
 
     def _check_recorded(self) -> None:
         """Raise InputError for a field that would do nothing, unless it is at its default and
@@ -321,6 +379,8 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
         return replace(self, **{name: getattr(other, name) for name in MEASURING})
 
 
+PARTS = ("train", "validation", "test")
+"""What parts of a run's data are called."""
 GROUPS: Mapping[str, type] = MappingProxyType(
     {group.__name__.lower(): group for group in TrainConfig.__bases__}
 )
@@ -335,6 +395,8 @@ RECORDED: Mapping[str, Any] = MappingProxyType(
         "forward_share": 0.0,
         "guided_share": 0.0,
         "guided_completions": None,
+        "replay_share": 0.0,
+        "return_anchor": 0.0,
     }
 )
 """What the fields of sampled completions are with source recorded."""
@@ -344,6 +406,7 @@ MEASURING = frozenset(
         *(name for name, group in FIELDS.items() if group == "evaluation"),
         *("max_completion_tokens", "stop", "temperature", "rollout_engine", "rollout_batch_size"),
         *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
+        *("elsewhere_tasks", "leak_tokens"),
         *("max_tokens_per_pass", "prefix_cache_mib"),
     }
 ) - {"turns"}

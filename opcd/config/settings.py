@@ -18,8 +18,9 @@ WRITTEN = "# Written by opcd: the settings of this run."
 KINDS = {name: get_type_hints(TrainConfig)[name] for name in FIELDS}
 INPUT_FILES = (
     *("context", "prompts", "validation_data", "test_data", "elsewhere_data"),
-    *("chat_template", "guided_completions"),
+    *("chat_template", "guided_completions", "replay_data"),
 )
+FILES_BY_NAME = ("test_sets",)
 MODELS = ("model", "teacher")
 REQUIRED = [
     f.name
@@ -115,10 +116,17 @@ def write_config(config: TrainConfig, path: Path) -> None:
 def _from(folder: Path, name: str, config: TrainConfig) -> Any:
     """A field's value, an input's path from `folder` where it lies in it."""
     value = getattr(config, name)
-    if name in (*INPUT_FILES, *MODELS) and value and Path(value).is_absolute():
+    if name in FILES_BY_NAME:
+        return {key: _inside(folder, path) for key, path in value.items()}
+    return _inside(folder, value) if name in (*INPUT_FILES, *MODELS) and value else value
+
+
+def _inside(folder: Path, path: str) -> str:
+    """A path from a folder where it lies in it."""
+    if Path(path).is_absolute():
         with contextlib.suppress(ValueError):
-            return Path(value).relative_to(folder.absolute()).as_posix()
-    return value
+            return Path(path).relative_to(folder.absolute()).as_posix()
+    return path
 
 
 def written_here(path: Path) -> bool:
@@ -159,7 +167,10 @@ def _converted(name: str, value: Any, source: str) -> Any:
             words = f"one of {', '.join(options)}"
             hint = did_you_mean(str(value), options)
         else:
-            words = WORDS.get(kind, "a mapping, like {enable_thinking: false}")
+            example = (
+                "{typos: typos.jsonl}" if name in FILES_BY_NAME else "{enable_thinking: false}"
+            )
+            words = WORDS.get(kind, f"a mapping, like {example}")
             hint = "; put it in quotes" if kind is str and isinstance(value, (int, float)) else ""
             if name in INPUT_FILES and isinstance(value, (dict, list)):
                 hint = "; write it into a .json file, and name that"
@@ -211,6 +222,13 @@ def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in INPUT_FILES:
         if isinstance(path := values.get(name), str) and path.strip():
             found[name] = str((folder / Path(path).expanduser()).absolute())
+    for name in set(FILES_BY_NAME) & set(values):
+        found[name] = {
+            key: str((folder / Path(path).expanduser()).absolute())
+            if isinstance(path, (str, Path)) and str(path).strip()
+            else path  # refused where it is checked
+            for key, path in values[name].items()
+        }
     for name in ("scorer", "trackers"):
         if name in values:
             found[name] = ",".join(_code(part, folder) for part in values[name].split(","))

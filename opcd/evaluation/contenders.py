@@ -2,14 +2,16 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from opcd.episodes import Prompt
 from opcd.evaluation.decoding import greedy_params
+from opcd.models.adapter import is_adapter, load_adapter
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.noise import HELD_OUT, streams
-from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.tasks.chat import Chat
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
@@ -35,6 +37,7 @@ class Contender(NamedTuple):
     name: str
     meaning: str  # for people
     answer: Callable[[Sequence[Case]], list[Answer]]
+    without: str = ""  # of one that sees the context, the name of the same model without it
 
 
 class LoadedModel(NamedTuple):
@@ -85,9 +88,13 @@ class Models:
 
 
 def load_for_answers(setup: Setup, name: str, params: SamplingParams | None = None) -> LoadedModel:
-    """A model by its name or folder, ready to answer; the likeliest, unless otherwise drawn."""
+    """A model by its name or folder, or an adapter's folder on the base, ready to answer; with the
+    likeliest tokens, unless otherwise drawn."""
     config = setup.config
-    model = setup.load(name)
+    if is_adapter(Path(name)):
+        model = load_adapter(setup.load(config.model), Path(name))
+    else:
+        model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(
         config.rollout_engine, model, config.rollout_batch_size, plan, config.max_tokens_per_pass
@@ -104,7 +111,12 @@ def both_contenders(
     """A model without the context, and with it."""
     return [
         Contender(names[0], f"{when}, without the context", lambda c: models.get(model).alone(c)),
-        Contender(names[1], f"{when}, with the context", lambda c: models.get(model).prompted(c)),
+        Contender(
+            names[1],
+            f"{when}, with the context",
+            lambda c: models.get(model).prompted(c),
+            without=names[0],
+        ),
     ]
 
 
@@ -147,14 +159,13 @@ def answers_of(
     distinct = [*dict.fromkeys(asked)]
     rollouts = engine.generate([ids for ids, _ in distinct], params, [n for _, n in distinct])
     said = {
-        question: _answer(rollout, params, setup.chat)
+        question: answer(rollout.completion_token_ids, rollout.finish_reason, params, setup.chat)
         for question, rollout in zip(distinct, rollouts, strict=True)
     }
     return [said[question] for question in asked]
 
 
-def _answer(rollout: Rollout, params: SamplingParams, chat: Chat) -> Answer:
+def answer(ids: list[int], finish: str, params: SamplingParams, chat: Chat) -> Answer:
     """A completion as text, which ends in front of a stop string; its tokens do not."""
-    ids = rollout.completion_token_ids
     cut = params.stop.cut if params.stop is not None else str
-    return Answer(chat.decode(ids, cut), ids, rollout.finish_reason, cut(chat.decode_raw(ids)))
+    return Answer(chat.decode(ids, cut), ids, finish, cut(chat.decode_raw(ids)))

@@ -1,8 +1,9 @@
 """A run's models before and after, without and with the context, on its test data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from opcd.config.settings import write_config
@@ -18,6 +19,7 @@ from opcd.evaluation.agreement import (
     student_side,
     teacher_side,
 )
+from opcd.evaluation.constant import best_constant
 from opcd.evaluation.contenders import (
     Answer,
     Contender,
@@ -27,11 +29,20 @@ from opcd.evaluation.contenders import (
 )
 from opcd.evaluation.decoding import answer_params, decoding_of, rollout_params
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
+from opcd.evaluation.elsewhere_tasks import Results, compared, results_of, tasks_of
 from opcd.evaluation.intervals import paired_difference
+from opcd.evaluation.leak import Revealed, context_grams, leak, leak_rows, revealed
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import write_report
-from opcd.evaluation.scorecard import internalised, more_right, scorecard
+from opcd.evaluation.scorecard import (
+    internalised,
+    internalised_interval,
+    more_right,
+    scorecard,
+)
+from opcd.evaluation.table import write_table
 from opcd.evaluation.verdict import reference_of, verdict
+from opcd.models.adapter import check_adapter, is_adapter
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
 from opcd.runtime.files import read_metrics, write_json, write_jsonl
 from opcd.runtime.progress import Progress
@@ -48,6 +59,8 @@ class Evaluation(NamedTuple):
     card: dict[str, Any]
     answers: list[dict[str, Any]]
     elsewhere: list[dict[str, Any]]  # both models' on requests that are not the context's
+    test_sets: dict[str, list[dict[str, Any]]]  # answers to more sets, by their names
+    leak: list[dict[str, Any]]  # answers to requests to reveal the context
 
 
 def evaluate(
@@ -55,9 +68,12 @@ def evaluate(
     distilled: str | None,  # a name or a folder; None: only the model before
     progress: Progress,
     selection: dict[str, Any] | None = None,  # how the distilled model was chosen
+    others: Callable[[Models], Sequence[Contender]] = lambda _: (),  # who answers beside them
 ) -> Evaluation:
     """Measure on the test requests, one model in memory at a time."""
     config, task = setup.config, setup.task
+    cases = task.scored
+    tasks_of(config)
     teacher_name = config.teacher or config.model
     names = {"before": config.model}
     if distilled is not None:
@@ -72,16 +88,20 @@ def evaluate(
     original: Side | None = None
     elsewhere: Elsewhere | None = None
     wanted = bool(setup.elsewhere) and distilled is not None
-    progress.begin("evaluate", total=1 + (4 if wanted else 3) * len(names))
+    secret = context_grams(setup) if config.leak_tokens else set()
+    told: dict[str, Revealed | None] = {}
+    judged: dict[str, Results] = {}  # by tasks of lm-eval
+    named = others(models)
+    progress.begin("evaluate", total=1 + (4 if wanted else 3) * len(names) + len(named))
     try:
-        said = models.get(teacher_name).prompted(task.test)
-        shown = teacher_side(_teacher(models, setup), episodes_of(task.test, said, held_out))
+        said = models.get(teacher_name).prompted(cases)
+        shown = teacher_side(_teacher(models, setup), episodes_of(cases, said, held_out))
         progress.part("prompted teacher")
         for when, name in names.items():
             pair = both_contenders(models, name, when, CONTENDERS[when])
             for contender in pair:
                 same = contender.name == "prompted" and name == teacher_name
-                answers[contender.name] = said if same else contender.answer(task.test)
+                answers[contender.name] = said if same else contender.answer(cases)
                 progress.part(contender.name)
             owns[when], missed = _sides(models.get(name), held_out, shown)
             gaps[when] = gap_between(missed, shown, config.temperature)
@@ -89,12 +109,22 @@ def evaluate(
             if when == "before" and teacher_name != config.model:
                 contenders.append(Contender("teacher", _who(teacher_name), lambda _: said))
                 answers["teacher"] = said
+            if secret:
+                told[pair[0].name] = revealed(models.get(name), prompted=False)
+                if when == "before":
+                    told["prompted"] = revealed(models.get(name), prompted=True)
+            if config.elsewhere_tasks and distilled is not None:
+                judged[when] = results_of(models.get(name))
             if wanted:
                 if original is None:
                     original = original_side(models.get(name))
                 else:
                     elsewhere = held_against(original, models.get(name))
                 progress.part(f"elsewhere {when}")
+        for contender in named:
+            answers[contender.name] = contender.answer(cases)
+            progress.part(contender.name)
+        contenders += named
         teacher = _teacher(models, setup)
         apart: dict[str, Divergences] = {}
         for when, own in owns.items():
@@ -104,20 +134,17 @@ def evaluate(
     finally:
         progress.end()
         models.close()
-    columns, rows = scorecard(contenders, answers, said, task.test, task.scorer)
+    found, rows = _reached(contenders, answers, said, task.test, setup, gaps)
+    columns = found["contenders"]
     for when, (alone, _) in CONTENDERS.items():
         if when in names:
             columns[alone] |= _agreement(gaps[when], apart[when])
-    reference = reference_of(columns)
-    gain = [columns[c].get("accuracy") for c in ("base", reference, "distilled") if c in columns]
     card = {
         "context": config.context,
         "model": config.model,
         "distilled": distilled,
         "teacher": teacher_name,
-        "contenders": columns,
-        "internalised": internalised(*gain) if distilled is not None and None not in gain else None,
-        "differences": _differences(rows, columns, gaps),
+        **found,
         "divergence": {
             **{w: apart[w].reverse_kl.mean if w in apart else None for w in CONTENDERS},
             "unit": "nats per completion token, student || teacher",
@@ -132,13 +159,55 @@ def evaluate(
         },
         "measured_by": measured_by(setup),
     }
+    begin, more = len(task.test), {}
+    for name, of_set in task.test_sets.items():
+        here = slice(begin, begin := begin + len(of_set))
+        own_answers = {who: given[here] for who, given in answers.items()}
+        found, more[name] = _reached(contenders, own_answers, said[here], of_set, setup)
+        card.setdefault("test_sets", {})[name] = {"file": config.test_sets[name], **found}
     if selection is not None:
         card["selection"] = selection
     if elsewhere is not None:
         card["elsewhere"] = elsewhere.card
+    if judged:
+        card["elsewhere_tasks"] = compared(judged)
+    leaks = {who: by for who, by in told.items() if by is not None}
+    if leaks:
+        card["leak"] = leak(secret, leaks, setup)
     if distilled is not None:
         card["verdict"] = verdict(card, config.shown_share)._asdict()
-    return Evaluation(card, rows, elsewhere.answers if elsewhere is not None else [])
+    return Evaluation(
+        card, rows, elsewhere.answers if elsewhere is not None else [], more, leak_rows(leaks)
+    )
+
+
+def _reached(
+    contenders: Sequence[Contender],
+    answers: Mapping[str, Sequence[Answer]],
+    said: Sequence[Answer],
+    cases: Sequence[Case],
+    setup: Setup,
+    gaps: Mapping[str, Gap] = MappingProxyType({}),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What contenders reached on one set of requests, for the scorecard, and every answer to it."""
+    scorer = setup.task.scorer
+    given = {who: own[: len(cases)] for who, own in answers.items()}
+    columns, rows = scorecard(contenders, given, said[: len(cases)], cases, scorer)
+    reference = reference_of(columns)
+    gain = [columns[c].get("accuracy") for c in ("base", reference, "distilled") if c in columns]
+    judged = None not in gain
+    share = internalised(*gain) if judged and len(gain) == 3 else None
+    found: dict[str, Any] = {"contenders": columns, "internalised": share}
+    if share is not None:
+        found["internalised_interval_95"] = internalised_interval(rows, reference)
+    if judged:
+        most = [
+            x["commonest_answer"]["answer"] for x in columns.values() if "commonest_answer" in x
+        ]
+        texts = [answer.text for answer in said[: len(cases)]]
+        constant = best_constant(cases, scorer, texts, most)
+        found |= {"constant": constant._asdict()} if constant is not None else {}
+    return found | {"differences": _differences(rows, columns, gaps)}, rows
 
 
 def _who(teacher: str) -> str:
@@ -146,7 +215,7 @@ def _who(teacher: str) -> str:
 
 
 def _differences(
-    rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: dict[str, Gap]
+    rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: Mapping[str, Gap]
 ) -> dict[str, Any]:
     """What was gained and lost, request by request: accuracy, and nats a token of the gap."""
     found = {}
@@ -215,17 +284,19 @@ def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
     write_jsonl(folder / "answers.jsonl", found.answers)
     if found.elsewhere:
         write_jsonl(folder / "elsewhere.jsonl", found.elsewhere)
+    if found.leak:
+        write_jsonl(folder / "leak.jsonl", found.leak)
+    answers = {"test": found.answers, **found.test_sets}
+    write_table(folder, list(found.card["contenders"]), answers, found.elsewhere)
     write_report(folder, found.card, found.answers, setup.config, metrics)
     write_json(folder / "scorecard.json", found.card)
 
 
 def _check_same_kind(setup: Setup, distilled: str) -> None:
     base, folder = setup.config.model, Path(distilled)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(
-            f"the distilled model must be whole, got an adapter alone in {distilled!r}; name a "
-            f"run's final/, where it is merged"
-        )
+    if is_adapter(folder):
+        check_adapter(folder, base)
+        return
     ours, theirs = (load_config(name).get_text_config() for name in (base, distilled))
     for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         before, after = getattr(ours, field, None), getattr(theirs, field, None)

@@ -46,18 +46,27 @@ def bootstrap_interval(totals: Sequence[float], counts: Sequence[float]) -> list
     counts: what each request is divided by, such as its number of tokens; 1 for means of requests.
     The same draws at every call (Efron and Tibshirani, 1993, chapter 13).
     """
+    sums = _drawn_anew(totals, counts)
+    return _middle(sums[0] / sums[1])
+
+
+def _drawn_anew(totals: Sequence[float], counts: Sequence[float]) -> torch.Tensor:  # (2, RESAMPLES)
+    """Sums of both over as many requests, drawn with replacement."""
     n = len(totals)
     values = torch.tensor([list(totals), list(counts)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    sums = torch.cat(
+    return torch.cat(
         [
             values[:, torch.randint(n, (resamples, n), generator=generator)].sum(-1)
             for resamples in _shares(RESAMPLES, AT_ONCE // n)
         ],
         dim=1,
     )
-    means = sums[0] / sums[1]
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def _middle(values: torch.Tensor) -> list[float]:
+    """Where the middle 95 % lie."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [low, high]
 
 
@@ -94,8 +103,8 @@ def paired_difference(more: PerRequest, less: PerRequest) -> Difference:
 
     Two intervals that overlap say little of models that were asked the same: most of what makes
     them wide is the requests. So each request is compared with itself, and the p value is that of
-    the differences with their signs drawn anew (Fisher's randomisation test; of answers that are
-    right or wrong it is McNemar's). Raises ValueError for other counts on either side.
+    the differences with their signs drawn anew (Fisher's randomisation test). Of answers that are
+    right or wrong it is McNemar's, and exact. Raises ValueError for other counts on either side.
     """
     if list(more.counts) != list(less.counts):
         raise ValueError("both sides must have the same counts a request; pass the same requests")
@@ -107,10 +116,12 @@ def paired_difference(more: PerRequest, less: PerRequest) -> Difference:
 
 def _by_chance(differences: Sequence[float]) -> float:
     """Share of all signs, or of many that are drawn, with a sum as far from 0 as this one."""
+    if not any(differences):
+        return 1.0
+    if len({abs(d) for d in differences if d}) == 1:
+        return mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
     moved = torch.tensor([d for d in differences if d], dtype=torch.float64)
     n = len(moved)
-    if n == 0:
-        return 1.0
     found = moved.sum().abs() * (1 - 1e-9)  # sums of the same numbers differ in their last bit
     if n <= EXACT:
         bits = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
@@ -121,6 +132,16 @@ def _by_chance(differences: Sequence[float]) -> float:
         bits = torch.randint(2, (draws, n), generator=generator)
         as_far += int(((1 - 2 * bits).double() @ moved).abs().ge(found).sum())
     return (1 + as_far) / (1 + SIGNS)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p value of so many requests that are right on one side alone (McNemar, 1947).
+
+    How often as many fair coins fall at least as unevenly: the randomisation test of differences
+    that all have one size, over all signs.
+    """
+    n, few = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
 
 
 def _shares(total: int, most: int) -> list[int]:
@@ -140,3 +161,28 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> list[float
     spread_ = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + s) / (1 + z * z / n) for s in (-spread_, spread_))
     return [max(0.0, low), min(1.0, high)]
+
+
+def mean_of_shares_interval(
+    shares: Sequence[tuple[float, float]],  # each share, and of how many requests it is
+) -> list[float]:
+    """95 % interval of the unweighted mean of independent proportions, such as rates of classes.
+
+    From the Wilson interval of each (Zou and Donner, 2008: variances recovered from limits).
+    Drawn anew, a class of which all is right would be so for certain.
+    """
+    k = len(shares)
+    mean = sum(share for share, _ in shares) / k
+    limits = [(share, *wilson_interval(share * n, round(n))) for share, n in shares]
+    below = math.sqrt(sum((share - low) ** 2 for share, low, _ in limits)) / k
+    above = math.sqrt(sum((high - share) ** 2 for share, _, high in limits)) / k
+    return [max(0.0, mean - below), min(1.0, mean + above)]
+
+
+def ratio_interval(part: Sequence[float], whole: Sequence[float]) -> list[float] | None:
+    """95 % interval of ``sum(part) / sum(whole)`` over requests, where the whole may vanish.
+
+    None where it is 0 or less in some of what is drawn: the ratio is then anything.
+    """
+    sums = _drawn_anew(part, whole)
+    return None if (sums[1] <= 0).any() else _middle(sums[0] / sums[1])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opcd.config import TrainConfig
@@ -13,13 +13,14 @@ from opcd.models.digest import model_digest
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, system, user
 from opcd.tasks.prepare import Setup
+from opcd.tasks.task import Case
 
 # Fields that are compared by what comes of them: what stands around a request, or a digest.
 OF_THE_FORM = {
     *("context", "context_placement", "without_context", "today"),
     *("chat_template", "chat_template_args"),
 }
-DIGESTED = {"model", "teacher", "test_data", "elsewhere_data", "scorer"}
+DIGESTED = {"model", "teacher", "test_data", "test_sets", "elsewhere_data", "scorer"}
 NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data"}
 PROBES: tuple[list[Message], ...] = (
     [user("What is zebra 7?")],
@@ -36,7 +37,8 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
     """
     config, task = setup.config, setup.task
     form = {name: [_prompts(chat, probe) for probe in PROBES] for name, chat in setup.chats.items()}
-    rows = [[c.example.messages, sorted(c.example.answers), c.example.context] for c in task.test]
+    rows = _rows(task.test)
+    sets = {name: _rows(cases) for name, cases in sorted(task.test_sets.items())}
     elsewhere = [[request.example.messages, request.kind] for request in setup.elsewhere]
     model = model_digest(config.model)
     return {
@@ -44,6 +46,7 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
         "model": model,
         "teacher": model_digest(config.teacher) if config.teacher else model,
         "test_data": _digest(rows) if rows else None,
+        "test_sets": _digest(sets) if sets else None,
         "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
         "decoding": _digest(decoding_of(setup)),
@@ -68,6 +71,11 @@ def _prompts(chat: Chat, request: list[Message]) -> list[list[int]] | None:
         return [chat.student_ids(request), chat.teacher_ids(request)]
     except InputError:
         return None
+
+
+def _rows(cases: Sequence[Case]) -> list[Any]:
+    """Requests with their accepted answers."""
+    return [[c.example.messages, sorted(c.example.answers), c.example.context] for c in cases]
 
 
 def _digest(value: Any) -> str:

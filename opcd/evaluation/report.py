@@ -9,6 +9,7 @@ from typing import Any
 
 from opcd import __version__
 from opcd.config import TrainConfig
+from opcd.evaluation.facts import constant_facts, harm_facts, lost_facts, set_lines
 from opcd.evaluation.intervals import CHANCE
 from opcd.evaluation.spikes import spikes
 from opcd.evaluation.verdict import Verdict, reference_of
@@ -40,9 +41,9 @@ def scorecard_table(card: dict[str, Any]) -> str:
                 f"{column['truncated_share']:.0%}",
             )
         )
-    tables = [_aligned(rows, texts=2)]
+    tables = [aligned(rows, texts=2)]
     if rates := _rate_rows(card["contenders"]):
-        tables.append(_aligned(rates, texts=1))
+        tables.append(aligned(rates, texts=1))
     return "\n\n".join(tables)
 
 
@@ -59,7 +60,7 @@ def _rate_rows(columns: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows if len(rows) > 1 else []
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
     """Columns of equal width, the first `texts` of them set left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -92,6 +93,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
             f"answers that hold the right label and others of the data, which contains finds "
             f"right ({several}): the scorers exact, choice and regex do not"
         )
+    facts += [*constant_facts(card), *harm_facts(columns)]
     facts.append(_gap(columns))
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(
@@ -102,6 +104,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
     )
     if "elsewhere" in card:
         facts.append(_elsewhere(card["elsewhere"]))
+    facts += lost_facts(card)
     facts.append(f"prompt tokens saved a request: {card['prompt_tokens_saved']:.0f}")
     where = "test data:" if card["data"]["part"] == "test" else "requests kept out of"
     facts.append(f"scored on {where} {shown(card['data']['file'])}")
@@ -177,7 +180,7 @@ def elsewhere_table(found: dict[str, Any]) -> str:
                 f"{means['forward_kl']:.3f}",
             )
         )
-    return _aligned(rows, texts=1)
+    return aligned(rows, texts=1)
 
 
 def _elsewhere_section(found: dict[str, Any]) -> list[str]:
@@ -228,6 +231,9 @@ def write_report(
         text += ["## Alarms\n", *(f"- {line}" for line in found), ""]
     text += ["## Scorecard\n", "```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
+    for name, found in card.get("test_sets", {}).items():
+        text += [f"\n### {name}\n", "```", scorecard_table(found), "```\n"]
+        text += [f"- {line}" for line in set_lines(found)]
     text += _check_section(folder, card)
     steps = [m for m in metrics if "loss" in m]
     if steps:
@@ -247,6 +253,8 @@ def write_report(
     files = {
         "All answers": "answers.jsonl",
         "Answers elsewhere": "elsewhere.jsonl",
+        "Answers to requests to reveal the context": "leak.jsonl",
+        "All of them as a table": "answers.csv",
         "All settings": "config.yaml",
         "Every step": "metrics.jsonl",
         "The check before training": "check.json",

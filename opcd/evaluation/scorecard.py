@@ -6,8 +6,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from opcd.evaluation.constant import commonest
 from opcd.evaluation.contenders import Answer, Contender
-from opcd.evaluation.intervals import Difference, PerRequest, paired_difference, wilson_interval
+from opcd.evaluation.harm import disagreement, harm
+from opcd.evaluation.intervals import (
+    Difference,
+    PerRequest,
+    mean_of_shares_interval,
+    paired_difference,
+    ratio_interval,
+    wilson_interval,
+)
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.scorers import Score, Scorer
 from opcd.scoring.texts import bare, folded
@@ -50,6 +59,9 @@ def scorecard(
             if classes and not any(rates):
                 rates = [{name: score.value} for name, score in zip(classes, scores, strict=True)]
             column = _accuracy([score.value for score in scores]) | column | _rates(rates)
+            if "balanced_accuracy" in column:
+                most, share = commonest([answer.text for answer in given])
+                column["commonest_answer"] = {"answer": most, "share": share}
             if share := _several_labels_share(given, scores, cases, scorer):
                 column["several_labels_share"] = share
             for row, (value, own) in zip(rows, scores, strict=True):
@@ -57,7 +69,21 @@ def scorecard(
                 if own:
                     row[f"{contender.name}_rates"] = own
         columns[contender.name] = {"meaning": contender.meaning, **column}
+    for contender in contenders:
+        if contender.without in columns:
+            found = _harm(rows, contender, judged)
+            columns[contender.name] |= {"harm": found} if found is not None else {}
     return columns, rows
+
+
+def _harm(
+    rows: Sequence[Mapping[str, Any]], contender: Contender, judged: bool
+) -> dict[str, Any] | None:
+    """What the context does to a model that is right, or at one with itself, without it."""
+    names = contender.without, contender.name
+    if judged:
+        return harm(*([float(row[f"{name}_right"]) for row in rows] for name in names))
+    return disagreement(*([row[name] for row in rows] for name in names))
 
 
 def more_right(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> Difference:
@@ -157,11 +183,28 @@ def _rates(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {}
     rates = {name: {"mean": fmean(x), "n": len(x)} for name, x in sorted(by_name.items())}
     one_each = all(len(item) == 1 for item in found)
-    if one_each and len(rates) > 1:
-        return {"rates": rates, "balanced_accuracy": fmean(r["mean"] for r in rates.values())}
-    return {"rates": rates}
+    if not one_each or len(rates) < 2:
+        return {"rates": rates}
+    shares = [(rate["mean"], rate["n"]) for rate in rates.values()]
+    return {
+        "rates": rates,
+        "balanced_accuracy": fmean(share for share, _ in shares),
+        "balanced_accuracy_interval_95": mean_of_shares_interval(shares),
+    }
 
 
 def internalised(base: float, prompted: float, distilled: float) -> float | None:
     """Share of the prompt's gain that the weights hold; None where the prompt gained nothing."""
     return (distilled - base) / (prompted - base) if prompted > base else None
+
+
+def internalised_interval(rows: Sequence[Mapping[str, Any]], reference: str) -> list[float] | None:
+    """95 % interval of `internalised`, drawn anew over requests, by the rows of `scorecard`.
+
+    None where the prompt's gain is not above 0 in all that is drawn: its share is then anything.
+    """
+    base, prompted, distilled = (
+        [float(row[f"{name}_right"]) for row in rows] for name in ("base", reference, "distilled")
+    )
+    taken = [d - b for d, b in zip(distilled, base, strict=True)]
+    return ratio_interval(taken, [p - b for p, b in zip(prompted, base, strict=True)])

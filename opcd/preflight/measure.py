@@ -11,6 +11,7 @@ import torch
 
 from opcd.episodes import Episode, Prompt
 from opcd.evaluation.agreement import Gap, Side, gap_between, student_side, teacher_side
+from opcd.evaluation.constant import best_constant
 from opcd.evaluation.contenders import Answer, LoadedModel, Models
 from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference, wilson_interval
@@ -125,27 +126,14 @@ def _judged(
     prompted, base = values(said), values(student.answers)
     teacher = base if unprompted is student else values(unprompted.answers)
     gains = [paired_difference(prompted, without) for without in (teacher, base)]
+    constant = best_constant(cases, setup.task.scorer, [answer.text for answer in said])
     return {
         "base": base.mean,
         "unprompted": None if unprompted is student else teacher.mean,
         "prompted": prompted.mean,
         "gain": min(gains, key=lambda gain: gain.mean),
-        "constant": _best_constant(setup, cases, said),
+        "constant": constant.accuracy if constant is not None else None,
     }
-
-
-def _best_constant(setup: Setup, cases: Sequence[Case], said: Sequence[Answer]) -> float | None:
-    """What the commonest accepted answer alone would reach.
-
-    None where answers are many, and where one is right for all: nothing is told apart there.
-    """
-    counts = Counter(a for case in cases for a in set(case.example.answers))
-    if not counts or max(counts.values()) < 2:
-        return None
-    answer, _ = counts.most_common(1)[0]
-    always = [Answer(answer, [], "stop", answer)] * len(cases)
-    right = accuracy(always, cases, setup.task.scorer, [s.text for s in said])
-    return right if right < 1 else None
 
 
 def _unmet(gap: Gap) -> float:

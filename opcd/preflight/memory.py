@@ -30,6 +30,7 @@ from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.memory import resident_memory
 from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import Setup
+from opcd.tasks.replay import WITHOUT
 
 T = TypeVar("T")
 
@@ -167,7 +168,11 @@ class Models:
         """The height of the teacher's largest pass."""
         shared = self.plan.shares_prefix
         rows = self._largest_pass(
-            (lambda item: item.teacher_ids) if shared else self.setup.task.prompted_ids
+            lambda item: (
+                item.teacher_ids
+                if shared or item.context == WITHOUT
+                else self.setup.task.prompted_ids(item)
+            )
         )
         prefix, copies = self.prefix if shared else None, 0
         if prefix is not None and not prefix.only_attention:
@@ -187,9 +192,12 @@ class Models:
         config, task = self.config, self.setup.task
         rows: Sequence[Sequence[Prompt | Episode]] = task.recorded or task.conversations
         more = 0 if task.recorded else config.max_completion_tokens
+        replay = self.setup.replay
+        others = sorted(replay.prompts, key=lambda p: -len(ids_of(p))) if replay else []
+        own = config.of_task()
         largest: tuple[int, list[Prompt | Episode]] = (0, [])
         for step in range(config.steps):
-            items = chain.from_iterable(step_rows(rows, step, config))
+            items = [*chain.from_iterable(step_rows(rows, step, own)), *others[: config.replayed]]
             chosen = [item for item in items for _ in range(config.completions_per_prompt)]
             lengths = [len(ids_of(item)) + more for item in chosen]
             for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
@@ -214,7 +222,7 @@ class Models:
     def _scorecard(self) -> int:
         """One model, and what it takes to answer test requests behind their contexts."""
         by_context: dict[str, list[list[int]]] = {}
-        for case in self.setup.task.test:
+        for case in self.setup.task.scored:
             ids = self.setup.task.prompted_ids(case.prompt)
             by_context.setdefault(case.prompt.context, []).append(ids)
         largest = max(by_context.values(), key=lambda x: sum(map(len, x)), default=None)

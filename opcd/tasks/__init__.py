@@ -21,5 +21,6 @@ template        a tokenizer's chat template, judged by what it writes
 kept            whether a template keeps messages
 limits          what must fit the model: lengths, tokens
 elsewhere       requests that have nothing to do with the context
+replay          prompts of other kinds, on which a student is held to the original model
 gold            the accepted answers held against the scorer
 """

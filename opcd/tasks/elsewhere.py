@@ -51,7 +51,7 @@ def read_elsewhere(
     if not config.elsewhere_prompts:
         return [], []
     path = config.elsewhere_data or str(BUILT_IN)
-    rows, remarks = _read(path, files.contexts)
+    rows, remarks = read_requests(path, "elsewhere_data", files.contexts)
     rows = spread(rows, config.elsewhere_prompts)
     requests = [Request(e, kind, rendered(chat.student_ids, e)) for e, kind in rows]
     for request in requests:
@@ -73,11 +73,13 @@ def read_elsewhere(
     return requests, [*remarks, *special_token_remarks(placed, chat.template.tokenizer)]
 
 
-def _read(path: str, contexts: Contexts) -> tuple[list[tuple[Example, str]], list[str]]:
+def read_requests(
+    path: str, field: str, contexts: Contexts
+) -> tuple[list[tuple[Example, str]], list[str]]:
     """The requests of a file with their kinds, and remarks on how it was read."""
     rows: list[tuple[Example, str]] = []
     forms, notes, unused = Counter[str](), Counter[str](), set[str]()
-    for source, record in read_records(path, "elsewhere_data"):
+    for source, record in read_records(path, field):
         kind = record.pop("kind", None) or ""
         if not isinstance(kind, str):
             raise InputError(

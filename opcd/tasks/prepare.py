@@ -33,6 +33,7 @@ from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
 from opcd.tasks.contexts import Context
 from opcd.tasks.elsewhere import ANSWER_TOKENS, Request, read_elsewhere
+from opcd.tasks.replay import Replay, read_replay
 from opcd.tasks.special_tokens import placed_texts, special_token_remarks, special_tokens_in
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
     # Guided completions from a file: token ids by the prompt's key.
     completions: dict[int, list[list[int]]] | None
     remarks: list[str]  # what people should know of files and template, a line each
+    replay: Replay | None = None  # prompts on which the student is held to the original model
 
     @property
     def chat(self) -> Chat:
@@ -80,9 +82,11 @@ class Setup(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Digest of what is trained on: a resumed run must see the very same token ids."""
-        if not self.completions:
+        more: list[Any] = [sorted(self.completions.items())] if self.completions else []
+        more += [[p.student_ids for p in self.replay.prompts]] if self.replay else []
+        if not more:
             return self.task.training_digest
-        text = self.task.training_digest + json.dumps(sorted(self.completions.items()))
+        text = self.task.training_digest + "".join(map(json.dumps, more))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -139,7 +143,12 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     ends = stop_ids if for_training else []
     task = render_task(files, chats, limit, config.max_completion_tokens, rows, ends)
     elsewhere, found = read_elsewhere(config, files, next(iter(chats.values())), limit, rows)
-    _check_rope(configs, task, elsewhere, config.max_completion_tokens)
+    replay: Replay | None = None
+    if for_training and config.replay_share:
+        chat = next(iter(chats.values()))
+        replay, told = read_replay(config, files, elsewhere, chat, limit, rows)
+        found += told
+    _check_rope(configs, task, elsewhere, replay, config.max_completion_tokens)
     resolved = replace(config.with_implied(), device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
@@ -171,6 +180,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         dtype,
         completions,
         remarks,
+        replay,
     )
 
 
@@ -213,6 +223,7 @@ def _check_rope(
     configs: Sequence[PretrainedConfig],
     task: Task,
     elsewhere: Sequence[Request],
+    replay: Replay | None,
     max_completion_tokens: int,
 ) -> None:
     """Raise InputError if sequences lie on both sides of where rotary frequencies change."""
@@ -222,6 +233,8 @@ def _check_rope(
     asked = [(len(p.student_ids), len(task.prompted_ids(p))) for p in task.prompts]
     others = [len(request.token_ids) for request in elsewhere]
     bounds = [[(n + 1, n + ANSWER_TOKENS) for n in others]]
+    again = [len(prompt.student_ids) for prompt in replay.prompts] if replay else []
+    bounds.append([(n + 1, n + max_completion_tokens) for n in again])
     for side in (0, 1):
         lengths = [(n[side] + 1, n[side] + max_completion_tokens) for n in asked]
         bounds.append(lengths + [(n[side], n[side]) for n in recorded])

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 from opcd.config import TrainConfig
+from opcd.config.fields import PARTS
 from opcd.episodes import Episode, Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
@@ -62,6 +63,8 @@ class Task:
     # The conversations of the training part, where those are trained on as they were recorded: one
     # sequence each, or one for each turn.
     recorded: list[list[Episode]] = field(default_factory=list)
+    # More test requests, by the name of their set.
+    test_sets: dict[str, list[Case]] = field(default_factory=dict)
 
     @property
     def train(self) -> list[Prompt]:
@@ -86,7 +89,12 @@ class Task:
     @property
     def cases(self) -> list[Case]:
         """Those of every part."""
-        return [*self.training, *self.validation, *self.test]
+        return [*self.training, *self.validation, *self.scored]
+
+    @property
+    def scored(self) -> list[Case]:
+        """What contenders of a scorecard answer: the test requests, and those of more sets."""
+        return [*self.test, *(case for cases in self.test_sets.values() for case in cases)]
 
     @property
     def a_prefix(self) -> list[int]:
@@ -170,6 +178,7 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         "train": config.prompts,
         "validation": config.validation_data,
         "test": config.test_data,
+        **config.test_sets,
     }
     recorded = config.source == "recorded"
     parts: dict[str, list[Example]] = {}
@@ -196,14 +205,20 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
     check_disjoint(parts, contexts)
     if recorded:  # a conversation is trained on as a whole
         parts["train"] = rows
-    for labelled in (parts["validation"], parts["test"]):
-        check_same_answers(labelled)
-        remarks += repeat_remarks(labelled)
+    if config.test_sets and not parts["test"]:
+        raise InputError(
+            f"test_sets must stand beside test data, got {', '.join(config.test_sets)} alone; name "
+            f"one of the files as test_data"
+        )
+    measured = [part for part in parts if part != "train"]
+    for part in measured:
+        check_same_answers(parts[part])
+        remarks += repeat_remarks(parts[part])
     scorer = load_scorer(config.scorer)
-    for part in ("validation", "test"):
+    for part in measured:
         if parts[part]:
             remarks += _unjudged(parts[part], str(files[part] or config.prompts), scorer, config)
-    remarks += check_gold(parts["validation"] + parts["test"], scorer)
+    remarks += check_gold([example for part in measured for example in parts[part]], scorer)
     return TaskFiles(contexts, parts, scorer, remarks)
 
 
@@ -300,7 +315,8 @@ def render_task(
     tools = {name: chats[name].tools for name in prefixes if chats[name].tools}
     recorded = [episodes[id(e)] for e in files.parts["train"] if id(e) in episodes]
     parts = cases("train"), cases("validation"), cases("test")
-    return Task(prefixes, *parts, files.scorer, tools, recorded)
+    sets = {name: cases(name) for name in files.parts if name not in PARTS}
+    return Task(prefixes, *parts, files.scorer, tools, recorded, sets)
 
 
 def _episode(found: Recorded, shared: int, context: str) -> Episode:

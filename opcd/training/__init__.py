@@ -1,6 +1,7 @@
 """A run: START HERE, in loop.
 
 loop          sample, score, step
+anchor        a distilled model that stays right where its prompt is sent all the same
 sources       which episodes a step has, and how each is scored
 guided        completions that the prompted teacher wrote, or that came from a file
 build         student, teacher and sampler from a configuration

@@ -12,6 +12,8 @@ from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
 
+LOSSES = ("divergence", "guided_loss", "replay_divergence", "anchor_divergence")
+
 
 def run_plan(setup: Setup, distiller: Distiller) -> str:
     """What will be trained on what, and how."""
@@ -54,6 +56,12 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
 def _trained_on(setup: Setup) -> str:
     """How much there is to train on."""
     task = setup.task
+    if setup.replay is not None:
+        config = setup.config
+        return (
+            f"{len(task.train)} training, {len(setup.replay.prompts)} replayed "
+            f"({config.replayed} of a step's {config.prompts_per_step})"
+        )
     if not task.recorded:
         count, rows = len(task.train), len(task.conversations)
         return f"{count} training" if count == rows else f"{count} training of {rows} conversations"
@@ -91,7 +99,7 @@ def validation_note(found: dict[str, Any]) -> str:
 
 def step_note(metrics: dict[str, Any], best: dict[str, Any]) -> str:
     """A step's losses and speed, and the best validation so far."""
-    found = {k: metrics.get(k) for k in ("divergence", "guided_loss")}
+    found = {k: metrics.get(k) for k in LOSSES}
     losses = [f"{k.replace('_', ' ')} {x:.3f}" for k, x in found.items() if x is not None]
     text = (
         f"{', '.join(losses)}, {metrics['mean_completion_tokens']:.1f} tokens "

@@ -12,17 +12,20 @@ from opcd.evaluation.decoding import rollout_params
 from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
+from opcd.objective import Divergence, head_divergence
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.student_loss import StudentLoss
 from opcd.tasks.prepare import Setup
+from opcd.tasks.replay import WITHOUT
 from opcd.teacher import SharedPrefixTeacher, teacher_of
+from opcd.training.anchor import ReturnAnchor
 from opcd.training.guided import StoredCompletions, TeacherCompletions
 from opcd.training.loop import Distiller
-from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source
+from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source, WithReplay
 
 
-def build_distiller(setup: Setup) -> Distiller:
+def build_distiller(setup: Setup, divergence: Divergence = head_divergence) -> Distiller:
     """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
     config = setup.config
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
@@ -56,12 +59,25 @@ def build_distiller(setup: Setup) -> Distiller:
         plan,
         temperature=config.temperature,
         add_weight_grad=head_of(student).weight.requires_grad,
+        divergence=divergence,
     )
-    source = _source(setup, teacher)
-    return Distiller(loss, teacher, engine, source, config, setup.dtype)
+    anchor = None
+    if config.return_anchor:
+        anchor = ReturnAnchor(student, plan, setup.task.prefixes, config)
+    return Distiller(loss, teacher, engine, _source(setup, teacher), config, setup.dtype, anchor)
 
 
 def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
+    config, replay = setup.config, setup.replay
+    if replay is None:
+        return _of_task(setup, teacher)
+    teacher.add_context(WITHOUT, replay.prefix)
+    own = config.of_task()
+    task = _of_task(setup._replace(config=own), teacher) if own.prompts_per_step else None
+    return WithReplay(task, replay.prompts, config, rollout_params(setup))
+
+
+def _of_task(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
     config, conversations = setup.config, setup.task.conversations
     params = rollout_params(setup)
     if config.source == "recorded":

@@ -13,7 +13,9 @@ import torch
 from opcd.evaluation.contenders import LoadedModel
 from opcd.evaluation.decoding import greedy_params
 from opcd.evaluation.elsewhere import original_side
+from opcd.evaluation.leak import REQUESTS, context_grams
 from opcd.runtime.stopwatch import Stopwatch
+from opcd.tasks.elsewhere import ANSWER_TOKENS
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import spread
 from opcd.training.build import build_distiller
@@ -97,7 +99,7 @@ def run_seconds(one: Timed, setup: Setup) -> RunSeconds:
 def _with_steps(steps: int, one: Timed, setup: Setup) -> RunSeconds:
     """Of a run of so many steps."""
     config, task = setup.config, setup.task
-    validated, tested = len(task.validation), len(task.test)
+    validated, tested = len(task.validation), len(task.scored)
 
     def reference(requests: int) -> float:
         """Of what the prompted teacher says to them."""
@@ -117,14 +119,24 @@ def _with_steps(steps: int, one: Timed, setup: Setup) -> RunSeconds:
         update=steps * (one.update + one.optimizer),
         validations=reference(validated) + validations * student(validated),
         checkpoints=_checkpoints(steps, setup) * one.checkpoint,
-        scorecard=reference(tested) + 2 * student(tested) + others * one.prompted * tested,
+        scorecard=reference(tested)
+        + 2 * student(tested)
+        + others * one.prompted * tested
+        + _leak_requests(setup) * one.elsewhere * config.leak_tokens / ANSWER_TOKENS,
         elsewhere=2 * one.elsewhere * len(setup.elsewhere) if tested else 0.0,
     )
 
 
+def _leak_requests(setup: Setup) -> int:
+    """How many requests to reveal the context are answered by all models together."""
+    if not (setup.config.leak_tokens and setup.task.test and context_grams(setup)):
+        return 0
+    return len(REQUESTS) * (2 + len(setup.chats))
+
+
 def _guided_completions(steps: int, setup: Setup) -> int:
     """How many the teacher writes in so many steps; a prompt that comes again keeps its own."""
-    config, conversations = setup.config, setup.task.conversations
+    config, conversations = setup.config.of_task(), setup.task.conversations
     if not config.guided_share or setup.completions is not None:
         return 0
     chosen = (parted(conversations, step, config)[1] for step in range(steps))

@@ -1,8 +1,10 @@
 """A run's model, or another one, scored on test data."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from opcd.config import TrainConfig
@@ -10,6 +12,7 @@ from opcd.config.settings import gather
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from opcd.evaluation.measured import OF_THE_FORM, measured_by, other_fields
+from opcd.evaluation.named import named_contenders
 from opcd.models.by_name import resolve_model
 from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
@@ -22,10 +25,13 @@ def evaluate_run(
     distilled: str | None = None,
     save_to: str | None = None,
     progress: Progress | None = None,
+    contenders: Mapping[str, str] = MappingProxyType({}),  # who else answers, by name
+    served_model: str | None = None,
 ) -> tuple[Path, Evaluation]:
     """Score `distilled` (default: the run's final model; "none": only base and prompted).
 
-    Returns the folder that was written to, and the scorecard.
+    `contenders` and `served_model` are those of `named_contenders`. Returns the folder that was
+    written to, and the scorecard.
     """
     progress = progress or Progress()
     run = Path(config.output_dir)
@@ -42,6 +48,7 @@ def evaluate_run(
     setup = prepare(_without_lost_prompts(saved.measured_as(config), saved, progress))
     if not setup.task.test:
         raise InputError("there must be test data, got none; name a file as test_data")
+    others = named_contenders(contenders, setup, served_model)
     config = setup.config
     data = Path(config.test_data).stem if config.test_data else "held-out"
     selection: dict[str, Any] | None = None
@@ -50,7 +57,7 @@ def evaluate_run(
     if distilled is None:
         selection = read_selection(run) or None
         changed = _changed(selection or {}, setup, saved, run)
-        target = run / f"eval-{data}" if changed else run
+        target = run / f"eval-{'-'.join([*contenders, data])}" if changed or contenders else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
     wanted = Path(save_to) if save_to else target
@@ -66,7 +73,8 @@ def evaluate_run(
     if changed:
         progress.say(f"note      {changed}")
     try:
-        found = evaluate(setup, None if path == "none" else path, progress, selection)
+        scored = None if path == "none" else path
+        found = evaluate(setup, scored, progress, selection, others)
     except BaseException:
         with contextlib.suppress(OSError):
             target.rmdir()  # if nothing is in it

@@ -9,6 +9,7 @@ What is sampled, and how each episode is scored, is the source's to say (`source
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,9 +30,11 @@ from opcd.runtime.stopwatch import Stopwatch
 from opcd.runtime.upload import uploaded
 from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
+from opcd.training.anchor import ReturnAnchor
 from opcd.training.sources import Source
 
 T = TypeVar("T")
+KINDS = ("student", "replay", "guided")  # of tokens, that metrics tell apart
 
 
 class Distiller:
@@ -45,12 +48,14 @@ class Distiller:
         source: Source,
         config: TrainConfig,
         compute_dtype: torch.dtype,
+        anchor: ReturnAnchor | None = None,
     ) -> None:
         self.student_loss = student_loss
         self.student = student_loss.student
         self.teacher = teacher
         self.engine = engine
         self.source = source
+        self.anchor = anchor
         self.config = config
         self.steps_done = 0
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
@@ -110,7 +115,8 @@ class Distiller:
         lengths = scored_tokens(episodes)
         totals = self.backward(episodes, targets)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        loss, entropy, own, guided, reverse, forward, grad_norm = [*totals.tolist(), norm.item()]
+        loss, entropy, own, replay, guided, anchor, reverse, forward = totals.tolist()
+        grad_norm = norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise InputError(
@@ -125,12 +131,16 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=self._device.type != "cpu")
         self.weights_changed()
         self.steps_done += 1
-        count_own = sum(e.scored_tokens for e in episodes if e.origin == "student")
-        count_guided = sum(lengths) - count_own
+        counts = dict.fromkeys(KINDS, 0)
+        for episode in episodes:
+            counts[_kind(episode)] += episode.scored_tokens
+        count_own = counts["student"]
         return {
             "loss": loss,
             "divergence": own / count_own if count_own else None,
-            **({"guided_loss": guided / count_guided} if count_guided else {}),
+            **({"guided_loss": guided / counts["guided"]} if counts["guided"] else {}),
+            **({"replay_divergence": replay / counts["replay"]} if counts["replay"] else {}),
+            **({"anchor_divergence": anchor / count_own} if self.anchor and count_own else {}),
             **{
                 name: total / sum(lengths)
                 for name, total in (("reverse_kl", reverse), ("forward_kl", forward))
@@ -141,56 +151,68 @@ class Distiller:
             "learning_rate": learning_rate,
         }
 
-    def backward(self, episodes: Sequence[Episode], targets: Targets) -> Tensor:  # (6,)
+    def backward(self, episodes: Sequence[Episode], targets: Targets) -> Tensor:  # (8,)
         """The gradient of a step, added to what the parameters have.
 
-        Returns the loss, Σ entropy, Σ of own and of guided tokens, Σ of both KL, NaN where they are
-        not computed.
+        Returns the loss, Σ entropy, Σ of own, of replayed and of guided tokens, Σ of the anchor's
+        divergence, Σ of both KL, NaN where they are not computed.
         """
         config = self.config
         weights = token_weights(scored_tokens(episodes), config)
-        totals = torch.zeros(6, device=self._device)
+        totals = torch.zeros(8, device=self._device)
+        if self.anchor is not None:
+            self.in_low_precision(self.anchor.record)
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
         nan = torch.tensor(math.nan, device=self._device)
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
-            arguments = (
-                [episodes[i] for i in batch],
-                targets.of(batch),
-                torch.cat([weights[i] for i in batch]),
-            )
+            some, of_tokens = [episodes[i] for i in batch], torch.cat([weights[i] for i in batch])
             with without_cudnn_attention():  # around the layers that the backward computes again
-                out = self._loss(*arguments)
+                out = self._passed(partial(self.student_loss, some, targets.of(batch), of_tokens))
                 out.loss.backward()
+                anchor_loss, anchored = self._anchored(some, of_tokens)
             totals += torch.stack(
                 [
-                    out.loss.detach(),
+                    out.loss.detach() + anchor_loss,
                     out.student_entropy.sum(),
-                    *self._by_origin(arguments[0], out),
+                    *self._by_origin(some, out),
+                    anchored,
                     *(nan if kl is None else kl.sum() for kl in (out.reverse_kl, out.forward_kl)),
                 ]
             )
         self.student.eval()
         return totals
 
-    def _by_origin(self, episodes: Sequence[Episode], out: Losses) -> tuple[Tensor, Tensor]:
-        """What is minimised, summed over own tokens and over the others, in nats."""
+    def _anchored(self, episodes: Sequence[Episode], weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the anchor; its loss, and Σ of its divergence over own tokens."""
+        mine = [e.origin == "student" for e in episodes]
+        if self.anchor is None or not any(mine):
+            return torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        anchor, own = self.anchor, [e for e in episodes if e.origin == "student"]
+        of_own = weights[_of_tokens(mine, episodes)]
+        out = self._passed(lambda: anchor.loss(own, of_own))
+        out.loss.backward()
+        return out.loss.detach(), out.per_token.sum()
+
+    def _by_origin(self, episodes: Sequence[Episode], out: Losses) -> list[Tensor]:
+        """What is minimised, summed over own, over replayed and over guided tokens, in nats."""
         found = out.per_token
         if out.logprobs is not None:
             likely = _of_tokens([e.likelihood_weight > 0 for e in episodes], episodes)
             found = found - out.logprobs * uploaded(likely, self._device)
-        ours = _of_tokens([e.origin == "student" for e in episodes], episodes)
-        own = uploaded(ours, self._device)
-        return (found * own).sum(), (found * ~own).sum()
+        kinds = [_kind(e) for e in episodes]
+        masks = [_of_tokens([k == kind for k in kinds], episodes) for kind in KINDS]
+        return [(found * uploaded(mask, self._device)).sum() for mask in masks]
 
-    def _loss(self, *arguments: Any) -> Losses:
+    def _passed(self, function: Callable[[], Losses]) -> Losses:
+        """A pass with gradients, in the student's arithmetic."""
         with autocast(self._device, self._compute_dtype):
             # A recomputation in backward would no longer find the casts.
             if self.casts is None or self.config.gradient_checkpointing:
-                return self.student_loss(*arguments)
-            return self.casts.run(lambda: self.student_loss(*arguments))
+                return function()
+            return self.casts.run(function)
 
     @torch.no_grad()
     def in_low_precision(self, function: Callable[[], T]) -> T:
@@ -202,6 +224,11 @@ class Distiller:
         """The student's weights are others now."""
         if self.casts is not None:
             self.casts.outdated()
+
+
+def _kind(episode: Episode) -> str:
+    """Whose tokens an episode's are: recorded ones count with what the teacher wrote."""
+    return episode.origin if episode.origin in KINDS else "guided"
 
 
 def _of_tokens(values: Sequence[bool], episodes: Sequence[Episode]) -> Tensor:

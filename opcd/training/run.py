@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.errors import InputError
+from opcd.evaluation.elsewhere_tasks import tasks_of
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
 from opcd.models.files import ModelFiles
+from opcd.objective import Divergence, head_divergence
 from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
@@ -48,13 +50,20 @@ class Outcome(NamedTuple):
     evaluation: Evaluation | None  # where there is test data, and not scored before
 
 
-def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Outcome:
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    divergence: Divergence = head_divergence,
+) -> Outcome:
     """Distil, choose a checkpoint on validation data, export it, and score it on test data.
 
+    `divergence` is what the student loses, where another one is measured against the exact sum.
     Raises InputError for whatever a user gave that does not fit.
     """
     progress = progress or Progress()
     setup = prepare(config, for_training=True)
+    tasks_of(config)  # what the scorecard will ask for must be there before the first step
     folder = check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
     finished = before.get("steps_done") == config.steps
@@ -65,7 +74,7 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
-        outcome, best, writer = _fit(setup, folder, resume, progress)
+        outcome, best, writer = _fit(setup, folder, resume, progress, divergence)
         if outcome.stopped:
             return outcome
         release_memory()  # nothing that was trained is needed from here on
@@ -89,7 +98,7 @@ def _is_scored(folder: Path) -> bool:
 
 
 def _fit(
-    setup: Setup, folder: Path, resume: bool, progress: Progress
+    setup: Setup, folder: Path, resume: bool, progress: Progress, divergence: Divergence
 ) -> tuple[Outcome, dict[str, Any], ModelWriter]:
     """Train to the last step, unless `progress` ends it before.
 
@@ -97,7 +106,7 @@ def _fit(
     """
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
     trackers = open_trackers(config.trackers, folder)
-    distiller = build_distiller(setup)
+    distiller = build_distiller(setup, divergence)
     template = setup.tokenizer.get_chat_template() if config.chat_template else None
     writer = ModelWriter(ModelFiles(config.model), distiller.student, template)
     best: dict[str, Any] = {"step": None}

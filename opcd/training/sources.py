@@ -86,6 +86,33 @@ class PartlyGuided:
         return wanted
 
 
+class WithReplay:
+    """A task's episodes, and the student's own completions of prompts that are none of it.
+
+    Those stand behind no context for the teacher either: what is minimised there is how far the
+    student is from the original model.
+    """
+
+    def __init__(
+        self,
+        task: Source | None,  # of the other prompts of a step; None where all are replayed
+        prompts: Sequence[Prompt],  # see `tasks.replay`
+        config: TrainConfig,  # of the run
+        params: SamplingParams,  # of training
+    ) -> None:
+        self._task = task
+        self._rows = [[prompt] for prompt in prompts]
+        self._params = params
+        self._config = replace(config, prompts_per_step=config.replayed)
+
+    def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
+        """See Source.episodes. Those that are replayed come last."""
+        own = self._task.episodes(step, sampler) if self._task is not None else []
+        prompts = prompts_of(step_rows(self._rows, step, self._config))
+        again = own_episodes(prompts, step, sampler, self._config, self._params)
+        return [*own, *(replace(episode, origin="replay") for episode in again)]
+
+
 class Recorded:
     """Conversations whose assistant turns are scored as they were recorded; nothing is sampled."""
 

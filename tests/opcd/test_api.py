@@ -89,7 +89,16 @@ def test_the_public_names() -> None:
         "settings",
     ]
     assert list(inspect.signature(opcd.evaluate).parameters) == [
-        *("model", "context", "test_data", "distilled", "elsewhere_data", "tokenizer"),
+        *(
+            "model",
+            "context",
+            "test_data",
+            "distilled",
+            "elsewhere_data",
+            "contenders",
+            "served_model",
+            "tokenizer",
+        ),
         *("output_dir", "preset", "quiet", "settings"),
     ]
     for name in opcd.__all__:

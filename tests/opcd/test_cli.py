@@ -337,7 +337,14 @@ def test_a_windows_path_whose_backslash_became_a_tab(
 
 @pytest.mark.parametrize(
     ("command", "fields", "own"),
-    [("train", FIELDS, {"resume"}), ("eval", MEASURING, {"distilled", "save_to"})],
+    [
+        ("train", FIELDS, {"resume"}),
+        ("rivals", FIELDS, {"rival", "other_context"}),
+        (
+            *("eval", MEASURING),
+            {"distilled", "save_to", "contender", "base_url", "served_model", "compare"},
+        ),
+    ],
 )
 def test_help_explains_the_fields_of_a_command_and_no_others(
     command: str, fields: Collection[str], own: set[str], capsys: pytest.CaptureFixture
@@ -351,4 +358,4 @@ def test_help_explains_the_fields_of_a_command_and_no_others(
     text = " ".join(text.split())
     assert "Limit of a completion, in tokens" in text
     trains = "by default one for the model's size" in text
-    assert trains == (command == "train")
+    assert trains == (command != "eval")

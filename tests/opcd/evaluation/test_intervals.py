@@ -8,7 +8,9 @@ import pytest
 from opcd.evaluation.intervals import (
     PerRequest,
     bootstrap_interval,
+    mean_of_shares_interval,
     paired_difference,
+    ratio_interval,
     wilson_interval,
 )
 
@@ -65,7 +67,7 @@ def test_right_or_wrong_is_mcnemars_test(gained: int, lost: int) -> None:
     after = PerRequest([1.0] * gained + [0.0] * lost + [1.0] * 40, before.counts)
     found = paired_difference(after, before)
     assert math.isclose(found.mean, (gained - lost) / (gained + lost + 40))
-    assert abs(found.p_value - mcnemar(gained, lost)) < 0.01
+    assert math.isclose(found.p_value, mcnemar(gained, lost), rel_tol=1e-12)
     assert found.more == ((gained, lost) in ((6, 0), (9, 1), (20, 6)))
     back = paired_difference(before, after)
     assert (back.mean, back.p_value, back.less) == (-found.mean, found.p_value, found.more)
@@ -98,3 +100,32 @@ def test_chance_alone_is_beyond_chance_as_often_as_it_says() -> None:
 def test_other_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="the same counts"):
         paired_difference(PerRequest([1.0], [1]), PerRequest([1.0], [2]))
+
+
+def test_exact_of_hundreds() -> None:
+    """Where drawn signs would see none as far, the sum over all of them does."""
+    found = paired_difference(answers(200, 220), answers(80, 220))
+    assert math.isclose(found.p_value, 2.0**-119, rel_tol=1e-9)
+
+
+def test_a_mean_of_rates_is_never_certain_and_covers() -> None:
+    """Of one class it is Wilson's; of two, 95 % of what is drawn; of a constant answer, not 0."""
+    assert mean_of_shares_interval([(0.25, 40)]) == pytest.approx(wilson_interval(10, 40))
+    low, high = mean_of_shares_interval([(1.0, 20), (0.0, 20), (0.0, 20)])
+    assert low < 1 / 3 - 0.03
+    assert high > 1 / 3 + 0.06
+    draw, covered = random.Random(3), 0
+    for _ in range(300):
+        rights = [sum(draw.random() < p for _ in range(n)) for p, n in ((0.9, 40), (0.3, 15))]
+        low, high = mean_of_shares_interval([(rights[0] / 40, 40), (rights[1] / 15, 15)])
+        covered += low <= 0.6 <= high
+    assert 273 <= covered <= 297  # 285 expected
+
+
+def test_a_ratio_is_known_where_its_whole_never_vanishes() -> None:
+    half, whole = [0.5, 1.0] * 50, [1.0, 2.0] * 50
+    assert ratio_interval(half, whole) == pytest.approx([0.5, 0.5])
+    low, high = ratio_interval([1.0] * 80 + [0.0] * 20, [1.0] * 100) or [0.0, 0.0]
+    assert low == pytest.approx(0.72, abs=0.02)
+    assert high == pytest.approx(0.88, abs=0.02)
+    assert ratio_interval([1.0] * 10, [1.0, -1.0] * 5) is None

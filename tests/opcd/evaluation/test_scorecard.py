@@ -88,7 +88,7 @@ def evaluation(settings: dict, tmp_path: Path) -> Evaluation:
 
 
 def test_scorecard(evaluation: Evaluation, settings: dict) -> None:
-    card, answers, _ = evaluation
+    card, answers = evaluation.card, evaluation.answers
     assert json.loads(json.dumps(card)) == card
     assert [card[name] for name in ("context", "model", "teacher")] == [
         settings["context"],
@@ -360,7 +360,7 @@ def test_an_evaluation_names_files_that_are_there(settings: dict, tmp_path: Path
     folder, _ = evaluate_run(TrainConfig(**settings), "none")
     assert folder == tmp_path / "run" / "eval-none-test"
     named = re.findall(r"`(\w+\.\w+)`", (folder / "report.md").read_text(encoding="utf-8"))
-    assert named == ["answers.jsonl", "config.yaml"]
+    assert named == ["answers.jsonl", "answers.csv", "config.yaml"]
     assert all((folder / name).is_file() for name in named)
     assert gather({}, folder / "config.yaml").model == settings["model"]
     (folder / "metrics.jsonl").write_text("{}\n")  # as if it were a run
@@ -480,7 +480,7 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
 
 
 def test_what_people_read(evaluation: Evaluation) -> None:
-    card, answers, _ = evaluation
+    card, answers = evaluation.card, evaluation.answers
     table = scorecard_table(card)
     assert "25.0%" in table
     assert "4.6% – 69.9%" in table

@@ -314,8 +314,8 @@ def test_where_memory_runs_out_fewer_are_sampled_at_once(
     memory = Memory(2, monkeypatch)
     engine = kind(model, 32)
     assert engine.generate(PROMPTS, params, range(5)) == expected
-    assert memory.asked[:2] == [5, 2]
-    assert set(memory.asked[2:]) <= {1, 2}
+    assert memory.asked[0] == 5
+    assert set(memory.asked[1:]) == {1, 2}
     tried = len(memory.asked)
     assert engine.generate(PROMPTS, params, range(5)) == expected
     assert max(memory.asked[tried:]) == 2, "what did not fit is not tried again"

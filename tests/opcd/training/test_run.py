@@ -311,13 +311,20 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
     assert losses(run) == before
 
 
-def test_an_adapter_alone_is_not_scored(settings: dict, capsys: pytest.CaptureFixture) -> None:
-    alone = {"lora_rank": 4, "steps": 1, "validation_data": None, "test_data": None}
+def test_an_adapter_alone_is_scored_on_its_base(settings: dict) -> None:
+    """A checkpoint of LoRA's, as the model that is made of it."""
+    alone = {"lora_rank": 4, "steps": 2, "validation_data": None, "test_data": None}
     train(TrainConfig(**settings | alone))
-    (adapter,) = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")
+    run = Path(settings["output_dir"])
+    (adapter,) = list_checkpoints(run / "checkpoints")
     config = write_config(settings, lora_rank=4)
-    assert main(["eval", "--config", config, "--distilled", str(adapter)]) == 2
-    assert "must be whole, got an adapter alone" in capsys.readouterr().err
+    answers = []
+    for model in (adapter, run / "final"):
+        where = run.parent / f"scored-{model.name}"
+        command = ["eval", "--config", config, "--distilled", str(model), "--save_to", str(where)]
+        assert main(command) == 0
+        answers.append((where / "answers.jsonl").read_text(encoding="utf-8"))
+    assert answers[0] == answers[1]
 
 
 def limit_files(size: int) -> Callable[[], None]:

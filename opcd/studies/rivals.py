@@ -1,0 +1,387 @@
+"""On-policy context distillation against what else a prompt can become.
+
+Each rival has the same training prompts, the same seed and as many tokens to train on as the run
+that is configured; those that learn from stored completions, which are shorter or longer, take as
+many steps as that needs. Rows are kept as they come: what is there is not run again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from opcd.config import TrainConfig
+from opcd.config.settings import gather, write_config
+from opcd.errors import InputError, did_you_mean
+from opcd.evaluation.contenders import Contender, Models
+from opcd.evaluation.evaluate import evaluate, read_scorecard, write_evaluation
+from opcd.evaluation.named import named_contenders
+from opcd.evaluation.report import aligned
+from opcd.objective import Divergence, head_divergence
+from opcd.runtime.files import make_folder, read_metrics, write_json, write_text
+from opcd.runtime.progress import Progress
+from opcd.studies.published import TOP, top_divergence
+from opcd.studies.soft_prompts import train_soft_prompt
+from opcd.tasks.messages import assistant, user
+from opcd.tasks.prepare import Setup, prepare
+from opcd.tasks.task import spread
+from opcd.training.run import train
+
+SHOWN = 4  # demonstrations
+REFERENCE, STORED = "opcd", "off_policy"
+FOLDER = "rivals"
+NOTHING = "–"
+
+
+class Trained(NamedTuple):
+    """A rival whose weights are trained."""
+
+    what: str
+    settings: dict[str, Any]
+    stored: bool = False  # whether it learns from the teacher's completions alone
+    divergence: Divergence = head_divergence
+
+
+BARE: dict[str, Any] = {"replay_share": 0.0, "replay_data": None, "return_anchor": 0.0}
+OWN: dict[str, Any] = {"guided_share": 0.0, "forward_share": 0.0, **BARE}
+TRAINED = {
+    REFERENCE: Trained("as configured", {}),
+    "plain": Trained("own completions alone, the exact reverse KL", OWN),
+    "published": Trained(
+        f"own completions alone, the student's top {TOP}, not renormalised",
+        OWN,
+        divergence=top_divergence,
+    ),
+    STORED: Trained(
+        "forward KL on the teacher's completions",
+        {"guided_share": 1.0, "guided_objective": "forward_kl", **BARE},
+        stored=True,
+    ),
+    "sequence_level": Trained(
+        "cross-entropy on the teacher's completions",
+        {"guided_share": 1.0, "guided_objective": "cross_entropy", **BARE},
+        stored=True,
+    ),
+}
+SOFT = {"soft_20": 20, "soft_100": 100}
+CONTROLS = {
+    "teacher_without": "control: a teacher without the context",
+    "other_context": "control: a teacher with another task's context",
+}
+NAMES = (*TRAINED, "demonstrations", *SOFT, *CONTROLS)
+
+
+def rivals(
+    config: TrainConfig,
+    wanted: Sequence[str] = (),  # names of rivals; default all, without other_context
+    other_context: str | None = None,  # another task's, for the control
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each rival, kept in rivals/rivals.jsonl of the configuration's output_dir.
+
+    A soft prompt that would be as long as the context is left out unless it is wanted by name.
+
+    Raises InputError for a name that there is not, for a task that they cannot share, and for rows
+    of other settings.
+    """
+    progress = progress or Progress()
+    setup = _checked(config)
+    chosen = _chosen(wanted, other_context, len(setup.task.a_prefix))
+    folder = make_folder(Path(config.output_dir) / FOLDER)
+    study = _Study(_same_settings(setup.config, folder), folder, other_context, progress)
+    for name in chosen:
+        if name not in study.rows:
+            study.add(name)
+    rows = [study.rows[name] for name in ("base", "prompted", *chosen)]
+    write_text(study.folder / "rivals.md", f"```\n{rivals_table(rows)}\n```\n")
+    return rows
+
+
+def rivals_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a rival."""
+    judged = "accuracy" in rows[0]
+    what = "accuracy" if judged else "agrees"
+    lines: list[tuple[str, ...]] = [
+        ("", what, "95 % interval", "tokens left", "elsewhere", "harm", "train s", "trained on", "")
+    ]
+    for row in rows:
+        reached = row.get("accuracy") if judged else row["greedy_agreement"]
+        low, high = row["interval_95"]
+        lines.append(
+            (
+                row["rival"],
+                f"{reached:.1%}",
+                f"{low:.1%} – {high:.1%}",
+                f"{row['prompt_tokens']:.0f}",
+                _percent(row["elsewhere"]),
+                _percent(row["harm"]),
+                f"{row['train_s']:.0f}" if row["train_s"] else NOTHING,
+                f"{row['tokens']:.0f}" if row["tokens"] else NOTHING,
+                row["extra_work"],
+            )
+        )
+    legend = (
+        "tokens left: what a request still carries in front; elsewhere: answers on other requests "
+        "that are the original model's; harm: right without the prompt, wrong with it; trained on: "
+        "tokens"
+    )
+    return f"{aligned(lines, texts=1)}\n\n{legend}"
+
+
+class _Study:
+    """The rows so far, and what a rival takes of those before it."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, other_context: str | None, progress: Progress
+    ) -> None:
+        self.folder = folder
+        self._config = config
+        self._other_context = other_context
+        self._progress = progress
+        self._file = folder / "rivals.jsonl"
+        lines = self._file.read_text("utf-8").splitlines() if self._file.is_file() else []
+        self.rows = {row["rival"]: row for row in map(json.loads, lines)}
+
+    def add(self, name: str) -> None:
+        """Run a rival, and keep its row."""
+        self._progress.say(f"rival     {name}")
+        if name in TRAINED:
+            found = self._trained(name, TRAINED[name])
+        elif name in SOFT:
+            found = self._soft(name)
+        elif name in CONTROLS:
+            found = self._control(name)
+        else:
+            found = self._demonstrations()
+        with self._file.open("a", encoding="utf-8") as file:
+            for row in found:
+                if row["rival"] not in self.rows:
+                    self.rows[row["rival"]] = row
+                    file.write(json.dumps(row) + "\n")
+
+    def _trained(self, name: str, rival: Trained) -> list[dict[str, Any]]:
+        steps = self._stored_steps() if rival.stored else self._config.steps
+        settings = rival.settings | {"steps": steps}
+        found = self._run(name, replace(self._config, **settings), rival.divergence)
+        row = self._row(name, rival.what, found, "distilled") | self._cost(name)
+        if name != REFERENCE:
+            return [row]
+        meanings = {"base": "no prompt", "prompted": "the prompt"}
+        both = [self._row(who, what, found, who) for who, what in meanings.items()]
+        saved = found["prompt_tokens_saved"]
+        both[1] |= {"prompt_tokens": saved, "extra_work": "reads the prompt, or a cache of it"}
+        return [*both, row]
+
+    def _run(self, name: str, config: TrainConfig, divergence: Divergence) -> dict[str, Any]:
+        """The scorecard of a training run; its weights are deleted."""
+        folder = self.folder / name
+        if (card := read_scorecard(folder)) is None:
+            own = replace(config, output_dir=str(folder))
+            begun = (folder / "config.yaml").is_file()
+            outcome = train(own, begun, self._progress, divergence)
+            if outcome.stopped:
+                raise InputError(
+                    f"a rival's run must go to its end, but {name} was stopped by "
+                    f"{outcome.stopped}; start again, and it goes on"
+                )
+            card = read_scorecard(folder)
+        assert card is not None
+        _delete_weights(folder)
+        return card
+
+    def _cost(self, name: str) -> dict[str, Any]:
+        """What a run's training took, from its metrics."""
+        steps = [m for m in read_metrics(self.folder / name / "metrics.jsonl") if "loss" in m]
+        return {
+            "train_s": sum(m["step_time_s"] for m in steps),
+            "tokens": sum(m["mean_completion_tokens"] for m in steps) * self._sequences,
+            "steps": len(steps),
+        }
+
+    @property
+    def _sequences(self) -> int:
+        """Of a step."""
+        return self._config.prompts_per_step * self._config.completions_per_prompt
+
+    def _needed(self, name: str) -> dict[str, Any]:
+        """The row of a rival that another one builds on; run now if need be."""
+        if name not in self.rows:
+            self.add(name)
+        return self.rows[name]
+
+    def _stored_steps(self) -> int:
+        """Steps in which the teacher's completions come to as many tokens as the reference had."""
+        tokens = self._needed(REFERENCE)["tokens"]
+        a_step = self.rows["prompted"]["mean_completion_tokens"] * self._sequences
+        return max(1, round(tokens / a_step))
+
+    def _soft(self, name: str) -> list[dict[str, Any]]:
+        steps = self._needed(STORED)["steps"]
+        config = replace(self._config, guided_share=1.0, steps=steps, **BARE)
+        setup, folder = prepare(config, for_training=True), self.folder / name
+        seconds, tokens = train_soft_prompt(
+            setup, self.folder / STORED / "guided.jsonl", SOFT[name], folder, self._progress
+        )
+        card = self._on_base(name, str(folder))
+        row = self._row(name, "vectors trained on the teacher's completions", card, name)
+        return [
+            row
+            | {
+                "prompt_tokens": SOFT[name],
+                "extra_work": "vectors in front, which servers must take",
+            }
+            | {"train_s": seconds, "tokens": tokens, "steps": steps, "elsewhere": 1.0}
+        ]
+
+    def _demonstrations(self) -> list[dict[str, Any]]:
+        """A few training prompts with what the prompted model says to them, and no instructions."""
+        setup = prepare(self._config)
+        cases = spread([c for c in setup.task.training if len(c.example.messages) == 1], SHOWN)
+        models = Models(setup)
+        try:
+            said = models.get(self._config.teacher or self._config.model).prompted(cases)
+        finally:
+            models.close()
+        turns = [
+            turn
+            for case, answer in zip(cases, said, strict=True)
+            if answer.text
+            for turn in (user(case.example.text), assistant(answer.text))
+        ]
+        if not turns:
+            raise InputError(
+                "demonstrations need training prompts of one message that the prompted model "
+                "answers, got none; leave that rival out"
+            )
+        file = self.folder / "demonstrations.json"
+        write_json(file, turns)
+        name = file.stem
+        card = self._on_base(name, str(file))
+        own = [
+            len(setup.chat.template.ids([*turns, *case.example.messages]))
+            - len(case.prompt.student_ids)
+            for case in setup.task.test
+        ]
+        row = self._row(name, f"{len(turns) // 2} of the prompted model's answers", card, name)
+        work = {"prompt_tokens": fmean(own), "extra_work": "reads them, or a cache of them"}
+        return [row | work | {"elsewhere": 1.0}]
+
+    def _on_base(self, name: str, what: str) -> dict[str, Any]:
+        """The scorecard of a contender on the untrained base."""
+        setup = prepare(replace(self._config, leak_tokens=0))
+        others: Callable[[Models], Sequence[Contender]] = named_contenders({name: what}, setup)
+        found = evaluate(setup, None, self._progress, others=others)
+        write_evaluation(make_folder(self.folder / f"{name}_scored"), found, setup)
+        return found.card
+
+    def _control(self, name: str) -> list[dict[str, Any]]:
+        config = self._config
+        if name == "teacher_without":
+            settings = OWN | {"replay_share": 1.0, "replay_data": config.prompts}
+            card = self._run(name, replace(config, **settings), head_divergence)
+        else:
+            card = self._of_another(name)
+        row = self._row(name, CONTROLS[name], card, "distilled")
+        return [row | self._cost(name)]
+
+    def _of_another(self, name: str) -> dict[str, Any]:
+        """Trained on another context, and scored by this task's."""
+        assert self._other_context is not None
+        folder = self.folder / name
+        other = replace(self._config, context=self._other_context, output_dir=str(folder))
+        train(other, (folder / "config.yaml").is_file(), self._progress)
+        setup = prepare(self._config)
+        found = evaluate(setup, str(folder / "final"), self._progress)
+        write_evaluation(make_folder(self.folder / f"{name}_scored"), found, setup)
+        _delete_weights(folder)
+        return found.card
+
+    def _row(self, name: str, what: str, card: dict[str, Any], who: str) -> dict[str, Any]:
+        """A contender of a scorecard as a rival."""
+        column = card["contenders"][who]
+        judged = "accuracy" in column
+        agrees = column["greedy_agreement"]
+        harm = card["contenders"].get(f"{who}_prompted", {}).get("harm")
+        own = who != "distilled"  # the base's weights
+        kept = card.get("elsewhere", {}).get("agreement", {}).get("mean")
+        return {
+            "rival": name,
+            "what": what,
+            **({"accuracy": column["accuracy"]} if judged else {}),
+            "interval_95": column["accuracy_interval_95"] if judged else agrees["interval_95"],
+            **{k: column[k] for k in ("balanced_accuracy",) if k in column},
+            "greedy_agreement": agrees["mean"],
+            "n": column["n"],
+            "mean_completion_tokens": column["mean_completion_tokens"],
+            "prompt_tokens": 0.0,
+            "extra_work": "none",
+            "train_s": 0.0,
+            "tokens": 0,
+            "steps": 0,
+            "elsewhere": 1.0 if own else kept,
+            "harm": harm["mean"] if harm else None,
+            "seed": self._config.seed,
+        }
+
+
+def _delete_weights(folder: Path) -> None:
+    for weights in ("checkpoints", "final"):
+        shutil.rmtree(folder / weights, ignore_errors=True)
+
+
+def _same_settings(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings of a study, kept beside its rows. Raises InputError for others than those."""
+    file = folder / "config.yaml"
+    if file.is_file():
+        saved = gather({}, file)
+        config = replace(config, today=config.today and saved.today)
+        if differing := saved.differing_fields(config):
+            raise InputError(
+                f"{folder} must hold rivals of these settings, got others of "
+                f"{', '.join(differing)}; name another output_dir"
+            )
+    write_config(config, file)
+    return config
+
+
+def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: int) -> list[str]:
+    """The names in their order, the reference first. Raises InputError for others."""
+    for name in wanted:
+        if name not in NAMES:
+            raise InputError(
+                f"a rival must be one of {', '.join(NAMES)}, got {name!r}"
+                f"{did_you_mean(name, NAMES)}"
+            )
+    if "other_context" in wanted and other_context is None:
+        raise InputError(
+            "the rival other_context needs another task's context, got none; name a file with "
+            "--other_context"
+        )
+    left_out = {name for name, tokens in SOFT.items() if tokens >= context_tokens}
+    left_out |= set() if other_context is not None else {"other_context"}
+    chosen = set(wanted) or set(NAMES) - left_out
+    return [name for name in NAMES if name in chosen | {REFERENCE}]
+
+
+def _checked(config: TrainConfig) -> Setup:
+    """The task, before anything is trained. Raises InputError for one that rivals cannot share."""
+    setup = prepare(config, for_training=True)
+    if not setup.task.test:
+        raise InputError("rivals need test data, got none; name a file as test_data")
+    if len(setup.chats) > 1 or setup.task.tools or config.source == "recorded":
+        raise InputError(
+            "rivals need one context without tools, and sampled completions, got several contexts, "
+            "tools or source recorded; take them apart"
+        )
+    if config.guided_completions is not None:
+        raise InputError(
+            "rivals learn from the teacher's own completions, got guided_completions; leave it out"
+        )
+    return setup
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.1%}"
