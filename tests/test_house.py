@@ -22,6 +22,7 @@ FLOORS = (
     {"evaluation"},
     {"preflight"},
     {"training"},
+    {"experience"},
     {"terminal"},
     {"api"},
     {"commands"},
