@@ -201,7 +201,7 @@ class _Loop:
         contexts = [folder / "candidates" / name for name in found["winners"]]
         after: Weights | None = None
         if not contexts:
-            decision = Decision(False, _why_none(counts, made))
+            decision = Decision(False, _why_none(counts, items, made))
         else:
             self.say(f"filter    {_filter_line(found)}")
             decision, after = self.distilled(number, weights, contexts, folder)
@@ -467,10 +467,13 @@ def _lost(counts: dict[str, Any]) -> str:
     return f"; dropped: {lost}" if lost else ""
 
 
-def _why_none(counts: dict[str, Any], made: Sequence[dict[str, Any]]) -> str:
+def _why_none(counts: dict[str, Any], items: Sequence[str], made: Sequence[object]) -> str:
     if made:
         return f"none of {len(made)} contexts is better on validation than no experience"
-    return f"nothing to learn from: {counts['right']} of {counts['judged']} attempts right, no item"
+    written = f"{len(items)} items were" if items else "no item was"
+    right = f"{counts['right']} of {counts['judged']} attempts are right"
+    fits = "; none of it fits context_tokens" if items or counts["right"] else ""
+    return f"nothing to learn from: {written} written, and {right}{fits}"
 
 
 def _filter_line(found: dict[str, Any]) -> str:

@@ -17,19 +17,31 @@ from opcd.experience.gate import Decision
 from opcd.experience.rounds import Outcome, learn
 from opcd.experience.settings import read_settings
 from opcd.runtime.progress import Progress
-from tests.conftest import in_groups, write_jsonl
+from tests.conftest import in_groups, tiny_llama, tiny_tokenizer, write_jsonl
 
 CHECKER = """
 def check(completion, answers):
     if completion.startswith("!"):
         raise RuntimeError("exclamation")
-    return sum(map(ord, completion)) % 2 == int(answers[0])  # half of what a random model says
+    # Half of what a random model says.
+    return bool(completion) and sum(map(ord, completion)) % 2 == int(answers[0])
 """
 WORDS = "apple pear fig plum lime kiwi date melon grape peach cherry mango berry olive quince lemon"
 
 
+@pytest.fixture(scope="module")
+def brief_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that ends about half of its answers by itself."""
+    folder = tmp_path_factory.mktemp("brief")
+    model = tiny_llama()
+    model.lm_head.weight.data[1] *= 20
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def task(settings: dict, tmp_path: Path) -> dict:
+def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
     """Problems, a checker and the fields of a short loop."""
     (tmp_path / "checker.py").write_text(CHECKER)
     rows = [
@@ -42,8 +54,10 @@ def task(settings: dict, tmp_path: Path) -> dict:
         "scorer": f"python:{tmp_path / 'checker.py'}:check",
         "held_out_share": 0.5,
         "without_context": "Say it.",
+        "model": str(brief_model),
         "steps": 3,
-        "max_completion_tokens": 3,
+        "learning_rate": 3e-4,
+        "max_completion_tokens": 4,
         "elsewhere_prompts": 6,
         "problems_per_round": 8,
         "attempts_per_problem": 4,
@@ -225,7 +239,10 @@ def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.Monk
 def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path) -> None:
     (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 0")
     (row,) = run(task).rounds
-    assert row["reason"] == "nothing to learn from: 0 of 32 attempts right, no item"
+    assert (
+        row["reason"]
+        == "nothing to learn from: no item was written, and 0 of 32 attempts are right"
+    )
     (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 1 / 0")
     with pytest.raises(InputError, match=r"judge attempts, but of 32 it judged none.*ZeroDivision"):
         run(task | {"output_dir": str(tmp_path / "other")})
