@@ -36,6 +36,11 @@ class Candidate(NamedTuple):
         return path
 
 
+def kind_of(file: Path) -> str:
+    """The kind of a candidate, by its file."""
+    return file.stem.rpartition("-")[0]
+
+
 def newest_within(items: Sequence[T], most: int, tokens: Callable[[Sequence[T]], int]) -> list[T]:
     """The longest end of the items that takes at most so many tokens; each stays whole.
 

@@ -10,7 +10,7 @@ from opcd.evaluation.contenders import LoadedModel, load_for_answers
 from opcd.evaluation.elsewhere import answers_elsewhere
 from opcd.evaluation.intervals import Difference, PerRequest, paired_difference, wilson_interval
 from opcd.experience.checking import Asked, Checkers, dropped
-from opcd.experience.contexts import ITEMS
+from opcd.experience.contexts import ITEMS, kind_of
 from opcd.runtime.files import write_jsonl, write_text
 from opcd.runtime.memory import release_memory
 from opcd.tasks.data import Example
@@ -66,7 +66,7 @@ class Bench:
         """
         if context is None:
             write_text(self._stand_in, "No experience yet.\n")
-        kind = "" if context is None else context.stem.partition("-")[0]
+        kind = "" if context is None else kind_of(context)
         config = replace(
             self.config,
             context=str(context or self._stand_in),

@@ -12,7 +12,8 @@ import opcd.experience.folder as folder_of_phases
 from opcd.cli import main
 from opcd.config.fields import FIELDS
 from opcd.errors import InputError
-from opcd.experience import rounds
+from opcd.experience import distilling, phases
+from opcd.experience.final import COLUMNS
 from opcd.experience.gate import Decision
 from opcd.experience.rounds import Outcome, learn
 from opcd.experience.settings import read_settings
@@ -94,14 +95,14 @@ def run(task: dict, resume: bool = False, stop_after: int = 0, **changed: object
 @pytest.fixture
 def kept_whatever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contexts that help, and rounds that are better: what a random model seldom has."""
-    monkeypatch.setattr(rounds, "decide", lambda *_: Decision(True, "as the test says"))
-    real = rounds.ranked
+    monkeypatch.setattr(phases, "decide", lambda *_: Decision(True, "as the test says"))
+    real = phases.ranked
 
     def all_win(candidates: list, found: list, without: object, count: int) -> dict:
         ranking = real(candidates, found, without, count)
         return ranking | {"winners": [row["file"] for row in ranking["candidates"]][:count]}
 
-    monkeypatch.setattr(rounds, "ranked", all_win)
+    monkeypatch.setattr(phases, "ranked", all_win)
 
 
 def weights(folder: Path, number: int = 1, what: str = "run") -> dict[str, torch.Tensor]:
@@ -115,7 +116,7 @@ def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
     assert [row["accepted"] for row in found.rounds] == [True, True]
     assert found.rounds[0]["began_with"] == task["model"]
     assert found.rounds[1]["began_with"] == str(folder / "round-1" / "run" / "final")
-    assert list(found.columns) == list(rounds.COLUMNS)
+    assert list(found.columns) == list(COLUMNS)
     first, second = weights(folder), weights(folder, 2)
     assert any(not torch.equal(first[name], second[name]) for name in first)
     off_policy = weights(folder, 2, "off_policy")
@@ -194,9 +195,9 @@ def test_a_bad_round_is_rolled_back_and_the_next_begins_from_the_weights_before(
     task: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A huge rate, the gate as it is."""
-    real = rounds.ranked
+    real = phases.ranked
     monkeypatch.setattr(
-        rounds,
+        phases,
         "ranked",
         lambda made, *rest: real(made, *rest) | {"winners": [made[0]["file"]]},
     )
@@ -211,9 +212,9 @@ def test_a_bad_round_is_rolled_back_and_the_next_begins_from_the_weights_before(
 def test_training_that_diverges_is_a_round_rolled_back(
     task: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rounds.ranked
+    real = phases.ranked
     monkeypatch.setattr(
-        rounds,
+        phases,
         "ranked",
         lambda made, *rest: real(made, *rest) | {"winners": [made[0]["file"]]},
     )
@@ -223,14 +224,14 @@ def test_training_that_diverges_is_a_round_rolled_back(
 
 
 def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "train", lambda *_: pytest.fail("nothing was to be distilled"))
-    real = rounds.Bench.measure
+    monkeypatch.setattr(distilling, "train", lambda *_: pytest.fail("nothing was to be distilled"))
+    real = phases.Bench.measure
 
     def worse(self: object, name: str, requests: Path, problems: list, context=None) -> object:
         found = real(self, name, requests, problems, context)
         return found._replace(values=[0.0 if context else 1.0] * len(problems))
 
-    monkeypatch.setattr(rounds.Bench, "measure", worse)
+    monkeypatch.setattr(phases.Bench, "measure", worse)
     (row,) = run(task).rounds
     assert row["reason"] == "none of 2 contexts is better on validation than no experience"
     assert [c["accuracy"] for c in row["candidates"]] == [0.0, 0.0]
@@ -269,7 +270,7 @@ def test_a_log_in_place_of_attempts_without_texts_in_the_report(
     task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = ["- EXPERIENCE ITEM: secret one.", "- EXPERIENCE ITEM: secret two."]
-    monkeypatch.setattr(rounds, "written_items", lambda *_: items)
+    monkeypatch.setattr(phases, "written_items", lambda *_: items)
     rows = [
         {"prompt": f"green {w}", "completion": w[0], "outcome": i % 2}
         for i, w in enumerate(WORDS.split())
