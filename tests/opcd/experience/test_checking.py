@@ -1,5 +1,8 @@
 """Checkers that raise, hang, crash or print: the others' answers stay, and theirs are counted."""
 
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +52,16 @@ def test_a_checker_that_misbehaves_costs_its_own_attempts_alone(checker: str) ->
     assert dropped(found) == {OVER_TIME: 2, RAISED: 2, CRASHED: 1}
     assert "no such thing" in found[3].detail
     assert [c.value for c in again] == [1.0, 0.0, 1.0]  # by processes that took others' places
+
+
+def test_a_worker_whose_parent_is_gone_ends_by_itself(checker: str) -> None:
+    """Even where a checker holds the interpreter."""
+    command = [sys.executable, "-m", "opcd.experience.check_worker", checker, "0.1"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps(asked("hold", "a")._asdict()) + "\n")
+    worker.stdin.flush()
+    assert worker.wait(timeout=30) != 0
 
 
 def test_a_built_in_checker() -> None:

@@ -59,12 +59,12 @@ def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
         "steps": 3,
         "learning_rate": 3e-4,
         "max_completion_tokens": 4,
-        "elsewhere_prompts": 6,
         "problems_per_round": 8,
         "attempts_per_problem": 4,
         "learn_from": "successes",
         "context_tokens": 180,
-        "candidates": 2,
+        "candidates": 1,
+        "off_policy": False,
     }
     left_out = ("context", "validation_data", "test_data")
     return {k: v for k, v in settings.items() if k not in left_out} | own
@@ -111,7 +111,8 @@ def weights(folder: Path, number: int = 1, what: str = "run") -> dict[str, torch
 
 @pytest.mark.usefixtures("kept_whatever")
 def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
-    found = run(task, rounds=2)
+    full = {"off_policy": True, "elsewhere_prompts": 6, "candidates": 2, "rounds": 2}
+    found = run(task | full)
     folder = found.folder
     assert [row["accepted"] for row in found.rounds] == [True, True]
     assert found.rounds[0]["began_with"] == task["model"]
@@ -145,11 +146,11 @@ def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
     assert messages[1]["content"] in report
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="must not hold a loop yet"):
-        run(task, rounds=2)
+        run(task | full)
     with pytest.raises(InputError, match="looked at once"):
-        run(task, resume=True, rounds=3)
+        run(task | full, resume=True, rounds=3)
     with pytest.raises(InputError, match="must keep its settings, got other values for steps"):
-        run(task, resume=True, rounds=2, steps=4)
+        run(task | full, resume=True, steps=4)
 
 
 class Killed(BaseException):
@@ -160,6 +161,7 @@ class Killed(BaseException):
 def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
     task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    task = task | {"elsewhere_prompts": 3, "steps": 2}
     whole = run(task | {"output_dir": str(tmp_path / "whole")})
     real, left = folder_of_phases.write_json, 0
 
@@ -182,13 +184,12 @@ def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
             pass
         deaths += 1
         assert deaths < 40
-    assert deaths > 12
+    assert deaths > 10
     for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
         ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
         assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
-    for what in ("run", "off_policy"):
-        one, other = weights(found.folder, what=what), weights(whole.folder, what=what)
-        assert all(torch.equal(one[name], other[name]) for name in other)
+    one, other = weights(found.folder), weights(whole.folder)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_a_bad_round_is_rolled_back_and_the_next_begins_from_the_weights_before(
@@ -233,8 +234,8 @@ def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(phases.Bench, "measure", worse)
     (row,) = run(task).rounds
-    assert row["reason"] == "none of 2 contexts is better on validation than no experience"
-    assert [c["accuracy"] for c in row["candidates"]] == [0.0, 0.0]
+    assert row["reason"] == "none of 1 contexts is better on validation than no experience"
+    assert [c["accuracy"] for c in row["candidates"]] == [0.0]
 
 
 def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path)
 def test_each_prompt_names_an_experience_of_its_own(
     task: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run(task, experiences=2)
+    found = run(task, experiences=2, candidates=2)
     assert len(found.rounds[0]["winners"]) == 2
     rows = [
         json.loads(line)
@@ -316,11 +317,11 @@ def command(task: dict, tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("kept_whatever")
 def test_the_command(task: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = command(task, tmp_path)
-    assert main(["experience", "--config", str(path), "--off-policy=false"]) == 0
+    assert main(["experience", "--config", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "1 of 1 rounds accepted" in shown
     assert "round-1/run/final" in shown
-    assert main(["experience", "--config", str(path), "--resume", "--off-policy=false"]) == 0
+    assert main(["experience", "--config", str(path), "--resume"]) == 0
     assert "distilled_experienced" in capsys.readouterr().out
 
 
