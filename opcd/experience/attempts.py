@@ -28,6 +28,7 @@ class Attempt:
     text: str
     value: float | None  # from 0 to 1; None: nobody knows
     finish: str = "stop"  # "length": it was cut
+    accepted: str = ""  # the first accepted answer, where one is known
 
     @property
     def right(self) -> bool:
@@ -72,7 +73,13 @@ def sampled_attempts(
             f"{lost[0].why} {lost[0].detail}; correct it, or raise check_seconds"
         )
     found = [
-        Attempt(problems[i // n], text, said.value, rollout.finish_reason)
+        Attempt(
+            problems[i // n],
+            text,
+            said.value,
+            rollout.finish_reason,
+            next(iter(answers[i // n]), ""),
+        )
         for i, (text, rollout, said) in enumerate(zip(texts, rollouts, checked, strict=True))
         if said.value is not None
     ]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 
 from opcd.experience.attempts import Attempt
@@ -23,25 +24,26 @@ def successes(attempts: Sequence[Attempt]) -> list[Attempt]:
         key = "\n".join(normalised(words_of(message)) for message in attempt.problem)
         known = best.get(key)
         if known is None or len(answer) < len(known.text):
-            best[key] = Attempt(attempt.problem, answer, attempt.value)
+            best[key] = replace(attempt, text=answer)
     return sorted(best.values(), key=_length)
 
 
 def diverse(found: Sequence[Attempt], number: int, seed: int) -> list[Attempt]:
     """Successes in an order for candidate `number`, the ones that are wanted most at its end.
 
-    Their answers take turns, so that an answer that comes easily does not crowd out the others.
-    Candidate 0 has the shortest of all; each other one is made of a random half.
+    Answers take turns, the shortest success first. In candidates of even number each answer comes
+    as often as the rarest, so that one that comes easily does not outweigh the others; those of odd
+    number have all. The first of either kind chooses from all successes, others from a random half.
     """
-    if number:
-        chosen = set(
-            random.Random(f"{seed} {number}").sample(range(len(found)), -(-len(found) // 2))
-        )
-        found = [attempt for i, attempt in enumerate(found) if i in chosen]
+    if number > 1:
+        half = random.Random(f"{seed} {number}").sample(range(len(found)), -(-len(found) // 2))
+        found = [found[i] for i in sorted(half)]
     by_answer: dict[str, list[Attempt]] = {}
     for attempt in found:
-        by_answer.setdefault(folded(bare(attempt.text)), []).append(attempt)
-    turns = chain.from_iterable(zip_longest(*by_answer.values()))
+        by_answer.setdefault(folded(bare(attempt.accepted or attempt.text)), []).append(attempt)
+    rarest = min(map(len, by_answer.values()), default=0)
+    groups = [group if number % 2 else group[:rarest] for group in by_answer.values()]
+    turns = chain.from_iterable(zip_longest(*groups))
     return [attempt for attempt in turns if attempt is not None][::-1]
 
 

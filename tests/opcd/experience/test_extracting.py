@@ -1,6 +1,7 @@
 """From attempts to contexts: what is kept of them, and in which order."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,25 @@ def test_a_problems_shortest_whole_success_is_shown() -> None:
 
 def test_answers_take_turns_and_the_shortest_are_wanted_most() -> None:
     found = successes(
-        [attempt("x" * n, "common") for n in range(1, 9)] + [attempt("rare problem", "Rare.")]
+        [attempt("x" * n, "common") for n in range(1, 9)]
+        + [attempt("rare problem", "Rare."), attempt("another rare problem", "so rare")]
     )
-    wanted = diverse(found, 0, seed=0)[::-1]
-    assert [a.text for a in wanted[:2]] == ["common", "Rare."]
-    assert [len(a.problem[0]["content"]) for a in wanted if a.text == "common"] == [*range(1, 9)]
-    others = [[a.problem for a in diverse(found, number, seed=0)] for number in (1, 2, 1)]
+    balanced, whole = (diverse(found, number, seed=0)[::-1] for number in (0, 1))
+    assert [a.text for a in balanced] == ["common", "Rare.", "so rare"]
+    assert [a.text for a in whole[:4]] == ["common", "Rare.", "so rare", "common"]
+    assert [len(a.problem[0]["content"]) for a in whole if a.text == "common"] == [*range(1, 9)]
+    others = [[a.problem for a in diverse(found, number, seed=0)] for number in (3, 5, 3)]
     assert others[0] == others[2] != others[1]
     assert all(len(other) == 5 for other in others)
+    # By what is right, where that is known: the same label is said in many ways.
+    told = [replace(a, accepted="rare" if "are" in a.text else "common") for a in found]
+    assert [a.text for a in diverse(told, 0, seed=0)[::-1]] == [
+        "common",
+        "Rare.",
+        "common",
+        "so rare",
+    ]
+    assert diverse([], 0, seed=0) == []
 
 
 def test_over_the_limit_the_newest_whole_items_stay() -> None:
