@@ -251,10 +251,8 @@ def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("kept_whatever")
-def test_each_prompt_names_an_experience_of_its_own(
-    task: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = run(task, experiences=2, candidates=2)
+def test_each_prompt_names_an_experience_of_its_own(task: dict) -> None:
+    found = run(task, experiences=2, candidates=6)
     assert len(found.rounds[0]["winners"]) == 2
     rows = [
         json.loads(line)
