@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -16,6 +17,8 @@ from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS, gather
 from opcd.errors import InputError, did_you_mean
+from opcd.experience.settings import ITS_OWN, Experience, read_settings
+from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 STOPPED_BY_ALARM = 3  # the exit status
@@ -29,6 +32,7 @@ BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
   opcd init my-task                             write a small task that runs as it is
   opcd check --config my-task/config.yaml       see before any training whether it is worth it
   opcd train --config my-task/config.yaml       distil it, and score it
+  opcd experience --config problems.yaml        let a model learn from its own attempts
   opcd chat my-task/run                         ask base, prompted and distilled side by side
   opcd --help                                   every command
 """
@@ -57,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _chat(arguments)
     if arguments.command == "eval" and arguments.compare:
         return _compare(arguments)
+    if arguments.command == "experience":
+        return _experience(arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
     _load()
     commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
@@ -180,6 +186,26 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _experience(arguments: argparse.Namespace) -> int:
+    file = Path(arguments.config) if arguments.config else None
+    fields = {k: v for k, v in vars(arguments).items() if k in FIELDS or k in EXPERIENCE_FIELDS}
+    log, hidden = arguments.log, arguments.without_texts
+    settings = read_settings(fields, file, arguments.preset, log, hidden)
+    _load()
+    from opcd.experience.rounds import learn
+    from opcd.terminal import Terminal, show_learned
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    outcome = learn(settings, arguments.resume, say, Terminal)
+    show_learned(outcome, file)
+    if not outcome.stopped:
+        return 0
+    caught = signal.Signals.__members__.get(outcome.stopped)
+    return 128 + caught if caught else STOPPED_BY_ALARM
+
+
 @contextlib.contextmanager
 def _scorecard_alone(arguments: argparse.Namespace) -> Iterator[Callable[[Any], None]]:
     """With --json, standard output gets the scorecard and nothing else; yields what prints it."""
@@ -290,6 +316,7 @@ def _parser() -> _Parser:
             )
             _add_contenders(sub)
             _add_fields(sub, MEASURING)
+    _add_experience(commands)
     chat = commands.add_parser(
         "chat",
         help="Ask a run's base, prompted and distilled model the same.",
@@ -335,28 +362,56 @@ def _add_contenders(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_experience(commands: Any) -> None:
+    """The command that reads a training run's fields, and its own."""
+    summary = "Let a model distil what it learned from its own attempts, round by round."
+    sub = commands.add_parser("experience", help=summary, description=summary)
+    sub.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
+    sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
+    sub.add_argument(
+        "--log",
+        metavar="FILE",
+        help='JSONL of conversations, each with its "outcome" if that is known, as a server leaves '
+        "them: they take the place of attempts, for one round",
+    )
+    sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
+    sub.add_argument(
+        "--without_texts",
+        action="store_true",
+        help="leave the texts of contexts out of the report",
+    )
+    _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
+    _add_fields(sub, {name: FIELDS[name] for name in FIELDS if name not in ITS_OWN})
+
+
 def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None:
     """Fields of the configuration, in their groups; as text, which `settings` reads."""
-    from docstring_parser import parse_from_object
-
     for group, kind in GROUPS.items():
         names = [name for name, its in FIELDS.items() if its == group and name in wanted]
-        if not names:
-            continue
-        described = parse_from_object(kind)
-        options = parser.add_argument_group(group, described.short_description)
-        texts = {p.arg_name: " ".join((p.description or "").split()) for p in described.params}
-        for name in names:
-            default = getattr(TrainConfig, name, None)
-            shown = f" (default: {default})" if default not in (None, "") else ""
-            switch: Any = {"nargs": "?", "const": "true"} if KINDS[name] is bool else {}
-            options.add_argument(
-                f"--{name}",
-                metavar=_metavar(KINDS[name]),
-                default=argparse.SUPPRESS,
-                help=f"{texts[name]}{shown}".replace("%", "%%"),
-                **switch,
-            )
+        if names:
+            _add_group(parser, group, kind, {name: KINDS[name] for name in names})
+
+
+def _add_group(
+    parser: argparse.ArgumentParser, group: str, kind: type, fields: Mapping[str, Any]
+) -> None:
+    """Fields of one group, by name and kind."""
+    from docstring_parser import parse_from_object
+
+    described = parse_from_object(kind)
+    options = parser.add_argument_group(group, described.short_description)
+    texts = {p.arg_name: " ".join((p.description or "").split()) for p in described.params}
+    for name, its in fields.items():
+        default = getattr(kind, name, None)
+        shown = f" (default: {default})" if default not in (None, "") else ""
+        switch: Any = {"nargs": "?", "const": "true"} if its is bool else {}
+        options.add_argument(
+            f"--{name}",
+            metavar=_metavar(its),
+            default=argparse.SUPPRESS,
+            help=f"{texts[name]}{shown}".replace("%", "%%"),
+            **switch,
+        )
 
 
 def _metavar(kind: Any) -> str:

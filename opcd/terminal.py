@@ -20,6 +20,7 @@ from opcd.evaluation.report import (
 )
 from opcd.evaluation.side_by_side import SideBySide
 from opcd.evaluation.verdict import Verdict
+from opcd.experience.rounds import Outcome as Learned
 from opcd.runtime.files import read_metrics, shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
@@ -208,6 +209,27 @@ def converse(models: SideBySide, message: str | None, context: str | None = None
             print(f"  {name:<10} {answer}")
         if message is not None:
             return
+
+
+def show_learned(outcome: Learned, config: Path | None) -> None:
+    """How a loop ended, and where its files are."""
+    if outcome.stopped:
+        again = f" --config {_quoted(config)}" if config else ""
+        print(f"stopped by {outcome.stopped}. Continue:\n  opcd experience{again} --resume")
+        return
+    print()
+    for name, column in outcome.columns.items():
+        elsewhere = column["elsewhere"]
+        same = f", elsewhere {elsewhere['mean']:.1%} as before" if elsewhere else ""
+        right = "not judged" if column["accuracy"] is None else f"{column['accuracy']:.1%}"
+        print(f"  {name:<22} {right} of {column['n']}{same} ({column['meaning']})")
+    taken = [row for row in outcome.rounds if row["accepted"]]
+    folder = Path(shown(str(outcome.folder)))
+    print(f"\n{len(taken)} of {len(outcome.rounds)} rounds accepted")
+    if taken:
+        last = taken[-1]["round"]
+        print(f"  model        {folder / f'round-{last}' / 'run' / 'final'}")
+    print(f"  report       {folder / 'report.md'}")
 
 
 def show_evaluated(folder: Path, found: Evaluation) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     {"evaluation"},
     {"preflight"},
     {"training"},
-    {"studies", "terminal"},
+    {"experience", "studies", "terminal"},
     {"api"},
     {"commands"},
     {"cli"},

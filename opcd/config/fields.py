@@ -38,9 +38,9 @@ class Data:
     distilled model is held against the original, both without the context; each may have a "kind",
     a text, to be counted under. Default: 300 that come with opcd."""
     scorer: str = "exact"
-    """When an answer is right: exact, contains, number, choice (a letter), json, regex:PATTERN (its
-    first find), regex-last:PATTERN or python:FILE.py:function. Reasoning in front of the answer is
-    not judged."""
+    """When an answer is right: exact, contains, number, choice (a letter), json, math (by the
+    package math-verify), regex:PATTERN (its first find), regex-last:PATTERN or
+    python:FILE.py:function. Reasoning in front of the answer is not judged."""
     context_placement: Literal["auto", "system", "user"] = "auto"
     """Where the context's system message goes: in a system message, or in front of the first user
     message; auto is system unless the chat template refuses, drops or alters it."""

@@ -39,15 +39,17 @@ def gather(
     file: Path | None = None,
     preset: str | None = None,
     caller: str = "command line",
+    leave_out: str = "",
 ) -> TrainConfig:
     """The configuration of a preset, overridden by a file, overridden by what is given.
 
+    leave_out: a group of the file that is another's to read.
     Input files are found from the folder of the file that names them, else from the current one.
     Raises InputError for fields that are unknown or missing, and for values of another kind.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        own, values = read_config_file(file)
+        own, values = read_config_file(file, leave_out)
         preset = preset or own
         layers = [(file.name, values)]
     if preset is not None:
@@ -67,8 +69,10 @@ def gather(
     return TrainConfig(**values, origins=origins)
 
 
-def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+def read_config_file(path: Path, leave_out: str = "") -> tuple[str | None, dict[str, Any]]:
     """The preset that a configuration file names, and its values by field.
+
+    leave_out: a group that is another's to read.
 
     Raises InputError for what is no such file.
     """
@@ -84,6 +88,7 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
             f"opcd; install that, or write the file anew"
         )
     preset = content.pop("preset", None)
+    content.pop(leave_out, None)
     _check_groups(content, path)
     values: dict[str, Any] = {}
     for group, members in content.items():
@@ -152,8 +157,11 @@ def _unknown_field(name: str) -> str:
 
 
 def _converted(name: str, value: Any, source: str) -> Any:
-    """`value`, or what its text spells, in the kind of the field."""
-    kind = KINDS[name]
+    return converted_to(KINDS[name], name, value, source)
+
+
+def converted_to(kind: Any, name: str, value: Any, source: str) -> Any:
+    """`value`, or what its text spells, in the kind of the field. Raises InputError for others."""
     optional = type(None) in get_args(kind)
     if optional:
         if value is None or value == "null":

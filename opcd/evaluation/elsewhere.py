@@ -29,7 +29,7 @@ class Elsewhere(NamedTuple):
 def original_side(model: LoadedModel) -> Side:
     """What the model before training answers elsewhere, and what it makes of that."""
     prompts = [Prompt(r.token_ids, r.token_ids) for r in model.setup.elsewhere]
-    pairs = zip(prompts, _greedy(model), strict=True)
+    pairs = zip(prompts, answers_elsewhere(model), strict=True)
     episodes = [Episode.of_completion(prompt, answer) for prompt, answer in pairs]
     return student_side(model.model, model.plan, episodes, model.setup.config)
 
@@ -42,7 +42,7 @@ def held_against(original: Side, model: LoadedModel) -> Elsewhere:
     """
     setup = model.setup
     said = [episode.scored_ids for episode in original.episodes]
-    answers = _greedy(model)
+    answers = answers_elsewhere(model)
     side = student_side(model.model, model.plan, original.episodes, setup.config)
     figures = _figures(said, answers, kl_both_ways(side, original, temperature=1.0))
     return Elsewhere(card_of(figures, setup), _rows(said, answers, figures, setup))
@@ -54,7 +54,7 @@ def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
     return [*(a == b for a, b in pairs), False].index(False)
 
 
-def _greedy(model: LoadedModel) -> list[list[int]]:
+def answers_elsewhere(model: LoadedModel) -> list[list[int]]:
     """Token ids of the likeliest answers, with the end where there is one."""
     params = SamplingParams(ANSWER_TOKENS, temperature=0.0)
     rollouts = model.engine.generate([r.token_ids for r in model.setup.elsewhere], params)

@@ -19,6 +19,7 @@ from opcd.episodes import Prompt
 # The steps of draws that belong to none.
 HELD_OUT = -1  # what is measured
 GUIDED = -2  # what the teacher writes: whenever that is
+ATTEMPTS = -1000  # and below: the attempts of a round, and what is written down about them
 BLOCK = 256  # entries of the vocabulary in one term of the outer sum
 
 # splitmix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers.

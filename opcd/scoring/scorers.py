@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -105,6 +106,8 @@ def load_scorer(spec: str) -> Scorer:
     - ``choice``: claims the accepted letter and no other, see `choices`.
     - ``json``: is JSON, or one fence with JSON in it, and equals an accepted value: 1 is 1.0, keys
       have no order, nothing else may stand around it.
+    - ``math``: equals an accepted expression, as the package math-verify compares them (LaTeX,
+      fractions, sets).
     - ``calls``: makes the accepted call ``{"name": ..., "arguments": {...}}``, or the list of calls
       in whatever order, or none where the accepted answer is text; see `calls` for the forms that
       are read. Four rates: called when needed, right tool, right arguments (as under ``json``), not
@@ -125,6 +128,10 @@ def load_scorer(spec: str) -> Scorer:
     kind, _, rest = spec.partition(":")
     if spec == "calls":
         return Scorer(spec, _judge_calls, _calls_fault)
+    if spec == "math" and find_spec("math_verify") is None:
+        raise InputError(
+            "scorer math must have its package, got none; pip install math-verify, or take number"
+        )
     if spec in _BUILT_IN:
         right, fault = _BUILT_IN[spec]
         return Scorer(spec, _alike(right), fault)
@@ -206,6 +213,13 @@ def _calls_fault(accepted: str) -> str | None:
     return None
 
 
+def _same_mathematics(answer: str, accepted: str) -> bool:
+    """math-verify says whether two expressions are equal: fractions, sets, LaTeX."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(accepted), parse(answer)))
+
+
 def _fault(right: Callable[[str, str], bool], what: str, accepted: str) -> str | None:
     return None if right(split_thought(accepted).answer or "", accepted) else what
 
@@ -235,6 +249,12 @@ _BUILT_IN: dict[str, tuple[Callable[[str, str], bool], Callable[[str], str | Non
             "scorer exact",
         ),
         ("json", _same_json, "it is no JSON; correct it, or take the scorer exact"),
+        (
+            "math",
+            _same_mathematics,
+            "math-verify does not find it equal to itself; write it as it reads one, such as "
+            "$\\frac{1}{2}$",
+        ),
     )
 }
 

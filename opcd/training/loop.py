@@ -37,6 +37,10 @@ T = TypeVar("T")
 KINDS = ("student", "replay", "guided")  # of tokens, that metrics tell apart
 
 
+class Diverged(InputError):
+    """The loss of a step is not finite."""
+
+
 class Distiller:
     """On-policy context distillation of `teacher` into a student, one step at a time."""
 
@@ -119,7 +123,7 @@ class Distiller:
         grad_norm = norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
-            raise InputError(
+            raise Diverged(
                 f"the loss must be finite, got loss {loss} and gradient norm {grad_norm} in step "
                 f"{self.steps_done + 1}; the state before that step is saved: resume the "
                 f"run with a lower learning_rate or max_grad_norm, or with dtype float32"

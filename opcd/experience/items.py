@@ -1,0 +1,88 @@
+"""Items: what a model writes down about its own attempts, in lines that help with other problems.
+
+The model sees a problem and one attempt, without the right answer, and is asked for lines
+``- EXPERIENCE ITEM: ...``; only those lines are kept (arXiv 2602.12275).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from opcd.episodes import Prompt
+from opcd.errors import InputError
+from opcd.evaluation.contenders import LoadedModel
+from opcd.experience.attempts import Attempt
+from opcd.models.lm import max_positions
+from opcd.rollouts.noise import ATTEMPTS, streams
+from opcd.rollouts.protocol import SamplingParams
+from opcd.scoring.texts import folded
+from opcd.tasks.messages import user, words_of
+from opcd.tasks.records import read_text
+
+PROMPT = Path(__file__).parent / "prompts" / "items.md"
+ITEM_TOKENS = 256  # of what is written down about one attempt
+MARK = "- EXPERIENCE ITEM:"
+OUTCOMES = {True: " It was found right.", False: " It was found wrong."}
+PLACES = {"{problem}", "{attempt}"}
+
+
+def read_prompt(path: str | None) -> str:
+    """The request for items. Raises InputError for one that does not show problem and attempt."""
+    file = path or str(PROMPT)
+    text = read_text(file, "items_prompt").strip()
+    if missing := sorted(place for place in PLACES if place not in text):
+        raise InputError(
+            f"{file}: a request for items must show what it is about, got none of "
+            f"{', '.join(missing)}; write {' and '.join(sorted(PLACES))} where they belong"
+        )
+    return text
+
+
+def written_items(
+    model: LoadedModel,
+    attempts: Sequence[Attempt],
+    prompt: str,
+    reward: bool,  # whether the model is told which attempts were right
+    round_number: int,
+) -> list[str]:
+    """The items that the model writes about attempts, in their order; each of them once.
+
+    An attempt that does not fit the model with the request, and an answer without an item, give
+    none.
+    """
+    config, chat = model.setup.config, model.setup.chat
+    limit = max_positions(model.model.config)
+    requests = [
+        chat.template.ids([user(request_for_items(prompt, attempt, reward))])
+        for attempt in attempts
+    ]
+    fitting = [ids for ids in requests if limit is None or len(ids) + ITEM_TOKENS <= limit]
+    if not fitting:
+        return []
+    numbers = streams(config.seed, ATTEMPTS - round_number, [Prompt(i, i) for i in fitting])
+    params = SamplingParams(ITEM_TOKENS, config.temperature)
+    rollouts = model.engine.generate(fitting, params, numbers)
+    texts = [chat.decode(rollout.completion_token_ids) for rollout in rollouts]
+    return distinct([item for text in texts for item in items_in(text)])
+
+
+def request_for_items(prompt: str, attempt: Attempt, reward: bool) -> str:
+    """The request, with the attempt in place: what one text holds is not searched for places."""
+    known = reward and attempt.value is not None
+    filled = {
+        "{problem}": "\n\n".join(words_of(message) for message in attempt.problem),
+        "{attempt}": attempt.text,
+        "{outcome}": OUTCOMES[attempt.right] if known else "",
+    }
+    return re.sub("|".join(map(re.escape, filled)), lambda place: filled[place[0]], prompt)
+
+
+def items_in(text: str) -> list[str]:
+    """The lines of a text that are items."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line.startswith(MARK) and line.removeprefix(MARK).strip()]
+
+
+def distinct(items: Sequence[str]) -> list[str]:
+    """Items, of those that say the same the last spelling, where it was said first."""
+    return list({folded(item): item for item in items}.values())

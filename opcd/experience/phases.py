@@ -1,0 +1,236 @@
+"""The phases of one round, and what comes of them; each result is a file of the round's folder."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opcd.evaluation.intervals import PerRequest
+from opcd.experience.attempts import Attempt, read_attempts, sampled_attempts, summary
+from opcd.experience.contexts import (
+    Candidate,
+    context_tokens,
+    items_candidates,
+    success_candidates,
+)
+from opcd.experience.distilling import Distilling
+from opcd.experience.filtering import ranked, scored
+from opcd.experience.folder import Given, kept
+from opcd.experience.gate import Decision, decide
+from opcd.experience.items import read_prompt, written_items
+from opcd.experience.measuring import Bench, Measured, agreement
+from opcd.experience.successes import successes
+from opcd.training.loop import Diverged
+
+Say = Callable[[str], None]
+
+
+class Weights(NamedTuple):
+    """A model, and what it reaches without experience."""
+
+    name: str  # or folder
+    validation: Measured
+    elsewhere: PerRequest  # which answers are the original model's; empty where not measured
+
+
+class Round(NamedTuple):
+    """What a round has come to."""
+
+    number: int
+    began: str  # the model
+    contexts: list[Path]  # that were worth distilling, the best first
+    decision: Decision
+    weights: Weights  # that the next round begins with
+    row: dict[str, Any]  # for rounds.jsonl
+
+
+class Phases:
+    """What every round does, from the weights that it begins with."""
+
+    def __init__(self, given: Given, bench: Bench, distilling: Distilling, say: Say) -> None:
+        self.given, self.bench, self.distilling, self.say = given, bench, distilling, say
+        self.config, self.experience = given.settings.training, given.settings.experience
+        self.folder, self.parts = given.folder, given.parts
+        self.items_prompt = read_prompt(self.experience.items_prompt)
+        stays = self.config.without_context
+        self.instruction = "" if stays in ("default", "none") else stays
+        self.validation = bench.requests("validation", self.parts.validation)
+
+    @property
+    def original(self) -> Weights:
+        """The model before, measured once."""
+        name = self.config.model
+        found = Measured(
+            **kept(
+                self.folder / "before.json",
+                lambda: self.bench.measure(name, self.validation, self.parts.validation)._asdict(),
+            )
+        )
+        same = self.original_elsewhere
+        return Weights(name, found, agreement(same, same))
+
+    @property
+    def original_elsewhere(self) -> list[list[int]]:
+        """Its answers to unrelated requests."""
+        return kept(
+            self.folder / "elsewhere.json",
+            lambda: self.bench.elsewhere(self.config.model, self.validation),
+        )
+
+    def round(self, number: int, weights: Weights) -> Round:
+        """Attempt, extract, accumulate, filter, distil, decide."""
+        folder = self.folder / f"round-{number}"
+        folder.mkdir(exist_ok=True)
+        tried = kept(folder / "attempts.json", lambda: self.attempts(number, weights, folder))
+        attempts = read_attempts(tried["attempts"])
+        counts = summary(attempts, tried["dropped"])
+        self.say(f"attempts  {counts['right']} right of {counts['attempts']}{_lost(counts)}")
+        items = kept(folder / "items.json", lambda: self.items(number, weights, attempts))
+        made = kept(
+            folder / "candidates.json", lambda: self.candidates(number, attempts, items, folder)
+        )
+        found = kept(
+            folder / "filter.json", lambda: self.filtered(made, weights, folder / "candidates")
+        )
+        contexts = [folder / "candidates" / name for name in found["winners"]]
+        after: Weights | None = None
+        if not contexts:
+            decision = Decision(False, _why_none(counts, items, made))
+        else:
+            self.say(f"filter    {_filter_line(found)}")
+            decision, after = self.distilled(number, weights, contexts, folder)
+        row = {
+            "round": number,
+            "began_with": weights.name,
+            "attempts": counts,
+            "items": len(items),
+            **found,
+            "distilled": after.validation.summary() if after else None,
+            "elsewhere": after.elsewhere.summary(share=True)
+            if after and after.elsewhere.totals
+            else None,
+            **decision._asdict(),
+        }
+        taken = after if after is not None and decision.accepted else weights
+        return Round(number, weights.name, contexts, decision, taken, row)
+
+    def attempts(self, number: int, weights: Weights, folder: Path) -> dict[str, Any]:
+        """Attempt: at problems that this round draws, or what a log holds."""
+        if self.given.logged is not None:
+            found, lost = self.given.logged
+        else:
+            train, seed = self.parts.train, self.config.seed
+            count = min(self.experience.problems_per_round, len(train))
+            problems = random.Random(f"{seed} {number}").sample(train, count)
+            requests = self.bench.requests(f"round-{number}/problems", problems)
+            setup = self.bench.setup(requests)
+            found, lost = sampled_attempts(
+                self.bench.model(weights.name, setup),
+                setup.task.training,
+                self.bench.checkers,
+                [p.answers for p in problems],
+                self.experience.attempts_per_problem,
+                number,
+            )
+        return {"attempts": [attempt.as_dict() for attempt in found], "dropped": lost}
+
+    def items(self, number: int, weights: Weights, attempts: Sequence[Attempt]) -> list[str]:
+        """Extract: items, about one attempt at each problem, the newest problems of a log."""
+        if self.experience.learn_from == "successes":
+            return []
+        first: dict[str, Attempt] = {}
+        for attempt in attempts:
+            first.setdefault(json.dumps(attempt.problem), attempt)
+        chosen = [*first.values()][-self.experience.problems_per_round :]
+        model = self.bench.model(weights.name, self.bench.setup(self.validation))
+        return written_items(model, chosen, self.items_prompt, self.experience.reward, number)
+
+    def candidates(
+        self, number: int, attempts: Sequence[Attempt], items: Sequence[str], folder: Path
+    ) -> list[dict[str, Any]]:
+        """Accumulate: contexts within the tokens that they may take."""
+        setup, its = self.bench.setup(self.validation), self.experience
+        sizes = its.candidates, its.context_tokens, self.config.seed + number
+        made: list[Candidate] = items_candidates(items, self.instruction, setup, *sizes)
+        if its.learn_from != "items":
+            made += success_candidates(successes(attempts), self.instruction, setup, *sizes)
+        (folder / "candidates").mkdir(exist_ok=True)
+        return [
+            {
+                "file": candidate.write(folder / "candidates").name,
+                "kind": candidate.kind,
+                "size": candidate.size,
+                "tokens": context_tokens(candidate.messages, setup),
+            }
+            for candidate in made
+        ]
+
+    def filtered(
+        self, made: Sequence[dict[str, Any]], weights: Weights, folder: Path
+    ) -> dict[str, Any]:
+        """Filter: the candidates on validation problems, each kept as it is scored."""
+
+        def score(file: Path) -> Measured:
+            found = kept(
+                file.with_name(f"{file.stem}.scored.json"),
+                lambda: self.bench.measure(
+                    weights.name, self.validation, self.parts.validation, file
+                )._asdict(),
+            )
+            return Measured(**found)
+
+        found = scored(made, folder, score)
+        return ranked(made, found, weights.validation, self.experience.experiences)
+
+    def distilled(
+        self, number: int, weights: Weights, contexts: Sequence[Path], folder: Path
+    ) -> tuple[Decision, Weights | None]:
+        """Distil and measure; the decision, and the new weights if there are any."""
+        run = folder / "run"
+
+        def make() -> dict[str, Any]:
+            try:
+                self.distilling.run(number, weights.name, contexts, run)
+            except Diverged as error:
+                return {"diverged": str(error)}
+            return self.measured(str(run / "final"))
+
+        found = kept(folder / "after.json", make)
+        if "diverged" in found:
+            return Decision(False, f"training diverged: {found['diverged']}"), None
+        same = agreement(found["elsewhere"], self.original_elsewhere)
+        after = Weights(str(run / "final"), Measured(**found["validation"]), same)
+        most = self.experience.elsewhere_loss
+        decision = decide(weights.validation, after.validation, weights.elsewhere, same, most)
+        return decision, after
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """New weights on validation problems, and elsewhere."""
+        found = self.bench.measure(name, self.validation, self.parts.validation)
+        return {
+            "validation": found._asdict(),
+            "elsewhere": self.bench.elsewhere(name, self.validation),
+        }
+
+
+def _lost(counts: dict[str, Any]) -> str:
+    lost = ", ".join(f"{count} {why}" for why, count in counts["dropped"].items())
+    return f"; dropped: {lost}" if lost else ""
+
+
+def _why_none(counts: dict[str, Any], items: Sequence[str], made: Sequence[object]) -> str:
+    if made:
+        return f"none of {len(made)} contexts is better on validation than no experience"
+    written = f"{len(items)} items were" if items else "no item was"
+    right = f"{counts['right']} of {counts['judged']} attempts are right"
+    fits = "; none of it fits context_tokens" if items or counts["right"] else ""
+    return f"nothing to learn from: {written} written, and {right}{fits}"
+
+
+def _filter_line(found: dict[str, Any]) -> str:
+    best, without = found["candidates"][0], found["without"]["accuracy"]
+    return (
+        f"{best['file']} of {len(found['candidates'])} contexts: {best['accuracy']:.1%} on "
+        f"validation, without {without:.1%}"
+    )

@@ -1,0 +1,109 @@
+"""Tasks with answers: problems in three parts, which nothing but their own words decides."""
+
+import hashlib
+from collections.abc import Sequence
+
+from opcd.config import TrainConfig
+from opcd.errors import InputError
+from opcd.scoring.scorers import load_scorer
+from opcd.tasks.data import (
+    NO_CONTEXT,
+    Example,
+    check_disjoint,
+    check_same_answers,
+    read_examples,
+    request_of,
+)
+from opcd.tasks.held_out import Parts
+
+
+def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) -> Parts:
+    """The problems to learn from, those to choose by, and those that are looked at once.
+
+    Rows have the forms of evaluation data. Without validation_data and test_data named, both are
+    taken from prompts. logged: problems of a log, which take the place of those to learn from; what
+    is a validation or test problem as well is left out of them.
+
+    Raises InputError for rows without answers, equal problems with different answers, answers that
+    the checker can never find right, system messages, and a part without a problem.
+    """
+    named = [path for path in (config.validation_data, config.test_data) if path]
+    if len(named) == 1 or (logged is not None and not named):
+        raise InputError(
+            f"validation_data and test_data must both be named{', with a log' if logged else ''}, "
+            f"got {len(named)} of them; name files of problems with answers"
+            + ("" if logged else ", or leave both out: a share of the problems is then kept out")
+        )
+    if logged is None and config.prompts is None:
+        raise InputError("there must be problems, got none; name a file as prompts")
+    if logged is None:
+        found = [_read(path) for path in (str(config.prompts), *named)]
+        parts = Parts(*found) if named else split(found[0], config.held_out_share)
+        check_disjoint(parts._asdict(), {"": NO_CONTEXT})
+    else:
+        held_out = [_read(path) for path in named]
+        check_disjoint({"validation": held_out[0], "test": held_out[1]}, {"": NO_CONTEXT})
+        known = {request_of(problem) for part in held_out for problem in part}
+        parts = Parts([p for p in logged if request_of(p) not in known], *held_out)
+    for name, part in parts._asdict().items():
+        if not part:
+            raise InputError(
+                f"each part of the problems must hold some, got none for {name} of "
+                f"{sum(map(len, parts))}; add problems, or change held_out_share"
+            )
+    judged = [*parts.validation, *parts.test, *(parts.train if logged is None else [])]
+    check_same_answers(judged)
+    _check_answers(judged, config.scorer)
+    for problem in judged:
+        if problem.own_system:
+            raise InputError(
+                f"{problem.source}: a problem must not have a system message of its own, which "
+                f"would stand between experience and problem; write one that all share as "
+                f"without_context, or put it into the request"
+            )
+    return parts
+
+
+def split(problems: Sequence[Example], held_out_share: float) -> Parts:
+    """Problems in their parts, validation and test with half of `held_out_share` each.
+
+    The part of a problem is a function of its words alone, as they are compared: one that is added
+    moves no other, and spellings of the same one stay together.
+    """
+    parts: tuple[list[Example], list[Example], list[Example]] = [], [], []
+    for problem in problems:
+        place = _place(problem)
+        part = 0 if place >= held_out_share else 1 if place < held_out_share / 2 else 2
+        parts[part].append(problem)
+    return Parts(*parts)
+
+
+def _place(problem: Example) -> float:
+    """A number in [0, 1) that belongs to a problem's words."""
+    digest = hashlib.sha256(repr(request_of(problem)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _read(path: str) -> list[Example]:
+    problems, _ = read_examples(path, True, {"": NO_CONTEXT})
+    return problems
+
+
+def _check_answers(problems: Sequence[Example], spec: str) -> None:
+    """Raise InputError for an answer that can never be found right.
+
+    A user's function is not asked here, where nobody would end it.
+    """
+    scorer = load_scorer(spec)
+    for problem in problems:
+        if scorer.needs_answers and not problem.answers:
+            raise InputError(
+                f"{problem.source}: checker {spec} compares with answers, got a problem without; "
+                f'add "answer" to each, or write a function that needs none'
+            )
+        for answer in problem.answers:
+            if scorer.fault and (fault := scorer.fault(answer)):
+                raise InputError(
+                    f"{problem.source}: checker {spec} must be able to find the answer "
+                    f"{answer!r} right, but {fault}"
+                )

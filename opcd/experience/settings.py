@@ -1,0 +1,146 @@
+"""The settings of the loop: its own group, `experience`, beside those of a training run."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+from opcd.config import TrainConfig
+from opcd.config.settings import converted_to, gather, read_config_file
+from opcd.errors import InputError, did_you_mean
+from opcd.runtime.strict_yaml import read_yaml
+
+GROUP = "experience"
+# Of a training run, and here the loop's to say.
+ITS_OWN = {
+    "context": "the loop writes it; an instruction that stays goes into without_context",
+    "teacher": "it is the model itself, as a round begins",
+    "source": "a round distils what is sampled; conversations go into --log",
+    "guided_completions": "the prompted model makes them, a share guided_share",
+    "turns": "a problem is one request",
+}
+
+
+@dataclass(kw_only=True)
+class Experience:
+    """The experience loop: attempts, what is learned from them, and when that is kept."""
+
+    rounds: int = 1
+    """Rounds of attempt, extract, filter, distil and measure."""
+    problems_per_round: int = 64
+    """Training problems that are attempted in a round."""
+    attempts_per_problem: int = 8
+    """Attempts at each, sampled at the temperature of training."""
+    learn_from: Literal["both", "items", "successes"] = "both"
+    """What becomes experience: items that the model writes down about its attempts, right attempts
+    as demonstrations (small models write poor rules), or both, of which validation chooses."""
+    reward: bool = True
+    """Whether the model is told which attempts were right when it writes items; demonstrations need
+    to know it anyway."""
+    items_prompt: str | None = None
+    """Text file with the request for items, in place of the one that comes with opcd; {problem},
+    {attempt} and {outcome} are filled in."""
+    context_tokens: int = 1024
+    """Most tokens of an experience: whole items, of which the newest stay."""
+    candidates: int = 4
+    """Contexts of each kind that are made of a round's experience and scored on validation."""
+    experiences: int = 1
+    """How many of the best contexts are distilled; with several each training prompt names one,
+    drawn once."""
+    check_seconds: float = 5.0
+    """Time limit of one call of the checker."""
+    elsewhere_loss: float = 0.03
+    """A round is rolled back where the share of unrelated answers that are still the original
+    model's falls by more, beyond its interval."""
+    off_policy: bool = True
+    """Distil the accepted contexts once more on the prompted model's own completions, for the
+    column that the others are compared with; takes as long as the rounds' training."""
+
+    def check(self) -> "Experience":
+        """Raise InputError for values out of range; returns self."""
+        for name in ("rounds", "problems_per_round", "attempts_per_problem", "candidates"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("experiences", "context_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        if not 0 < self.check_seconds < float("inf"):
+            raise InputError(f"check_seconds must be positive, got {self.check_seconds}")
+        if not 0 <= self.elsewhere_loss <= 1:
+            raise InputError(
+                f"elsewhere_loss must lie between 0 and 1, got {self.elsewhere_loss}; 0.03 is "
+                f"three points"
+            )
+        return self
+
+
+class Settings(NamedTuple):
+    """All that the loop is given."""
+
+    training: TrainConfig  # its context is a stand-in
+    experience: Experience
+    log: str | None = None  # conversations that take the place of attempts
+    without_texts: bool = False
+
+
+KINDS = get_type_hints(Experience)
+STAND_IN = "no experience yet"
+
+
+def read_settings(
+    given: Mapping[str, Any],  # by the command line: fields of both
+    file: Path | None,
+    preset: str | None = None,
+    log: str | None = None,
+    without_texts: bool = False,
+) -> Settings:
+    """The settings of a file, overridden by the command line. Raises InputError for wrong ones."""
+    own: dict[str, Any] = {}
+    written: dict[str, Any] = {}
+    if file is not None:
+        content = read_yaml(file, "a configuration")
+        group = (content.get(GROUP) if isinstance(content, dict) else None) or {}
+        if not isinstance(group, dict):
+            raise InputError(f"{file}: the group {GROUP} must hold fields, got {group!r:.80}")
+        own = _converted(group, str(file), file.parent)
+        written = read_config_file(file, GROUP)[1]
+    own |= _converted({k: v for k, v in given.items() if k in KINDS}, "command line", Path())
+    others = {k: v for k, v in given.items() if k not in KINDS}
+    for name, why in ITS_OWN.items():
+        if name in written or name in others:
+            raise InputError(f"{name} must not be set in the experience loop: {why}; leave it out")
+    training = gather(others | {"context": STAND_IN}, file, preset, leave_out=GROUP)
+    experience = Experience(**own).check()
+    if log is not None and experience.rounds > 1:
+        raise InputError(
+            f"a log must be learned from in one round, got rounds {experience.rounds}: its "
+            f"attempts are those of one model; set rounds to 1, and give the next model's log to a "
+            f"loop of its own"
+        )
+    return Settings(training, experience, log, without_texts)
+
+
+def _converted(group: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
+    """Values in the kinds of their fields, with the file of the prompt as found from `folder`."""
+    for name in group:
+        if name not in KINDS:
+            raise InputError(f"{source}: there is no field {name!r}{did_you_mean(name, KINDS)}")
+    found = {name: converted_to(KINDS[name], name, value, source) for name, value in group.items()}
+    if found.get("items_prompt"):
+        found["items_prompt"] = str((folder / Path(found["items_prompt"]).expanduser()).absolute())
+    return found
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings by name, for a file, without those that may change as a loop goes on."""
+    training = dataclasses.asdict(settings.training)
+    left_out = ("origins", "output_dir", "context", "today")
+    return {
+        **{name: value for name, value in training.items() if name not in left_out},
+        **{k: v for k, v in dataclasses.asdict(settings.experience).items() if k != "rounds"},
+        "log": settings.log,
+    }
+
+
+def _at_least(name: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise InputError(f"{name} must be at least {bound}, got {value}")

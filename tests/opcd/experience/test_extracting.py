@@ -1,0 +1,127 @@
+"""From attempts to contexts: what is kept of them, and in which order."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from opcd.errors import InputError
+from opcd.experience.attempts import Attempt, read_log
+from opcd.experience.contexts import newest_within
+from opcd.experience.items import PROMPT, distinct, items_in, read_prompt, request_for_items
+from opcd.experience.successes import demonstrations, diverse, successes
+from opcd.tasks.messages import user
+
+
+def attempt(problem: str, text: str, value: float | None = 1.0, **more: str) -> Attempt:
+    return Attempt([user(problem)], text, value, **more)
+
+
+def test_only_lines_that_are_items_are_kept() -> None:
+    text = "Sure!\n- EXPERIENCE ITEM: Read twice.\n1. Add.\n - EXPERIENCE ITEM: \n- Experience"
+    assert items_in(text + "\n  - EXPERIENCE ITEM: Check the sign.  ") == [
+        "- EXPERIENCE ITEM: Read twice.",
+        "- EXPERIENCE ITEM: Check the sign.",
+    ]
+    said = [
+        "- EXPERIENCE ITEM: Read twice.",
+        "- EXPERIENCE ITEM: a",
+        "- EXPERIENCE ITEM: read TWICE.",
+    ]
+    assert len(distinct(said)) == 2
+
+
+def test_the_model_is_told_what_is_known_and_no_answer() -> None:
+    prompt = read_prompt(None)
+    shown = [
+        request_for_items(prompt, attempt("2 + {attempt}", "5", value), reward)
+        for value in (1.0, 0.0, None)
+        for reward in (True, False)
+    ]
+    assert ["found right" in text for text in shown] == [True, False, False, False, False, False]
+    assert ["found wrong" in text for text in shown] == [False, False, True, False, False, False]
+    assert all("2 + {attempt}" in text and "{outcome}" not in text for text in shown)
+
+
+def test_a_request_for_items_must_show_the_attempt(tmp_path: Path) -> None:
+    (tmp_path / "own.md").write_text("What did you learn from {problem}?")
+    with pytest.raises(InputError, match=r"\{attempt\}"):
+        read_prompt(str(tmp_path / "own.md"))
+    assert PROMPT.is_file()
+
+
+def test_a_problems_shortest_whole_success_is_shown() -> None:
+    found = successes(
+        [
+            attempt("a", "it is long", 1.0),
+            attempt("a", "short", 1.0),
+            attempt("A ", "no", 0.5),
+            attempt("b", "cut", 1.0, finish="length"),
+            attempt("c", "<think>hm</think>thought", 1.0),
+            attempt("d", "unknown", None),
+        ]
+    )
+    assert [(a.problem[0]["content"], a.text) for a in found] == [("a", "short"), ("c", "thought")]
+    assert [turn["role"] for turn in demonstrations(found)] == ["user", "assistant"] * 2
+
+
+def test_answers_take_turns_and_the_shortest_are_wanted_most() -> None:
+    found = successes(
+        [attempt("x" * n, "common") for n in range(1, 9)]
+        + [attempt("rare problem", "Rare."), attempt("another rare problem", "so rare")]
+    )
+    balanced, whole = (diverse(found, number, seed=0)[::-1] for number in (0, 1))
+    assert [a.text for a in balanced] == ["common", "Rare.", "so rare"]
+    assert [a.text for a in whole[:4]] == ["common", "Rare.", "so rare", "common"]
+    assert [len(a.problem[0]["content"]) for a in whole if a.text == "common"] == [*range(1, 9)]
+    others = [[a.problem for a in diverse(found, number, seed=0)] for number in (3, 5, 3)]
+    assert others[0] == others[2] != others[1]
+    assert all(len(other) == 5 for other in others)
+    # By what is right, where that is known: the same label is said in many ways.
+    told = [replace(a, accepted="rare" if "are" in a.text else "common") for a in found]
+    assert [a.text for a in diverse(told, 0, seed=0)[::-1]] == [
+        "common",
+        "Rare.",
+        "common",
+        "so rare",
+    ]
+    assert diverse([], 0, seed=0) == []
+
+
+def test_over_the_limit_the_newest_whole_items_stay() -> None:
+    def tokens(chosen: list[str]) -> int:
+        return 10 + sum(map(len, chosen))
+
+    items = ["aaaa", "bb", "x" * 99, "cccc", "dd"]
+    assert newest_within(items, 18, tokens) == ["bb", "cccc", "dd"]
+    assert newest_within(items, 17, tokens) == ["cccc", "dd"]
+    assert newest_within(items, 11, tokens) == []
+
+
+def test_a_log_with_broken_lines(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "system", "content": "Route."}, user("hi")]}
+    said["messages"].append({"role": "assistant", "content": "music"})
+    lines = [
+        json.dumps(said | {"outcome": True}),
+        "",
+        json.dumps(said)[:-9],
+        json.dumps({"prompt": "no answer"}),
+        json.dumps(said | {"outcome": 7}),
+        "[1]",
+        json.dumps({"prompt": "yo", "completion": "taxi", "outcome": 0.5}),
+        json.dumps(said),
+    ]
+    path = tmp_path / "served.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    attempts, skipped = read_log(str(path))
+    assert [(a.text, a.value, a.right) for a in attempts] == [
+        ("music", 1.0, True),
+        ("taxi", 0.5, False),
+        ("music", None, False),
+    ]
+    assert attempts[0].problem == [user("hi")]
+    assert list(skipped.values()) == [4]
+    path.write_text("\n".join(lines[2:6]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"none in 4 lines; the first: .*served.jsonl"):
+        read_log(str(path))

@@ -1,0 +1,58 @@
+"""A round is kept where it is better beyond chance, and holds elsewhere."""
+
+import pytest
+
+from opcd.evaluation.intervals import PerRequest
+from opcd.experience.gate import decide, one_sided
+from opcd.experience.measuring import Measured, agreement, more_right
+
+
+def measured(right: int, n: int = 300) -> Measured:
+    return Measured([1.0] * right + [0.0] * (n - right), {}, [])
+
+
+def changed(wins: int, losses: int, same: int = 240) -> tuple[Measured, Measured]:
+    """Answers before and after, of which some became right and some wrong."""
+    before = [0.0] * wins + [1.0] * losses + [1.0] * same
+    after = [1.0] * wins + [0.0] * losses + [1.0] * same
+    return Measured(before, {}, []), Measured(after, {}, [])
+
+
+def agreed(same: int, n: int = 300) -> PerRequest:
+    return PerRequest([1.0] * same + [0.0] * (n - same), [1.0] * n)
+
+
+NOTHING = agreement([], [])
+
+
+@pytest.mark.parametrize(("wins", "accepted"), [(30, False), (33, False), (36, True), (24, False)])
+def test_at_300_problems_and_60_changed_answers(wins: int, accepted: bool) -> None:
+    """+3.3 points are 35 against 25; the exact test asks for one more."""
+    before, after = changed(wins, 60 - wins)
+    found = decide(before, after, NOTHING, NOTHING, 0.03)
+    assert found.accepted == accepted, found.reason
+    apart = more_right(after, before)
+    assert apart is not None
+    assert (one_sided(apart) < 0.5) == (wins > 30)
+
+
+def test_elsewhere_may_fall_by_three_points_and_not_beyond_doubt_by_more() -> None:
+    before, after = changed(60, 0)
+    for same, accepted in ((300, True), (291, True), (285, True), (270, False)):
+        found = decide(before, after, agreed(300), agreed(same), 0.03)
+        assert found.accepted == accepted, found.reason
+    assert "worse elsewhere" in found.reason
+    assert decide(before, after, agreed(300), agreed(270), 0.2).accepted
+    # Against the weights that the round began with, not against the original.
+    assert decide(before, after, agreed(270), agreed(268), 0.03).accepted
+
+
+def test_what_could_not_be_judged_is_left_out_of_both() -> None:
+    before = Measured([None, 0.0, 0.0, 1.0], {"crashed": 1}, [])
+    after = Measured([1.0, 1.0, None, 1.0], {"crashed": 1}, [])
+    apart = more_right(after, before)
+    assert apart is not None
+    assert (apart.requests, apart.mean) == (2, 0.5)
+    unknown = Measured([None] * 4, {}, [])
+    assert not decide(before, unknown, NOTHING, NOTHING, 0.03).accepted
+    assert unknown.summary()["accuracy"] is None

@@ -1,0 +1,342 @@
+"""The whole loop on a tiny model: rounds kept and rolled back, killed and resumed, from a log."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import opcd.experience.folder as folder_of_phases
+from opcd.cli import main
+from opcd.config.fields import FIELDS
+from opcd.errors import InputError
+from opcd.experience import distilling, phases
+from opcd.experience.final import COLUMNS
+from opcd.experience.gate import Decision
+from opcd.experience.rounds import Outcome, learn
+from opcd.experience.settings import read_settings
+from opcd.runtime.progress import Progress
+from tests.conftest import in_groups, tiny_llama, tiny_tokenizer, write_jsonl
+
+CHECKER = """
+def check(completion, answers):
+    if completion.startswith("!"):
+        raise RuntimeError("exclamation")
+    # Half of what a random model says.
+    return bool(completion) and sum(map(ord, completion)) % 2 == int(answers[0])
+"""
+WORDS = "apple pear fig plum lime kiwi date melon grape peach cherry mango berry olive quince lemon"
+
+
+@pytest.fixture(scope="module")
+def brief_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that ends about half of its answers by itself."""
+    folder = tmp_path_factory.mktemp("brief")
+    model = tiny_llama()
+    model.lm_head.weight.data[1] *= 20
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
+    """Problems, a checker and the fields of a short loop."""
+    (tmp_path / "checker.py").write_text(CHECKER)
+    rows = [
+        {"prompt": f"{colour} {word}", "answer": str(i % 2)}
+        for i, word in enumerate(WORDS.split())
+        for colour in ("red", "blue", "dark")
+    ]
+    own = {
+        "prompts": str(write_jsonl(tmp_path / "problems.jsonl", rows)),
+        "scorer": f"python:{tmp_path / 'checker.py'}:check",
+        "held_out_share": 0.5,
+        "without_context": "Say it.",
+        "model": str(brief_model),
+        "steps": 3,
+        "learning_rate": 3e-4,
+        "max_completion_tokens": 4,
+        "problems_per_round": 8,
+        "attempts_per_problem": 4,
+        "learn_from": "successes",
+        "context_tokens": 180,
+        "candidates": 1,
+        "off_policy": False,
+    }
+    left_out = ("context", "validation_data", "test_data")
+    return {k: v for k, v in settings.items() if k not in left_out} | own
+
+
+class Until(Progress):
+    """Ends a distillation after a step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.left = step
+
+    def part(self, note: str, metrics: dict | None = None) -> None:
+        self.left -= 1
+
+    def stop(self) -> str | None:
+        return "the test" if self.left == 0 else None
+
+
+def run(task: dict, resume: bool = False, stop_after: int = 0, **changed: object) -> Outcome:
+    names = {"log", "without_texts"}
+    options = {k: v for k, v in (task | changed).items() if k in names}
+    fields = {k: v for k, v in (task | changed).items() if k not in names}
+    settings = read_settings(fields, None, **options)
+    said: list[str] = []
+    return learn(settings, resume, said.append, lambda: contextlib.nullcontext(Until(stop_after)))
+
+
+@pytest.fixture
+def kept_whatever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts that help, and rounds that are better: what a random model seldom has."""
+    monkeypatch.setattr(phases, "decide", lambda *_: Decision(True, "as the test says"))
+    real = phases.ranked
+
+    def all_win(candidates: list, found: list, without: object, count: int) -> dict:
+        ranking = real(candidates, found, without, count)
+        return ranking | {"winners": [row["file"] for row in ranking["candidates"]][:count]}
+
+    monkeypatch.setattr(phases, "ranked", all_win)
+
+
+def weights(folder: Path, number: int = 1, what: str = "run") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"round-{number}" / what / "final" / "model.safetensors")
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
+    full = {"off_policy": True, "elsewhere_prompts": 6, "candidates": 2, "rounds": 2}
+    found = run(task | full)
+    folder = found.folder
+    assert [row["accepted"] for row in found.rounds] == [True, True]
+    assert found.rounds[0]["began_with"] == task["model"]
+    assert found.rounds[1]["began_with"] == str(folder / "round-1" / "run" / "final")
+    assert list(found.columns) == list(COLUMNS)
+    first, second = weights(folder), weights(folder, 2)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    off_policy = weights(folder, 2, "off_policy")
+    assert any(not torch.equal(off_policy[name], second[name]) for name in first)
+
+    tried = json.loads((folder / "round-1" / "attempts.json").read_text())["attempts"]
+    again = json.loads((folder / "round-2" / "attempts.json").read_text())["attempts"]
+    assert len({json.dumps(a["problem"]) for a in tried}) == 8
+    assert tried != again
+    right = {a["text"] for a in tried if a["value"] == 1}
+    (context,) = found.rounds[0]["winners"]
+    messages = json.loads((folder / "round-1" / "candidates" / context).read_text())
+    assert messages[0] == {"role": "system", "content": "Say it."}
+    assert {m["content"] for m in messages if m["role"] == "assistant"} <= right
+    shown = {m["content"] for m in messages if m["role"] == "user"}
+    trained = [
+        json.loads(line)["messages"][0]["content"]
+        for line in (folder / "round-1" / "prompts.jsonl").read_text().splitlines()
+    ]
+    assert shown
+    assert trained
+    assert not shown & set(trained)
+
+    report = (folder / "report.md").read_text()
+    assert "| distilled |" in report
+    assert messages[1]["content"] in report
+    assert len((folder / "rounds.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="must not hold a loop yet"):
+        run(task | full)
+    with pytest.raises(InputError, match="looked at once"):
+        run(task | full, resume=True, rounds=3)
+    with pytest.raises(InputError, match="must keep its settings, got other values for steps"):
+        run(task | full, resume=True, steps=4)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
+    task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task | {"elsewhere_prompts": 3, "steps": 2}
+    whole = run(task | {"output_dir": str(tmp_path / "whole")})
+    real, left = folder_of_phases.write_json, 0
+
+    def dying(path: Path, value: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        real(path, value)
+
+    monkeypatch.setattr(folder_of_phases, "write_json", dying)
+    deaths, found = 0, None
+    while found is None:
+        left = 2  # the settings, and one phase
+        try:
+            # A distillation is ended after its first step as well, each time that it goes on.
+            found = run(task, resume=deaths > 0, stop_after=1)
+            found = None if found.stopped else found
+        except Killed:
+            pass
+        deaths += 1
+        assert deaths < 40
+    assert deaths > 10
+    for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
+        ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
+        assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
+    one, other = weights(found.folder), weights(whole.folder)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_bad_round_is_rolled_back_and_the_next_begins_from_the_weights_before(
+    task: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A huge rate, the gate as it is."""
+    real = phases.ranked
+    monkeypatch.setattr(
+        phases,
+        "ranked",
+        lambda made, *rest: real(made, *rest) | {"winners": [made[0]["file"]]},
+    )
+    found = run(task, rounds=2, learning_rate=1e3)
+    assert [row["accepted"] for row in found.rounds] == [False, False]
+    assert [row["began_with"] for row in found.rounds] == [task["model"]] * 2
+    assert all(row["distilled"] or "diverged" in row["reason"] for row in found.rounds)
+    assert "rolled back" in (found.folder / "report.md").read_text()
+    assert set(found.columns) == {"base", "base_experienced"}
+
+
+def test_training_that_diverges_is_a_round_rolled_back(
+    task: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = phases.ranked
+    monkeypatch.setattr(
+        phases,
+        "ranked",
+        lambda made, *rest: real(made, *rest) | {"winners": [made[0]["file"]]},
+    )
+    found = run(task, learning_rate=1e30, max_grad_norm=1e30)
+    assert not found.rounds[0]["accepted"]
+    assert "training diverged: the loss must be finite" in found.rounds[0]["reason"]
+
+
+def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling, "train", lambda *_: pytest.fail("nothing was to be distilled"))
+    real = phases.Bench.measure
+
+    def worse(self: object, name: str, requests: Path, problems: list, context=None) -> object:
+        found = real(self, name, requests, problems, context)
+        return found._replace(values=[0.0 if context else 1.0] * len(problems))
+
+    monkeypatch.setattr(phases.Bench, "measure", worse)
+    (row,) = run(task).rounds
+    assert row["reason"] == "none of 1 contexts is better on validation than no experience"
+    assert [c["accuracy"] for c in row["candidates"]] == [0.0]
+
+
+def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path) -> None:
+    (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 0")
+    (row,) = run(task).rounds
+    assert (
+        row["reason"]
+        == "nothing to learn from: no item was written, and 0 of 32 attempts are right"
+    )
+    (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 1 / 0")
+    with pytest.raises(InputError, match=r"judge attempts, but of 32 it judged none.*ZeroDivision"):
+        run(task | {"output_dir": str(tmp_path / "other")})
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_each_prompt_names_an_experience_of_its_own(task: dict) -> None:
+    found = run(task, experiences=2, candidates=6)
+    assert len(found.rounds[0]["winners"]) == 2
+    rows = [
+        json.loads(line)
+        for line in (found.folder / "round-1" / "prompts.jsonl").read_text().splitlines()
+    ]
+    named = {Path(name).stem for name in found.rounds[0]["winners"]}
+    assert {row["context"] for row in rows} == named
+    several = json.loads((found.folder / "round-1" / "experiences.json").read_text())
+    assert set(several) == named
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_a_log_in_place_of_attempts_without_texts_in_the_report(
+    task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = ["- EXPERIENCE ITEM: secret one.", "- EXPERIENCE ITEM: secret two."]
+    monkeypatch.setattr(phases, "written_items", lambda *_: items)
+    rows = [
+        {"prompt": f"green {w}", "completion": w[0], "outcome": i % 2}
+        for i, w in enumerate(WORDS.split())
+    ]
+    measured_on = [json.loads(line) for line in Path(task["prompts"]).read_text().splitlines()]
+    log = write_jsonl(tmp_path / "served.jsonl", [*rows, measured_on[0] | {"completion": "x"}])
+    with log.open("a") as file:
+        file.write("{broken\n")
+    files = {
+        "validation_data": str(write_jsonl(tmp_path / "v.jsonl", measured_on[:10])),
+        "test_data": str(write_jsonl(tmp_path / "t.jsonl", measured_on[10:20])),
+    }
+    found = run(
+        task, **files, log=str(log), without_texts=True, learn_from="both", context_tokens=150
+    )
+    (row,) = found.rounds
+    assert row["attempts"]["right"] == 8
+    assert row["attempts"]["dropped"] == {
+        "lines that hold no answered conversation": 1,
+        "at validation or test problems": 1,
+    }
+    assert {c["kind"] for c in row["candidates"]} == {"items", "successes"}
+    items_file = found.folder / "round-1" / "candidates" / "items-1.md"
+    assert items_file.read_text().startswith("Say it.\n\nWhat earlier work")
+    for name in ("report.md", "rounds.jsonl"):
+        text = (found.folder / name).read_text()
+        assert "secret" not in text
+        assert "green" not in text
+    with pytest.raises(InputError, match="learned from in one round"):
+        run(task, **files, log=str(log), rounds=2)
+
+
+def command(task: dict, tmp_path: Path) -> Path:
+    own = {k: v for k, v in task.items() if k not in FIELDS}
+    fields = {k: v for k, v in task.items() if k in FIELDS}
+    path = tmp_path / "task.yaml"
+    path.write_text(in_groups(fields) + "experience:\n")
+    with path.open("a") as file:
+        file.writelines(f"  {name}: {value}\n" for name, value in own.items())
+    return path
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_the_command(task: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = command(task, tmp_path)
+    assert main(["experience", "--config", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1 rounds accepted" in shown
+    assert "round-1/run/final" in shown
+    assert main(["experience", "--config", str(path), "--resume"]) == 0
+    assert "distilled_experienced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"context": "c.md"}, "context must not be set in the experience loop"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"elsewhere_loss": 3}, "0.03 is three points"),
+        ({"attemps_per_problem": 2}, "did you mean attempts_per_problem?"),
+        ({"learn_from": "failures"}, "learn_from must be one of both, items, successes"),
+        ({"items_prompt": "none.md"}, "none.md', which is not there"),
+    ],
+)
+def test_wrong_settings(
+    changed: dict, says: str, task: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = command(task | changed, tmp_path)
+    assert main(["experience", "--config", str(path)]) == 2
+    assert says in capsys.readouterr().err
