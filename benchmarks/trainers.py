@@ -22,6 +22,7 @@ from benchmarks.problems import (
     Problem,
     TokenIds,
     models,
+    sizes_of,
     tokens,
 )
 from benchmarks.providers import Unavailable
@@ -138,6 +139,7 @@ def ours(
         [s["update_time_s"] for s in steps],
         problem.micro_batch,
         f"{made.teacher.plan.mode}, {made.teacher.plan.backend}",
+        sizes_of(made.student),
     )
 
 
