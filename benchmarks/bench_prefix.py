@@ -11,9 +11,9 @@ Before every round of another provider ours is timed too, so that `times_ours` c
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
 
-`floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than these, at
-the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those of the data
-sheet. Nobody attends by cuDNN (`conftest.py`).
+`floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than these,
+at the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those of the
+data sheet. Nobody attends by cuDNN (`conftest.py`).
 
 `test_contexts`: as many sequences, each behind a context of its own or all behind one; the prefixes
 are recorded before. `times_one` is the median over that of one context, rounds interleaved.
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import floors, rates
 from benchmarks.memory import peak_mib
-from benchmarks.problems import SMOLLM2, frozen_model, sizes_of
+from benchmarks.problems import SMOLLM2, frozen_model, has_smollm2, sizes_of
 from benchmarks.rounds import Rounds
 from opcd.models.by_name import resolve_device, resolve_dtype
 from opcd.models.lm import transformer
@@ -83,7 +83,9 @@ exact: dict[Case, Tensor] = {}  # full passes
 
 
 def smollm2() -> Model:
-    return frozen_model(SMOLLM2, DEVICE, DTYPE)
+    _, model = frozen_model(SMOLLM2, DEVICE, DTYPE)
+    own, random = "SmolLM2-135M-Instruct", "SmolLM2-135M's shape with random weights"
+    return own if has_smollm2() else random, model
 
 
 def llama() -> Model:

@@ -10,9 +10,9 @@ their full length: the token that would end them is one that the model hardly sa
     generate              transformers.generate, the engine of CPUs
     continuous-batching   transformers.generate_batch with a manager that is kept, and graphs
 
-The second model has the shape of Qwen2.5-1.5B and random weights, as the first where its own are not
-at hand. `floor_share` is what `floors.decoding` counts (each token reads the weights once, and the
-keys and values of its row), at the rates that `rates.py` measured, over the time;
+The second model has the shape of Qwen2.5-1.5B and random weights, as the first where its own are
+not at hand. `floor_share` is what `floors.decoding` counts (each token reads the weights once, and
+the keys and values of its row), at the rates that `rates.py` measured, over the time;
 `sheet_floor_share` the same at those of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
 

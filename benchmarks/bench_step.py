@@ -17,8 +17,8 @@ shape where its own are not in the cache, and token ids are random. Teacher mean
 the head; what is left of a step is the update.
 
 `…floor_s` is what `floors.phases` counts for a phase, at the rates that `rates.py` measured in the
-same process, and `…floor_share` that over the phase's time; `sheet_floor_share` is that of the whole
-step at the rates of the device's data sheet. Nobody attends by cuDNN (`conftest.py`).
+same process, and `…floor_share` that over the phase's time; `sheet_floor_share` is that of the
+whole step at the rates of the device's data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
 
 from functools import cache

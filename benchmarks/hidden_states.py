@@ -66,16 +66,15 @@ def scored(made: Distiller) -> list[Tensor]:
     episodes = made.rollout()
     targets = made.score(episodes)
     rows = [Row(e.student_ids, e.student_spans) for e in episodes]
-    student, teacher = [], []
     lengths = [len(row.token_ids) for row in rows]
-    for batch in batches_by_tokens(lengths, made.config.max_tokens_per_pass):
-        part = [rows[i] for i in batch]
+    batches = list(batches_by_tokens(lengths, made.config.max_tokens_per_pass))
+
+    def passes() -> list[Tensor]:
         plan = made.student_loss.plan
-        student.append(
-            made.in_low_precision(lambda part=part: planned_hidden(made.student, part, plan))
-        )
-        teacher.append(targets.of(batch).hidden)
-    found = [torch.cat(student), head_of(made.student).weight]
+        return [planned_hidden(made.student, [rows[i] for i in b], plan) for b in batches]
+
+    teacher = [targets.of(batch).hidden for batch in batches]
+    found = [torch.cat(made.in_low_precision(passes)), head_of(made.student).weight]
     found += [torch.cat(teacher), targets.head.weight]
     # A copy of each: the weights go on being trained, and no two may share memory in the file.
     return [x.detach().to("cpu", torch.bfloat16, copy=True).contiguous() for x in found]

@@ -7,8 +7,8 @@ that a machine cannot run, or that lacks a divergence, says why in `Unavailable`
     ours-…              opcd_kernels, by backend
     plain-fp32, -bf16   the formula over whole logits, as everybody writes it
     plain-fp32-onednn   the first with the products that ours takes on a CPU
-    plain-checkpointed  what an expert writes without a kernel: fp32 logits of a chunk of tokens at a
-                        time, checkpointed, compiled, the products as fast as fp32 results allow
+    plain-checkpointed  what an expert writes without a kernel: fp32 logits of a chunk of tokens at
+                        a time, checkpointed, compiled, products as fast as fp32 results allow
     torch.compile       the formula compiled, logits rounded to bf16 by their product
     trl, liger-…        TRL's and Liger's losses
 """
@@ -29,6 +29,7 @@ from opcd_kernels.backends import check_backend
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixture")
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # TRL's and Liger's
 CHECKPOINTED_TOKENS = {"cuda": 1024, "cpu": 256}  # a chunk of plain-checkpointed
+SLAB = 8192  # rows of a head that are widened to fp64 at a time
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -286,7 +287,7 @@ def exact_gradients(inputs: Inputs, divergence: str, frozen: bool = False) -> li
     """
     h_s, w_s, h_t, w_t = inputs
     h = h_s.double()
-    slabs = [slice(i, i + 8192) for i in range(0, len(w_s), 8192)]
+    slabs = [slice(i, i + SLAB) for i in range(0, len(w_s), SLAB)]
 
     def logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.cat([hidden @ weight[rows].double().T for rows in slabs], 1)
@@ -311,5 +312,5 @@ def gradient_error(actual: list[Tensor], exact: list[Tensor]) -> float:
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """2-norm, in fp64 a slab at a time."""
-    parts = zip(a.split(8192), b.split(8192), strict=True)
+    parts = zip(a.split(SLAB), b.split(SLAB), strict=True)
     return torch.stack([(x.double() - y.double()).norm() for x, y in parts]).norm()
