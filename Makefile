@@ -1,4 +1,5 @@
-# make demo    the main job on the built-in model: environment, weights, training, scorecard
+# make demo    the main job on the built-in model: environment, weights, training, scorecard; on a
+#              GPU where torch finds one, as the plan before the first step says (docs/gpu.md)
 # make test    all tests that need no GPU
 # make check   lint, format and types; never writes
 # make fix     lint and format, written

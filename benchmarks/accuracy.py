@@ -4,9 +4,9 @@
     python -m benchmarks.accuracy --json FILE      and writes its rows
 
 Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
-0.4, 0.04, 0.004 and 0.0005 nats a token (`--kl` takes some of them); `-forward`, `-jsd` and
-`-mixture`, half of either KL, are other divergences of the same models. What `plain-fp32` shows is
-the floor: its results are rounded to bf16, and nothing else is.
+0.4, 0.04, 0.004 and 0.0005 nats a token (`--kl` takes some of them, `--only` some providers);
+`-forward`, `-jsd` and `-mixture`, half of either KL, are other divergences of the same models. What
+`plain-fp32` shows is the floor: its results are rounded to bf16, and nothing else is.
 `gradient_error` is the larger relative error (2-norm) of the two gradients over 32 tokens;
 `kl_error` the largest relative error of a single token's divergence over eight tokens, `kl_lowest`
 the smallest divergence reported for them in multiples of the exact one: below 0 is impossible.
@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,8 +50,10 @@ CASES = [(name, name, "reverse_kl") for name in PROVIDERS] + [
 ]
 
 
-def measure(target: float, device: torch.device) -> tuple[list[dict], list[str]]:
-    """One row a case at a divergence of about `target` nats; and what failed."""
+def measure(
+    target: float, device: torch.device, only: Sequence[str]
+) -> tuple[list[dict], list[str]]:
+    """One row a case, of those asked for, at about `target` nats; and what failed."""
     inputs = tensors(TOKENS, D, V, device, NOISE[target])
     exact = {kind: exact_gradients(inputs, kind) for kind in DIVERGENCES}
     divergences = {
@@ -59,6 +62,8 @@ def measure(target: float, device: torch.device) -> tuple[list[dict], list[str]]
     }
     rows, failed = [], []
     for label, name, kind in CASES:
+        if label not in only:
+            continue
         try:
             provider = PROVIDERS[name](device, kind)
             error, ratios = errors(provider, inputs, exact[kind], divergences[kind])
@@ -122,13 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     parser.add_argument("--kl", type=float, nargs="+", choices=NOISE, default=list(NOISE))
+    labels = [label for label, *_ in CASES]
+    parser.add_argument("--only", nargs="+", choices=labels, default=labels, metavar="PROVIDER")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = {**origin(), "question": "accuracy", "D": D, "V": V, "dtype": "bfloat16"}
     rows: list[dict] = []
     failed: list[str] = []
     for target in args.kl:
-        found, lost = measure(target, device)
+        found, lost = measure(target, device, args.only)
         rows += found
         failed += lost
         if args.json is not None:
