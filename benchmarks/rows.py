@@ -136,7 +136,8 @@ def case(row: Row) -> str:
 def words(problem: dict[str, object]) -> str:
     """`N 1024, trained head` of {"N": 1024, "head": "trained"}."""
     phrases = {"head": "{} head", "lengths": "{} lengths", "new_tokens": "{} new tokens"}
-    phrases |= {"model": "{}", "dtype": "{}"}
+    phrases |= {"model": "{}", "dtype": "{}", "divergence": "{}", "call": "{}"}
+    phrases |= {"hidden": "{} hidden states"}
     return ", ".join(phrases.get(k, k + " {}").format(v) for k, v in problem.items())
 
 

@@ -66,7 +66,5 @@ def test_the_device_is_told_and_a_gpu_that_stands_idle(
     monkeypatch.setattr("opcd.training.announce.unused_gpu", lambda _: "torch is built for CPUs")
     lines = plan(settings)
     assert any(" on cpu (named), float32, " in line for line in lines)
-    assert (
-        "note      this machine's GPU is not used: torch is built for CPUs; see docs/gpu.md"
-        in lines
-    )
+    note = "note      this machine's GPU is not used: torch is built for CPUs; see docs/gpu.md"
+    assert note in lines
