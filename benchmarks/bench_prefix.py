@@ -11,7 +11,7 @@ Before every round of another provider ours is timed too, so that `times_ours` c
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
 
-`floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than these,
+`rates_floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than these,
 at the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those of the
 data sheet. Nobody attends by cuDNN (`conftest.py`).
 
@@ -200,7 +200,9 @@ def test_teacher(benchmark: Rounds, provider: str, case: Case) -> None:
         "divergence": float(f"{divergence:.2g}"),
         "peak_mib": None if peak is None else round(peak, 1),
         "prefix_mib": round(prefix.nbytes / 2**20, 1),
-        "floor_share": round(floors.floor_s(work, rates.measured(DEVICE)) / benchmark.median, 3),
+        "rates_floor_share": round(
+            floors.floor_s(work, rates.measured(DEVICE)) / benchmark.median, 3
+        ),
         "sheet_floor_share": sheet and round(floors.floor_s(work, sheet) / benchmark.median, 3),
         "times_ours": round(benchmark.median / statistics.median(ours), 2),
     }

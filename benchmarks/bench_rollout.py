@@ -11,7 +11,7 @@ their full length: the token that would end them is one that the model hardly sa
     continuous-batching   transformers.generate_batch with a manager that is kept, and graphs
 
 The second model has the shape of Qwen2.5-1.5B and random weights, as the first where its own are
-not at hand. `floor_share` is what `floors.decoding` counts (each token reads the weights once, and
+not at hand. `rates_floor_share` is what `floors.decoding` counts (each token reads the weights once, and
 the keys and values of its row), at the rates that `rates.py` measured, over the time;
 `sheet_floor_share` the same at those of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
@@ -198,7 +198,7 @@ def test_rollout(
         "tokens_per_s": round(sampled / median),
         "logit_gap": float(f"{gap:.1g}"),
         "peak_mib": None if peak is None else round(peak, 1),
-        "floor_share": round(floors.floor_s(work, rates.measured(DEVICE)) / median, 3),
+        "rates_floor_share": round(floors.floor_s(work, rates.measured(DEVICE)) / median, 3),
         "sheet_floor_share": sheet and round(floors.floor_s(work, sheet) / median, 3),
         "times_ours": round(median / statistics.median(neighbours), 2),
     }

@@ -50,7 +50,7 @@ def test_every_way_of_the_large_shape(small: list[dict], provider: str) -> None:
     assert (row["P"], row["B"], row["new_tokens"]) == (40, 6, 2 * 47 + 6 * 20)
     assert 0 <= row["divergence"] < 0.02
     assert len(benchmark.seconds) == bench_prefix.ROUNDS
-    assert row["floor_share"] > 0
+    assert row["rates_floor_share"] > 0
 
 
 def test_a_way_that_is_wrong_is_not_timed(
