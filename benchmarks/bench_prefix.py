@@ -11,9 +11,9 @@ Before every round of another provider ours is timed too, so that `times_ours` c
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
 
-`rates_floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than these,
-at the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those of the
-data sheet. Nobody attends by cuDNN (`conftest.py`).
+`rates_floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than
+these, at the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those
+of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 
 `test_contexts`: as many sequences, each behind a context of its own or all behind one; the prefixes
 are recorded before. `times_one` is the median over that of one context, rounds interleaved.
@@ -187,7 +187,7 @@ def test_teacher(benchmark: Rounds, provider: str, case: Case) -> None:
     )
     new = [(PROMPT + length - 1, case.p) for length in lengths]
     work = [floors.forward(sizes_of(model), new)]
-    sheet = rates.sheet(DEVICE)
+    sheet, floor = rates.sheet(DEVICE), floors.floor_s(work, rates.measured(DEVICE))
     benchmark.facts |= {
         "question": "teacher",
         "provider": provider,

@@ -11,8 +11,8 @@ their full length: the token that would end them is one that the model hardly sa
     continuous-batching   transformers.generate_batch with a manager that is kept, and graphs
 
 The second model has the shape of Qwen2.5-1.5B and random weights, as the first where its own are
-not at hand. `rates_floor_share` is what `floors.decoding` counts (each token reads the weights once, and
-the keys and values of its row), at the rates that `rates.py` measured, over the time;
+not at hand. `rates_floor_share` is what `floors.decoding` counts (each token reads the weights
+once, and the keys and values of its row), at the rates that `rates.py` measured, over the time;
 `sheet_floor_share` the same at those of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
 
