@@ -35,7 +35,7 @@ from benchmarks.memory import peak_mib
 from benchmarks.problems import SMOLLM2, frozen_model, has_smollm2, sizes_of
 from benchmarks.rounds import Rounds
 from opcd.models.by_name import resolve_device, resolve_dtype
-from opcd.models.lm import transformer
+from opcd.models.lm import cache_argument, transformer
 from opcd.objective import head_divergence
 from opcd.passes.prefix import SharedPrefix
 from opcd.teacher import SharedPrefixTeacher
@@ -132,10 +132,11 @@ def dynamic_cache(
     width = max(map(len, sequences))
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=DEVICE)
     positions = torch.arange(len(prefix), len(prefix) + width, device=DEVICE)
-    hidden = transformer(model)(
+    body = transformer(model)
+    hidden = body(
         input_ids=ids,
         position_ids=positions[None],
-        past_key_values=prefix.expand(len(ids)),
+        **cache_argument(body, prefix.expand(len(ids))),
         use_cache=True,
     ).last_hidden_state
     ends = zip(hidden, sequences, completions, strict=True)

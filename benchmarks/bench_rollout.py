@@ -178,7 +178,7 @@ def test_rollout(
     neighbours: list[float] = []
     benchmark.time(
         lambda: seconds(lambda: way(prompts, params)),
-        3 if ON_GPU else 5,
+        3,
         before=lambda: neighbours.append(seconds(lambda: ours(prompts, params))),
     )
     work = floors.decoding(

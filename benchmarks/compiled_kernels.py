@@ -4,9 +4,10 @@
     python -m benchmarks.compiled_kernels --json    the same, a JSON object a line
     python -m benchmarks.compiled_kernels --page    what GPUs is asked of, as docs/gpu.md has it
 
-Every shipped configuration is compiled for each architecture below, with the argument properties
-the launcher would find (pointers and widths that are multiples of 16). NVIDIA code is read back
-with the `cuobjdump` that Triton ships. `local_bytes` counts the stack a thread spills to.
+Every shipped configuration is compiled for each of ARCHITECTURES, and for the SMALL ones what takes
+most shared memory, with the argument properties the launcher would find (pointers and widths that
+are multiples of 16). NVIDIA code is read back with the `cuobjdump` that Triton ships. `local_bytes`
+counts the stack a thread spills to.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from opcd_kernels import dual_triton, prefix_attention, rows_triton
 from opcd_kernels.options import DIVERGENCES, KINDS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SMALL = ("sm_86", "sm_89", "sm_120")  # less shared memory: what takes most of it, of each kernel
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -59,6 +61,7 @@ def divergence_builds() -> Iterator[Build]:
             (True, "bf16", True, True),
         ],
     ):
+        largest = kind == "mixture" and options and targets
         yield Build(
             rows_triton.divergence_rows_kernel,
             {
@@ -78,6 +81,7 @@ def divergence_builds() -> Iterator[Build]:
                 "BLOCK_V": rows_triton.BLOCK_V,
             },
             rows_triton.THREADS,
+            architectures=(*ARCHITECTURES, *(SMALL if largest else ())),
         )
 
 
@@ -111,6 +115,7 @@ def attention_builds() -> Iterator[Build]:
             },
             32 * warps,
             stages,
+            (*ARCHITECTURES, *SMALL),
         )
 
 
@@ -292,7 +297,7 @@ def main() -> None:
     kinds = (divergence_builds, dual_product_builds, dual_rows_builds, attention_builds)
     for builds in kinds:
         widths = None
-        for architecture, build in itertools.product(ARCHITECTURES, builds()):
+        for architecture, build in itertools.product((*ARCHITECTURES, *SMALL), builds()):
             if architecture not in build.architectures:
                 continue
             report = compiled(build, architecture)

@@ -49,9 +49,22 @@ def _part(part: dict[str, Any]) -> list[str]:
         lines += ["", "```", text, "```"]
     if gaps := part.get("gaps"):
         lines += ["", "Gaps:", "", *(f"- {gap}" for gap in gaps)]
-    for failure in part.get("failures", []):
-        lines += ["", f"### Failed: {failure['name']}", "", "```", failure["traceback"], "```"]
+    for names, traceback in _distinct(part.get("failures", [])):
+        lines += ["", f"### Failed: {names[0]}", ""]
+        if others := names[1:]:
+            lines += [f"And by the same error: {', '.join(others)}.", ""]
+        lines += ["```", traceback, "```"]
     return lines
+
+
+def _distinct(failures: list[dict[str, str]]) -> list[tuple[list[str], str]]:
+    """The names of what failed by one error, and the first one's traceback; the JSON has all."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for failure in failures:
+        lines = failure["traceback"].splitlines()
+        error = "\n".join(x for x in lines if x.startswith("E ")) or "\n".join(lines[-1:])
+        found.setdefault(error, ([], failure["traceback"]))[0].append(failure["name"])
+    return list(found.values())
 
 
 def _table(rows: list[Row]) -> list[str]:

@@ -28,6 +28,7 @@ from benchmarks.problems import (
 from benchmarks.providers import Unavailable
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
+from opcd.models.head import head_of
 from opcd.models.lm import autocast
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams, complete
@@ -115,7 +116,9 @@ def distiller(
         )
     recorder = Recorder(engine)
     source = SamePrompts([Prompt(ids, ids, ONLY) for ids in prompt_ids], config)
-    loss = StudentLoss(student, teacher.plan)
+    # As a run has it; its head is measured here, before weights are cast for a pass.
+    trained = head_of(student).weight.requires_grad
+    loss = StudentLoss(student, teacher.plan, add_weight_grad=trained)
     return name, Distiller(loss, teacher, recorder, source, config, dtype), recorder
 
 

@@ -7,6 +7,7 @@ autograd           the operator that autograd and torch.compile see, and its bac
 weight_grad        the head's gradient added to .grad at once: when that is right
 chunks             START HERE: products, divergence, products, a chunk of tokens at a time
 backends           who computes; which of the two Triton designs, by measurement
+trial              whether that agrees with PyTorch on the device, once
 products           matrix products with fp32 sums, on a GPU and elsewhere
 rows               what is asked of rows of logits, and what is found
 tokens             the tokens that count: weights, shares and targets without the others

@@ -3,13 +3,14 @@
     torch         library products, PyTorch over the rows of logits: everywhere
     triton        library products, one Triton kernel over the rows
     triton_dual   one Triton kernel multiplies both models and keeps the logits on the chip: bf16,
-                  a divergence alone (no bias, softcap, mixture, targets), compute capability 9.0 or
-                  later
+                  a divergence alone (no bias, softcap, mixture, targets), compute capability 9 or
+                  10 with the shared memory of a data centre's GPU
 
 Which of the last two is faster depends on shape and device. `measured_designs.json` holds what
 `make bench` found, a row a device and shape, with the seconds of both (`python -m
 benchmarks.designs` writes it); "auto" takes the winner at the nearest measured shape, and "triton"
-on a device that is not in it.
+on a device that is not in it. Before "auto" uses one it has computed 64 tokens (`trial.py`); where
+that fails, the next of these takes the call.
 """
 
 import functools
@@ -23,6 +24,8 @@ import torch
 
 BACKENDS = ("auto", "torch", "triton", "triton_dual")
 DESIGNS = BACKENDS[2:]
+DUAL_CAPABILITIES = (9, 10)  # majors that its tile was made for: copy engine, wide products
+DUAL_SHARED_BYTES = 229_504  # of its tile, as compiled (tests/opcd_kernels/test_compiled.py)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -42,8 +45,9 @@ def check_backend(
     if backend == "triton_dual" and not _suits_dual(device, compute_dtype, plain):
         raise ValueError(
             "backend 'triton_dual' must have bf16 (inputs or autocast), no bias, softcap, "
-            "forward_share between 0 and 1 or target_ids, and a GPU of compute capability 9.0 or "
-            f"later, got {compute_dtype}{'' if plain else ' with one of these'} on {device}; pass "
+            "forward_share between 0 and 1 or target_ids, and a GPU of compute capability 9 or 10 "
+            f"with {DUAL_SHARED_BYTES} bytes of shared memory a program, got "
+            f"{compute_dtype}{'' if plain else ' with one of these'} on {device}; pass "
             "backend='triton' or 'auto'"
         )
 
@@ -57,6 +61,12 @@ def chosen_backend(
     if not _suits_dual(device, compute_dtype, plain):
         return "triton"
     return fastest(measurements(), torch.cuda.get_device_name(device), shape, head)
+
+
+def and_slower(backend: str) -> tuple[str, ...]:
+    """A backend, and what computes the same where it fails, in order."""
+    order = ("triton_dual", "triton", "torch")
+    return order[order.index(backend) :]
 
 
 def _runs_triton(device: torch.device, compute_dtype: torch.dtype) -> bool:
@@ -75,9 +85,20 @@ def _interpreting() -> bool:
 def _suits_dual(device: torch.device, compute_dtype: torch.dtype, plain: bool) -> bool:
     if compute_dtype != torch.bfloat16 or not plain:
         return False
-    if device.type == "cpu":
-        return True
-    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cpu" or runs_dual(device)
+
+
+def runs_dual(device: torch.device) -> bool:
+    """Whether a GPU has what `dual_triton.py` is compiled for."""
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm's properties lack it.
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return fits_dual((properties.major, properties.minor), 0 if torch.version.hip else shared)
+
+
+def fits_dual(capability: tuple[int, int], shared_bytes: int) -> bool:
+    """Whether a GPU of that capability, with so much shared memory a program, can run it."""
+    return capability[0] in DUAL_CAPABILITIES and shared_bytes >= DUAL_SHARED_BYTES
 
 
 @functools.cache

@@ -57,8 +57,11 @@ def _walk(
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         inside = mask_n[:, None] & mask_d[None, :]
-        k = tl.load(k_ptr + offs_n[:, None] * stride_k + offs_d[None, :], mask=inside, other=0.0)
-        v = tl.load(v_ptr + offs_n[:, None] * stride_v + offs_d[None, :], mask=inside, other=0.0)
+        # The block's own offset is 64 bits wide: of a long row it passes 2³¹.
+        at, in_block = tl.cast(start, tl.int64), tl.arange(0, BLOCK_N)[:, None]
+        k_block, v_block = k_ptr + at * stride_k, v_ptr + at * stride_v
+        k = tl.load(k_block + in_block * stride_k + offs_d[None, :], mask=inside, other=0.0)
+        v = tl.load(v_block + in_block * stride_v + offs_d[None, :], mask=inside, other=0.0)
         score = _dot(q, tl.trans(k)) * scale
         if SOFTCAP:
             score = softcap * _tanh(score / softcap)
@@ -119,8 +122,8 @@ def prefix_attention_kernel(
         first_own = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
     acc, m, total = _walk(
         q, acc, m, total,
-        prefix_k_ptr + kv_head * stride_pkh + prefix_begin.to(tl.int64) * stride_pks,
-        prefix_v_ptr + kv_head * stride_pvh + prefix_begin.to(tl.int64) * stride_pvs,
+        prefix_k_ptr + kv_head.to(tl.int64) * stride_pkh + prefix_begin.to(tl.int64) * stride_pks,
+        prefix_v_ptr + kv_head.to(tl.int64) * stride_pvh + prefix_begin.to(tl.int64) * stride_pvs,
         stride_pks, stride_pvs, first, S, 0, position, scale, window, softcap,
         D, BLOCK_D, BLOCK_N, False, WINDOW, SOFTCAP,
     )  # fmt: skip

@@ -81,7 +81,9 @@ def load_for_answers(setup: Setup, name: str) -> LoadedModel:
     config = setup.config
     model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
-    engine = build_engine(config.rollout_engine, model, config.rollout_batch_size, plan)
+    engine = build_engine(
+        config.rollout_engine, model, config.rollout_batch_size, plan, config.max_tokens_per_pass
+    )
     return LoadedModel(model, plan, engine, setup)
 
 

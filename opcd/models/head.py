@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm, evaluating, transformer, vocabulary_rows
+from opcd.models.sdpa import without_cudnn_attention
 
 SAMPLE = 2048  # of the vocabulary
 LARGEST = 200.0  # logits of the trial: every cap shows
@@ -161,7 +162,8 @@ def _measure(lm: Any, output: Any) -> _Transform:
 def _check_causal(lm: Any) -> None:
     """Raise InputError if later tokens change the hidden states of those before them."""
     ids = _trial_ids(lm)
-    with evaluating(lm), torch.autocast(ids.device.type, enabled=False):
+    whole_precision = torch.autocast(ids.device.type, enabled=False)
+    with evaluating(lm), whole_precision, without_cudnn_attention():
         body = transformer(lm)
         whole, part = (
             _exact(body(input_ids=x, use_cache=False).last_hidden_state[0])
@@ -201,6 +203,7 @@ def _trial(lm: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm))
         stack.enter_context(torch.autocast(ids.device.type, enabled=False))
+        stack.enter_context(without_cudnn_attention())
         stack.callback(output.register_forward_pre_hook(enlarged).remove)
         stack.callback(output.register_forward_hook(keep).remove)
         hidden = transformer(lm)(input_ids=ids, use_cache=False).last_hidden_state

@@ -57,6 +57,21 @@ def last_logits(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
+def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
+    """A cache as an argument of a pass, by the name that the module has for it.
+
+    transformers calls it `cache` from 5.24 on, and takes the old name until 5.40.
+    """
+    name = "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that came with a pass, by either name; None without one."""
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    return getattr(output, name, None)
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and then in its own again.

@@ -1,5 +1,6 @@
 """The hidden states that predict scored tokens: one pass over many sequences."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from opcd.models.head import head_of
-from opcd.models.lm import causal_lm, transformer
+from opcd.models.lm import cache_argument, causal_lm, transformer
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.passes.packed import Behind, InRow, packed_pass
 from opcd.passes.packing import Packing
-from opcd.passes.prefix import SharedPrefix
+from opcd.passes.prefix import SharedPrefix, empty_cache
 from opcd.runtime.upload import uploaded
 
 
@@ -56,6 +58,7 @@ def scored_hidden(
     rows: Sequence[Row],
     packed: bool = False,
     shared: int = 0,
+    takes_cache: bool = False,
 ) -> Tensor:  # (N, D), N = all scored tokens
     """The hidden states that predict each scored token, in the order given.
 
@@ -63,11 +66,13 @@ def scored_hidden(
     `packed` is for models on which `find_plan` found that exact, and its rows may stand behind
     different prefixes; the others take padded rows, all behind one prefix. The first `shared`
     tokens of packed rows without a prefix are the same in all, and are computed once, in the row.
+    `takes_cache`: the model was found to take a cache of keys and values; padded rows without a
+    prefix are then given an empty one, and nobody waits for the device (see `empty_cache`).
 
     Raises UnsupportedModelError if `packed` and the model does not go through `AttentionInterface`.
     """
     assert not shared or packed, "padded rows share what was recorded"
-    hidden = _packed_rows(model, rows, shared) if packed else _padded_rows(model, rows)
+    hidden = _packed_rows(model, rows, shared) if packed else _padded_rows(model, rows, takes_cache)
     scale = head_of(model).scale
     return hidden if scale == 1 else hidden * scale
 
@@ -95,7 +100,12 @@ def _packed_rows(model: torch.nn.Module, rows: Sequence[Row], shared: int) -> Te
     return hidden[0].index_select(0, index)
 
 
-def _padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
+def computes_again(model: torch.nn.Module) -> bool:
+    """Whether the backward runs the model's layers once more (gradient checkpointing)."""
+    return model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())
+
+
+def _padded_rows(model: torch.nn.Module, rows: Sequence[Row], takes_cache: bool) -> Tensor:
     """Rows are padded on the right: under causal attention no real position sees a pad, so that
     no mask is needed."""
     lm, prefix = causal_lm(model), rows[0].prefix
@@ -109,10 +119,17 @@ def _padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
     start = len(prefix) if prefix is not None else 0
     positions = torch.arange(start, start + width, device=lm.device)
     cache = prefix.expand(len(rows), passes=1) if prefix is not None else None
-    output = transformer(model)(
-        input_ids=uploaded(input_ids, lm.device),
-        position_ids=positions.expand(len(rows), -1),
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    if takes_cache and cache is None:
+        cache = empty_cache(model)
+    # Layers that the backward runs again take the attention of the forward only where both are
+    # inside, which is the training loop's to see to.
+    again = computes_again(model)
+    body = transformer(model)
+    with contextlib.nullcontext() if again else without_cudnn_attention():
+        output = body(
+            input_ids=uploaded(input_ids, lm.device),
+            position_ids=positions.expand(len(rows), -1),
+            use_cache=cache is not None,
+            **cache_argument(body, cache),
+        )
     return output.last_hidden_state.flatten(0, 1).index_select(0, index)

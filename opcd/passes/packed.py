@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from opcd.models.lm import causal_lm, max_positions, transformer
-from opcd.passes.attention import Operands, Shape, choose_backend, prefix_attention
+from opcd.models.sdpa import without_cudnn_attention
+from opcd.passes.attention import Operands, Shape, prefix_attention
+from opcd.passes.backends import Kind, choose_backend
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
 
@@ -73,7 +75,7 @@ class _SequencesPass:
         self._packing = packing
         self._prefixes = prefixes
         self._store = store
-        self.backends: dict[int, str] = {}  # by layer
+        self.kinds: dict[int, Kind] = {}  # by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         kept = []
@@ -89,10 +91,10 @@ class _SequencesPass:
             if isinstance(prefix, SharedPrefix):
                 _check_layer(operands, prefix, states, layer, shape.window)
         shape = shape.within(max(operands.prefix_lengths) + self._packing.longest)
-        self.backends[layer] = choose_backend(operands, shape)
+        kind = self.kinds[layer] = Kind.of(operands, shape)
         if self._store is not None:
             self._store(layer, key, value)
-        return prefix_attention(operands, self._packing, shape, self.backends[layer])
+        return prefix_attention(operands, self._packing, shape, choose_backend(kind))
 
 
 @torch.compiler.disable
@@ -102,7 +104,7 @@ def packed_pass(
     packing: Packing,
     prefixes: Sequence[Behind],  # one for each group of `packing`
     store: Store | None = None,
-) -> tuple[Tensor, set[str]]:  # (1, N, D), and the names of the attention backends used
+) -> tuple[Tensor, set[Kind]]:  # (1, N, D), and the kinds of attention in it
     """The last hidden states of every token, each sequence as if alone behind its prefix.
 
     `store` is given each layer's keys and values of these tokens, without those of prefixes.
@@ -121,17 +123,24 @@ def packed_pass(
             packed_pass=this,
         )
     recorded = next((prefix for prefix in prefixes if isinstance(prefix, SharedPrefix)), None)
-    layers = recorded.attention_layers if recorded is not None else set(this.backends)
-    if not layers or set(this.backends) != layers:
+    layers = recorded.attention_layers if recorded is not None else set(this.kinds)
+    if not layers or set(this.kinds) != layers:
         raise UnsupportedModelError(
             f"every attention layer of {type(causal_lm(model)).__name__} must go through "
-            f"transformers' AttentionInterface to be packed, got {len(this.backends)} of "
+            f"transformers' AttentionInterface to be packed, got {len(this.kinds)} of "
             f"{len(layers)}"
         )
-    return output.last_hidden_state, set(this.backends.values())
+    return output.last_hidden_state, set(this.kinds.values())
 
 
-def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
+class Backends(NamedTuple):
+    """What computes the attention of packed rows on a model."""
+
+    forward: str
+    with_gradients: str
+
+
+def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> Backends:
     """What computes the attention of packed rows on this model, found by a short pass.
 
     Raises UnsupportedModelError if sequences in one row would not stay apart.
@@ -151,8 +160,13 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> str:
         )
     room = (max_positions(lm.config) or 2**31) - len(prefix)
     ids = torch.tensor([prefix.token_ids[: min(8, room)]], device=lm.device)
-    _, backends = packed_pass(model, ids, Packing([[ids.shape[1]]], lm.device), [prefix])
-    return " and ".join(sorted(backends))
+    _, kinds = packed_pass(model, ids, Packing([[ids.shape[1]]], lm.device), [prefix])
+    return Backends(
+        *(
+            " and ".join(sorted({choose_backend(kind._replace(grad=grad)) for kind in kinds}))
+            for grad in (False, True)
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -168,7 +182,8 @@ def packed_attention(model: torch.nn.Module) -> Iterator[None]:
         try:
             for config, _ in before:
                 config._attn_implementation = NAME
-            yield
+            with without_cudnn_attention():
+                yield
         finally:
             for config, implementation in before:
                 config._attn_implementation = implementation

@@ -11,9 +11,15 @@ from torch import Tensor
 from opcd.errors import InputError
 from opcd.models.lm import causal_lm, max_positions, vocabulary_rows
 from opcd.passes.agreement import Agreement
-from opcd.passes.hidden import Row, completion_rows, scored_hidden
+from opcd.passes.hidden import Row, completion_rows, computes_again, scored_hidden
 from opcd.passes.packed import packing_backends
-from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix, worthwhile_prefix
+from opcd.passes.prefix import (
+    SharedPrefix,
+    UnsupportedModelError,
+    common_prefix,
+    tokens_that_pay,
+    worthwhile_prefix,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +32,7 @@ class Plan(NamedTuple):
     mode: str  # "packed", "padded" (both behind one prefix) or "recompute": it is in every sequence
     backend: str
     reason: str
+    with_gradients: str = "plain"  # what computes packed attention where gradients are asked for
 
     @property
     def packed(self) -> bool:
@@ -36,6 +43,12 @@ class Plan(NamedTuple):
     def shares_prefix(self) -> bool:
         """Whether a prefix is computed once."""
         return self.mode != "recompute"
+
+    def packs(self, device_type: str, grad: bool) -> bool:
+        """Whether a pass is packed. Plain attention keeps its scores for the backward, which on a
+        GPU costs more than padded rows and their fused attention do."""
+        fused = device_type == "cpu" or "plain" not in self.with_gradients
+        return self.packed and (fused or not grad)
 
 
 WHOLE = Plan("recompute", "padded rows", "asked for")
@@ -96,7 +109,8 @@ def find_plan(
         log.warning("sequences are padded, not packed: in a packed row %s", wrong)
         return slower._replace(reason=f"in a packed row {wrong}")
     gap = agreement.gap(packed)
-    return Plan("packed", backends, f"a full pass gives the same to {gap:.1g} nats a token")
+    reason = f"a full pass gives the same to {gap:.1g} nats a token"
+    return Plan("packed", backends.forward, reason, backends.with_gradients)
 
 
 def _trial(
@@ -120,12 +134,14 @@ def planned_hidden(
     model: torch.nn.Module, rows: Sequence[Row], plan: Plan
 ) -> Tensor:  # (N, D), with gradients where they are enabled
     """`scored_hidden` of whole sequences; what their prompts start with is computed once."""
-    if model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
+    if computes_again(model):
         # The backward runs the layers again, behind the pass: without its cache and its attention.
         return scored_hidden(model, rows)
     prompts = [row.token_ids[: row.spans[0][0]] for row in rows]
-    # With gradients, packed attention has a fused kernel on CPUs alone.
-    if plan.packed and (causal_lm(model).device.type == "cpu" or not torch.is_grad_enabled()):
-        return scored_hidden(model, rows, packed=True, shared=worthwhile_prefix(prompts))
+    device, grad = causal_lm(model).device.type, torch.is_grad_enabled()
+    if plan.packs(device, grad):
+        shared = worthwhile_prefix(prompts, tokens_that_pay(device, grad, in_row=True))
+        return scored_hidden(model, rows, packed=True, shared=shared)
     prefix = common_prefix(model, prompts) if plan.shares_prefix else None
-    return scored_hidden(model, [row.behind(prefix) for row in rows])
+    behind = [row.behind(prefix) for row in rows]
+    return scored_hidden(model, behind, takes_cache=plan.shares_prefix)

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from opcd.errors import InputError
-from opcd.models.lm import causal_lm, rope_differs, transformer
+from opcd.models.lm import cache_of, causal_lm, rope_differs, transformer
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.runtime.upload import uploaded
 
-# A pass reads every weight, which costs about as much as this many tokens in a batch.
+# On a CPU a pass reads every weight, which costs about as much as this many tokens in a batch.
 MIN_TOKENS_SAVED = 128
+# On a GPU launches count, which no token saves: thirty layers have about 500 of them forward and
+# 1,000 more backward, some 5 µs each, in which a model of a billion weights computes so many tokens
+# (by arithmetic; no GPU has been measured).
+GPU_TOKENS_SAVED = {"pass": 1024, "pass with gradients": 4096, "in a row": 512}
 
 
 class UnsupportedModelError(InputError):
@@ -38,8 +43,9 @@ class SharedPrefix:
         self.token_ids = list(token_ids)
         ids = uploaded(torch.tensor([self.token_ids]), lm.device)
         body = transformer(model)
-        output = body(input_ids=ids, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        with without_cudnn_attention():
+            output = body(input_ids=ids, use_cache=True)
+        cache = cache_of(output)
         if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
             raise UnsupportedModelError(
                 f"{type(lm).__name__} must return a transformers Cache to share a prefix, got "
@@ -117,7 +123,8 @@ class SharedPrefix:
 
 def common_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
     """What all prompts start with, where computing it once is worth a pass of its own."""
-    length = worthwhile_prefix(prompts)
+    device, grad = causal_lm(model).device.type, torch.is_grad_enabled()
+    length = worthwhile_prefix(prompts, tokens_that_pay(device, grad, in_row=False))
     if length == 0:
         return None
     if rope_differs(causal_lm(model).config, length, max(map(len, prompts)) + 1):
@@ -126,10 +133,21 @@ def common_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> S
     return prefix if prefix.only_attention or not torch.is_grad_enabled() else None
 
 
-def worthwhile_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of what all prompts start with, or 0 where computing it once saves too little."""
+def tokens_that_pay(device_type: str, grad: bool, in_row: bool) -> int:
+    """How many tokens a shared start must save to be worth computing apart.
+
+    It costs a pass of its own, forward and, with gradients, backward; or (`in_row`) nothing but
+    one more attention in each layer.
+    """
+    if device_type != "cuda":
+        return MIN_TOKENS_SAVED
+    return GPU_TOKENS_SAVED["in a row" if in_row else "pass with gradients" if grad else "pass"]
+
+
+def worthwhile_prefix(prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    """Length of what all prompts start with, or 0 where that once saves fewer than `tokens`."""
     length = shared_prefix_length(prompts)
-    return length if length * (len(prompts) - 1) >= MIN_TOKENS_SAVED else 0
+    return length if length * (len(prompts) - 1) >= tokens else 0
 
 
 def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
@@ -143,6 +161,23 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     while length < limit and low[length] == high[length]:
         length += 1
     return length
+
+
+def empty_cache(model: torch.nn.Module) -> Cache | None:
+    """A cache that holds nothing and keeps nothing; None for models that keep other states.
+
+    Given positions and neither mask nor cache, transformers looks whether rows are packed, which
+    holds the host until the GPU's queue is empty. With a cache it does not look.
+    """
+    cache = DynamicCache(config=causal_lm(model).config)
+    return _KeepsNothing() if all(type(layer) in _ONCE for layer in cache.layers) else None
+
+
+class _KeepsNothing(DynamicCache):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 class _Once:

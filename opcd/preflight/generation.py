@@ -7,8 +7,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from opcd.config import TrainConfig
-from opcd.models.lm import causal_lm, last_logits
-from opcd.passes.prefix import SharedPrefix, common_prefix
+from opcd.models.lm import cache_argument, causal_lm, last_logits
+from opcd.passes.prefix import (
+    SharedPrefix,
+    common_prefix,
+    tokens_that_pay,
+    worthwhile_prefix,
+)
 from opcd.preflight.weightless import Tally
 from opcd.rollouts.generate import batch_rows
 from opcd.rollouts.noise import drawn
@@ -32,7 +37,11 @@ def sampling(
     lm = causal_lm(model)
     total = max(map(len, prompts)) + config.max_completion_tokens
     rows = min(len(prompts), batch_rows(config.rollout_batch_size, total))
-    batch = sorted(prompts, key=len, reverse=True)[:rows]
+    batch = sorted(prompts, key=len, reverse=True)
+    pays = tokens_that_pay(lm.device.type, grad=False, in_row=False)
+    new = len(batch[0]) - (worthwhile_prefix(prompts, pays) if share_prefix else 0)
+    rows = min(rows, max(1, config.max_tokens_per_pass // new))
+    batch = batch[:rows]
 
     def prefill() -> Any:
         prefix = common_prefix(model, prompts) if share_prefix else None
@@ -45,8 +54,8 @@ def sampling(
         return lm(
             input_ids=torch.zeros(rows, width - start, dtype=torch.long, device=lm.device),
             attention_mask=mask,
-            past_key_values=prefix.expand(rows) if prefix is not None else None,
             use_cache=True,
+            **cache_argument(lm, prefix.expand(rows) if prefix is not None else None),
             **last_logits(lm),
         )
 
@@ -72,7 +81,7 @@ def prefix_bytes(prefix: SharedPrefix, tokens: int) -> int:
 
 def _layers(holder: Any) -> list[Any]:
     """Those of a cache, or of the cache of a model's output under any of its names."""
-    for name in ("past_key_values", "cache_params"):
+    for name in ("cache", "past_key_values", "cache_params"):
         holder = getattr(holder, name, holder)
     return list(getattr(holder, "layers", []))
 

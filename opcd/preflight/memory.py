@@ -255,7 +255,12 @@ def _plan(model: torch.nn.Module, ids: Sequence[int]) -> tuple[Plan, SharedPrefi
         prefix = SharedPrefix(model, ids)
     except UnsupportedModelError as error:
         return Plan("recompute", "", str(error)), None
+    if not prefix.attention_layers:
+        # Recurrent states alone: whether a pass goes on from them shows in numbers only (Mamba of
+        # transformers 5.24 begins anew). What takes more is foreseen.
+        return Plan("recompute", "", "no layer has keys and values"), None
     try:
-        return Plan("packed", packing_backends(model, prefix), ""), prefix
+        backends = packing_backends(model, prefix)
+        return Plan("packed", backends.forward, "", backends.with_gradients), prefix
     except Exception as error:  # whatever a model's code says, as there
         return Plan("padded", "", str(error)), prefix

@@ -6,6 +6,7 @@ noise       what a completion draws, whatever the engine, the batch and the orde
 static      the engine with a static cache; when that is exact
 decode      one step of it on memory that never moves, for CUDA graphs
 choice      which engine makes the rollouts
+fitting     how many sequences at once, where memory runs out
 
 conversations           what is the same of them for every engine
 generate_conversations  in the cache of transformers.generate

@@ -14,7 +14,13 @@ from opcd.rollouts.static import StaticEngine, why_not_static
 log = logging.getLogger(__name__)
 
 
-def build_engine(name: str, model: torch.nn.Module, batch_size: int, plan: Plan) -> RolloutEngine:
+def build_engine(
+    name: str,
+    model: torch.nn.Module,
+    batch_size: int,
+    plan: Plan,
+    max_tokens_per_pass: int = 4096,  # new ones, of prompts
+) -> RolloutEngine:
     """The engine called `name`; `auto` takes static on a GPU where it is exact, else generate.
 
     Decoding on a GPU is bound by the launches of small kernels, and static replays a step of them
@@ -28,7 +34,7 @@ def build_engine(name: str, model: torch.nn.Module, batch_size: int, plan: Plan)
     if name == "static" or (name == "auto" and device.type == "cuda"):
         reason = why_not_static(model, plan)
         if reason is None:
-            return StaticEngine(model, batch_size)
+            return StaticEngine(model, batch_size, max_tokens_per_pass)
         if name == "static":
             kind = type(causal_lm(model)).__name__
             raise InputError(
@@ -36,4 +42,4 @@ def build_engine(name: str, model: torch.nn.Module, batch_size: int, plan: Plan)
                 f"pass auto or generate"
             )
         log.warning("rollouts use transformers.generate, not a static cache: %s", reason)
-    return TransformersEngine(model, batch_size, plan.shares_prefix)
+    return TransformersEngine(model, batch_size, plan.shares_prefix, max_tokens_per_pass)

@@ -8,6 +8,7 @@ on. Elsewhere the same step simply runs.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -15,27 +16,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opcd.errors import InputError
 from opcd.models.lm import causal_lm
 from opcd.passes.attention import Shape, cached_attention
-from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.packed import Behind, packed_attention, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
 from opcd.rollouts.noise import drawn, uniforms
+from opcd.runtime.batches import pieces_by_tokens
+from opcd.runtime.upload import uploaded
 
 # Steps of a graph between two looks at whether all rows have finished: a look waits for the GPU.
 STEPS_BETWEEN_LOOKS = 8
+SPARE_SLOTS = 8  # of a row: as many as leave masks and keys aligned
 LENGTH_STEP = 64  # rows hold a multiple of so many tokens, so that few sizes come up
 
 
 class StaticCache:
-    """Keys and values of B rows of T slots; the slot of a token is row · T + position."""
+    """Keys and values of B rows of W slots, T and some more; a token's is `first(row)` + position.
+
+    Those behind T are never written: zeros, the last of which attention takes for sinks.
+    """
 
     def __init__(self, rows: int, length: int, dtype: torch.dtype) -> None:
         self.rows = rows
         self.length = length
+        self.width = length + SPARE_SLOTS
         self._dtype = dtype
-        self._layers: dict[int, list[Tensor]] = {}  # (B · T, H_kv, D) and (B · T, H_kv, D_v)
+        self._layers: dict[int, list[Tensor]] = {}  # (B · W, H_kv, D) and (B · W, H_kv, D_v)
+
+    def first(self, row: int) -> int:
+        """The slot of a row's first token."""
+        return row * self.width
 
     def write(
         self,
@@ -46,7 +57,7 @@ class StaticCache:
     ) -> None:
         """Put tokens into their slots. The first call for a layer makes its memory."""
         if layer not in self._layers:
-            shapes = [(self.rows * self.length, *x.shape[1:]) for x in (key, value)]
+            shapes = [(self.rows * self.width, *x.shape[1:]) for x in (key, value)]
             self._layers[layer] = [key.new_zeros(s, dtype=self._dtype) for s in shapes]
         for held, new in zip(self._layers[layer], (key, value), strict=True):
             held.index_copy_(0, slots, new.to(self._dtype))
@@ -57,9 +68,9 @@ class StaticCache:
             held.zero_()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(B, H_kv, T, D) and (B, H_kv, T, D_v), views."""
+        """(B, H_kv, W, D) and (B, H_kv, W, D_v), views."""
         keys, values = (
-            x.unflatten(0, (self.rows, self.length)).transpose(1, 2) for x in self._layers[layer]
+            x.unflatten(0, (self.rows, self.width)).transpose(1, 2) for x in self._layers[layer]
         )
         return keys, values
 
@@ -68,11 +79,11 @@ class StaticCache:
         self.clear()
         for layer, held in other._layers.items():
             if layer not in self._layers:
-                shapes = [(self.rows * self.length, *x.shape[1:]) for x in held]
+                shapes = [(self.rows * self.width, *x.shape[1:]) for x in held]
                 self._layers[layer] = [x.new_zeros(s) for x, s in zip(held, shapes, strict=True)]
             for mine, theirs in zip(self._layers[layer], held, strict=True):
-                rows = mine.unflatten(0, (self.rows, self.length))
-                rows[:, : other.length] = theirs.unflatten(0, (other.rows, other.length))
+                rows = mine.unflatten(0, (self.rows, self.width))
+                rows[:, : other.width] = theirs.unflatten(0, (other.rows, other.width))
 
 
 class _CachedRow(NamedTuple):
@@ -90,15 +101,23 @@ class _CachedRow(NamedTuple):
         return keys.to(dtype), values.to(dtype)
 
 
+class _New(NamedTuple):
+    """Tokens whose keys and values are to be computed."""
+
+    rows: Sequence[int]  # that hold them, behind the same tokens
+    first: int  # position of the first
+    token_ids: Sequence[int]
+
+
 class _StepPass:
     """One new token of each row, behind what the cache holds of it."""
 
     def __init__(self, cache: StaticCache, position: Tensor) -> None:
         device = position.device
         self._cache = cache
-        self._slots = torch.arange(cache.rows, device=device) * cache.length + position  # (B,)
-        self._distance = position[:, None] - torch.arange(cache.length, device=device)  # (B, T)
-        self._visible: dict[int | None, Tensor] = {}  # (B, T), by window
+        self._slots = torch.arange(cache.rows, device=device) * cache.width + position  # (B,)
+        self._distance = position[:, None] - torch.arange(cache.width, device=device)  # (B, W)
+        self._visible: dict[int | None, Tensor] = {}  # (B, W), by window
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         self._cache.write(layer, self._slots, key, value)
@@ -114,13 +133,20 @@ class _StepPass:
 class Decoder:
     """Memory for B rows of at most T tokens, and the step that appends a token to each.
 
-    Arithmetic is that of the autocast context in which it is made, and must be used.
+    What is put into rows is computed at most `max_tokens_per_pass` tokens at a time. Arithmetic is
+    that of the autocast context in which it is made, and must be used.
     """
 
     def __init__(
-        self, model: torch.nn.Module, rows: int, length: int, eos_token_ids: Sequence[int]
+        self,
+        model: torch.nn.Module,
+        rows: int,
+        length: int,
+        eos_token_ids: Sequence[int],
+        max_tokens_per_pass: int = 4096,
     ) -> None:
         lm = causal_lm(model)
+        self._max_tokens_per_pass = max_tokens_per_pass
         self.rows = rows
         self.length = length
         self._model = model
@@ -188,27 +214,16 @@ class Decoder:
         tokens: Mapping[int, Sequence[int]],  # by row: all that it holds
         new: Mapping[int, Sequence[int]],  # by row: what is put behind that, at least one
     ) -> None:
-        """Put tokens behind rows; all but the last of each are computed, in one packed pass.
+        """Put tokens behind rows; all but the last of each are computed.
 
         The newest token of a row is computed with what follows it, so that a row may also end
         earlier than it did: what it held behind is written over.
         """
         rows = sorted(new)
-        pieces = [[tokens[row][-1], *new[row][:-1]] for row in rows]
-        firsts = [len(tokens[row]) - 1 for row in rows]
-        slots = [
-            row * self.length + first + i
-            for row, first, piece in zip(rows, firsts, pieces, strict=True)
-            for i in range(len(piece))
-        ]
-        to, ids = (torch.tensor(x, device=self._device) for x in (slots, [*chain(*pieces)]))
-        behind = [_CachedRow(self._cache, *x) for x in zip(rows, firsts, strict=True)]
-
-        def store(layer: int, key: Tensor, value: Tensor) -> None:
-            self._cache.write(layer, to, key, value)
-
-        packing = Packing([[len(piece)] for piece in pieces], self._device)
-        packed_pass(self._model, ids[None], packing, behind, store)
+        self._compute(
+            [_New([row], len(tokens[row]) - 1, [tokens[row][-1], *new[row][:-1]]) for row in rows],
+            None,
+        )
         held = self._tokens.cpu()
         position = self._position.cpu()
         for row in rows:
@@ -232,29 +247,53 @@ class Decoder:
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt[start:-1]), []).append(row)
-        sequences = sorted(filter(None, rows_of), key=len, reverse=True)
-        if sequences:
-            slots: list[int] = []
-            source: list[int] = []  # the place in the packed row of what goes into a slot
-            packed: list[int] = []
-            for sequence in sequences:
-                for row in rows_of[sequence]:
-                    first = row * self.length + start
-                    slots += range(first, first + len(sequence))
-                    source += range(len(packed), len(packed) + len(sequence))
-                packed += sequence
-            to, of, ids = (torch.tensor(x, device=self._device) for x in (slots, source, packed))
-            packing = Packing([list(map(len, sequences))], self._device)
-
-            def store(layer: int, key: Tensor, value: Tensor) -> None:
-                self._cache.write(layer, to, key[of], value[of])
-
-            packed_pass(self._model, ids[None], packing, [prefix], store)
         if prefix is not None:
             self._copy_prefix(prefix, len(prompts))
+        sequences = sorted(filter(None, rows_of), key=len, reverse=True)
+        self._compute([_New(rows_of[ids], start, ids) for ids in sequences], prefix)
+
+    def _compute(self, new: Sequence[_New], prefix: SharedPrefix | None) -> None:
+        """Put keys and values of new tokens into the cache, which holds what they stand behind.
+
+        Tokens right behind the prefix (of none: the first of a row) attend it in place, together;
+        others attend what the cache holds of their row.
+        """
+        start = len(prefix) if prefix is not None else 0
+        lengths = [len(x.token_ids) for x in new]
+        for pieces in pieces_by_tokens(lengths, self._max_tokens_per_pass):
+            parts = [
+                _New(new[i].rows, new[i].first + begin, new[i].token_ids[begin:end])
+                for i, begin, end in pieces
+            ]
+            parts.sort(key=lambda x: -len(x.token_ids))
+            fresh = [x for x in parts if x.first == start]
+            later = [x for x in parts if x.first != start]
+            groups = [fresh] if fresh else []
+            behind: list[Behind] = [prefix] if fresh else []
+            groups += [[x] for x in later]
+            behind += [_CachedRow(self._cache, x.rows[0], x.first) for x in later]
+            self._one_pass(groups, behind)
+
+    def _one_pass(self, groups: Sequence[Sequence[_New]], behind: Sequence[Behind]) -> None:
+        slots: list[int] = []
+        source: list[int] = []  # the place in the packed row of what goes into a slot
+        packed: list[int] = []
+        for part in chain.from_iterable(groups):
+            for row in part.rows:
+                first = self._cache.first(row) + part.first
+                slots += range(first, first + len(part.token_ids))
+                source += range(len(packed), len(packed) + len(part.token_ids))
+            packed += part.token_ids
+        to, of, ids = (uploaded(torch.tensor(x), self._device) for x in (slots, source, packed))
+
+        def store(layer: int, key: Tensor, value: Tensor) -> None:
+            self._cache.write(layer, to, key[of], value[of])
+
+        packing = Packing([[len(x.token_ids) for x in group] for group in groups], self._device)
+        packed_pass(self._model, ids[None], packing, behind, store)
 
     def _copy_prefix(self, prefix: SharedPrefix, rows: int) -> None:
-        first = torch.arange(rows, device=self._device)[:, None] * self.length + len(prefix)
+        first = torch.arange(rows, device=self._device)[:, None] * self._cache.width + len(prefix)
         for layer in prefix.attention_layers:
             key, value = prefix.keys_values(layer)  # (H_kv, S, D), the last S that the layer sees
             kept = torch.arange(-key.shape[1], 0, device=self._device)
@@ -284,8 +323,11 @@ class Decoder:
         """Record the step in a CUDA graph, which `run` replays from now on.
 
         Raises RuntimeError if the model waits for the GPU in a step: a graph would not. Raises
-        InputError if CUDA refuses to record a step that ran.
+        GraphError if CUDA refuses to record a step that ran; plain steps still do.
         """
+        before = torch.cuda.current_stream(self._device)
+        # A stream of this device: torch's own belongs to that of the process's first graph.
+        stream = torch.cuda.Stream(self._device)
         with (
             torch.cuda.device(self._device),
             packed_attention(self._model),
@@ -295,14 +337,16 @@ class Decoder:
                 self.step()
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     logits = self.step()
-            except torch.AcceleratorError as error:
-                # No other engine can go on from here: the current stream stays as it was in the
-                # recording.
-                raise InputError(
-                    f"a step of {type(causal_lm(self._model)).__name__} must fit into a CUDA "
-                    f"graph, got {str(error).splitlines()[0]}; set rollout_engine to generate"
+            except RuntimeError as error:
+                _leave_capture(self._device, before)
+                # Ending a recording that ran out of memory fails too, with another error.
+                if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+                    raise torch.OutOfMemoryError(str(error)) from error
+                name = type(causal_lm(self._model)).__name__
+                raise GraphError(
+                    f"a step of {name} does not fit into a CUDA graph: {str(error).splitlines()[0]}"
                 ) from error
         self._graph, self._logits = graph, logits
 
@@ -331,15 +375,35 @@ class Decoder:
         return [row[:end] for row, end in zip(self._tokens.tolist(), ends, strict=True)]
 
 
+class GraphError(RuntimeError):
+    """CUDA does not record a step that it has run."""
+
+
+def _leave_capture(device: torch.device, before: torch.cuda.Stream) -> None:
+    """Put back what torch leaves of a recording that failed: its stream, and a generator that
+    takes itself for recorded and would refuse to draw."""
+    torch.cuda.set_stream(before)
+    number = device.index or 0
+    for generator in torch.cuda.default_generators[number : number + 1]:
+        generator.graphsafe_set_state(generator.clone_state())
+
+
 @contextlib.contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
     """torch raises RuntimeError for a call inside that waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    """torch's own, without its warning that this is a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def rounded_length(length: int) -> int:

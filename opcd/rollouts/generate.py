@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
+from opcd.rollouts.fitting import BatchSize
 from opcd.rollouts.generate_call import generated, until_eos
 from opcd.rollouts.generate_conversations import GeneratedConversations
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
-from opcd.runtime.batches import batches_by_length
+from opcd.runtime.batches import batches_by_tokens
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
 # as long as they hold no more tokens than that many rows of this length.
@@ -27,17 +29,24 @@ class TransformersEngine:
 
     What all prompts of a call start with (a context, a default system message) is computed once,
     unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
-    only prompts of one length are batched.
+    only prompts of one length are batched. A pass over prompts holds at most `max_tokens_per_pass`
+    new tokens, pads included; a longer prompt is a pass alone. Where memory runs out, fewer are
+    sampled at once.
     """
 
     name = "generate"
 
     def __init__(
-        self, model: torch.nn.Module, batch_size: int = 32, share_prefix: bool = True
+        self,
+        model: torch.nn.Module,
+        batch_size: int = 32,
+        share_prefix: bool = True,
+        max_tokens_per_pass: int = 4096,
     ) -> None:
         self._share_prefix = share_prefix
         self._model = model
-        self._batch_size = batch_size
+        self._batch = BatchSize(batch_size)
+        self._max_tokens_per_pass = max_tokens_per_pass
         self._eos = eos_token_ids(model)
         self._version = 0
 
@@ -50,13 +59,32 @@ class TransformersEngine:
     ) -> list[Rollout]:
         """See RolloutEngine.generate."""
         numbers = stream_tensor(streams, prompts, params)
+        total = max(map(len, prompts), default=0) + params.max_completion_tokens
+
+        def rows(size: int) -> int:
+            return min(max(1, len(prompts)), batch_rows(size, total))
+
+        try:
+            return self._batch.fitting(
+                lambda: self._generated(prompts, params, numbers, rows(self._batch.size)), rows
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"a rollout must fit the GPU's memory, but one sequence of up to {total} tokens "
+                f"alone does not: {str(error).splitlines()[0]}; lower max_completion_tokens, "
+                f"shorten the context, or take a smaller model"
+            ) from error
+
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, numbers: Tensor, size: int
+    ) -> list[Rollout]:
         prefix = common_prefix(self._model, prompts) if self._share_prefix else None
         completions: dict[int, list[int]] = {}
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
-        size = batch_rows(self._batch_size, total)
-        for batch in self._batches(lengths, pads, size):
+        shared = len(prefix) if prefix is not None else 0
+        for batch in self._batches(lengths, pads, size, shared):
             output = self._generate_batch(
                 [prompts[i] for i in batch], params, numbers[batch], prefix
             )
@@ -72,7 +100,7 @@ class TransformersEngine:
     def open(self, prompts: Sequence[Sequence[int]]) -> GeneratedConversations:
         """See RolloutEngine.open."""
         return GeneratedConversations(
-            self._model, prompts, self._batch_size, self._share_prefix, self._version
+            self._model, prompts, self._batch.size, self._share_prefix, self._version
         )
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
@@ -83,14 +111,22 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _batches(self, lengths: Sequence[int], pads: bool, size: int) -> Iterator[list[int]]:
+    def _batches(
+        self, lengths: Sequence[int], pads: bool, size: int, shared: int
+    ) -> Iterator[list[int]]:
+        """At most `size` rows each, and in them at most so many tokens behind the shared ones."""
+
+        def batches(indices: Sequence[int]) -> Iterator[list[int]]:
+            new = [lengths[i] - shared for i in indices]
+            for batch in batches_by_tokens(new, self._max_tokens_per_pass):
+                for start in range(0, len(batch), size):
+                    yield [indices[k] for k in batch[start : start + size]]
+
         if pads:
-            yield from batches_by_length(lengths, size)
+            yield from batches(range(len(lengths)))
             return
         for length in sorted(set(lengths)):
-            same = [i for i, x in enumerate(lengths) if x == length]
-            for start in range(0, len(same), size):
-                yield same[start : start + size]
+            yield from batches([i for i, x in enumerate(lengths) if x == length])
 
     def _generate_batch(
         self,

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
-from opcd.models.lm import causal_lm
+from opcd.models.lm import cache_argument, causal_lm
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.rollouts.noise import drawn, uniforms
 from opcd.rollouts.protocol import SamplingParams
 
@@ -45,13 +46,13 @@ def generated(
     if params.temperature > 0:
         draws.append(_Draws(streams.to(lm.device), params.temperature, ids.shape[1]))
     generate: Any = model.generate
-    with _plain_generation_config(lm), _contiguous_head_input(lm):
+    with _plain_generation_config(lm), _contiguous_head_input(lm), without_cudnn_attention():
         return generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             generation_config=config,
             logits_processor=draws,
-            past_key_values=cache,
+            **cache_argument(lm, cache),
         )
 
 

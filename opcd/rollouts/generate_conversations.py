@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from opcd.models.lm import cache_of
 from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
 from opcd.rollouts.conversations import GrowingRows
 from opcd.rollouts.generate_call import generated, until_eos
@@ -109,7 +110,7 @@ class GeneratedConversations(GrowingRows):
                 real[place, : len(ids)] = 1
                 batch.pending[place] = ids[cached - width :]
                 found[row] = ids
-            batch.cache = output.past_key_values
+            batch.cache = cache_of(output)
             batch.ids, batch.mask = sequences[:, :-1], torch.cat([batch.mask, real], 1)
         return [found[row] for row in rows]
 

@@ -1,5 +1,6 @@
 """Rollouts from a static cache: the step of `decode.py`, for lists of prompts."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from opcd.models.lm import causal_lm, eos_token_ids, vocabulary_rows
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
-from opcd.rollouts.decode import LENGTH_STEP, Decoder, rounded_length, uncached_autocast
-from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
+from opcd.rollouts.decode import (
+    LENGTH_STEP,
+    Decoder,
+    GraphError,
+    rounded_length,
+    uncached_autocast,
+)
+from opcd.rollouts.fitting import BatchSize
+from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.protocol import Conversations, Rollout, SamplingParams, stream_tensor
 from opcd.rollouts.static_conversations import StaticConversations
 from opcd.runtime.batches import batches_by_length
+
+log = logging.getLogger(__name__)
 
 
 class StaticEngine:
@@ -25,14 +37,19 @@ class StaticEngine:
     autocast fp32 weights are cast in every step, unless `CastWeights` stand in their places.
 
     Between calls the engine keeps its decoder: the largest number of rows and tokens asked for, as
-    keys and values; `close` frees them.
+    keys and values; `close` frees them. Where memory runs out it samples fewer sequences at once,
+    and where not even one fits, or CUDA refuses a graph, transformers.generate takes over for good;
+    either is said once.
     """
 
-    name = "static"
-
-    def __init__(self, model: torch.nn.Module, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: torch.nn.Module, batch_size: int = 32, max_tokens_per_pass: int = 4096
+    ) -> None:
+        self.name = "static"
         self._model = model
-        self._batch_size = batch_size
+        self._batch = BatchSize(batch_size)
+        self._max_tokens_per_pass = max_tokens_per_pass
+        self._instead: TransformersEngine | None = None
         self._eos = eos_token_ids(model)
         self._graphed = causal_lm(model).device.type == "cuda"
         self._version = 0
@@ -50,12 +67,29 @@ class StaticEngine:
         numbers = stream_tensor(streams, prompts, params)
         if not prompts:
             return []
+        if self._instead is None:
+            try:
+                return self._batch.fitting(
+                    lambda: self._generated(prompts, params, numbers),
+                    lambda size: min(size, len(prompts)),
+                )
+            except (torch.OutOfMemoryError, GraphError) as error:
+                reason = str(error).splitlines()[0]
+            self._give_way(reason)
+        assert self._instead is not None
+        return self._instead.generate(prompts, params, numbers.tolist())
+
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, numbers: Tensor
+    ) -> list[Rollout]:
         longest = max(map(len, prompts)) + params.max_completion_tokens
         sequences: dict[int, list[int]] = {}
+        size = self._batch.size
+        self._free_if_larger(size)
         with uncached_autocast(causal_lm(self._model).device):
             prefix = common_prefix(self._model, prompts)
-            decoder = self._decoder_for(min(self._batch_size, len(prompts)), longest)
-            for batch in batches_by_length(list(map(len, prompts)), self._batch_size):
+            decoder = self._decoder_for(min(size, len(prompts)), longest)
+            for batch in batches_by_length(list(map(len, prompts)), size):
                 decoder.load(
                     [prompts[i] for i in batch],
                     prefix,
@@ -73,18 +107,53 @@ class StaticEngine:
         return rollouts
 
     @torch.no_grad()
-    def open(self, prompts: Sequence[Sequence[int]]) -> StaticConversations:
+    def open(self, prompts: Sequence[Sequence[int]]) -> Conversations:
         """See RolloutEngine.open. Memory of its own is held until they are closed."""
-        return StaticConversations(self._model, prompts, self._batch_size, self._version)
+        if self._instead is None:
+            try:
+                return self._batch.fitting(
+                    lambda: StaticConversations(
+                        self._model,
+                        prompts,
+                        self._batch.size,
+                        self._version,
+                        self._max_tokens_per_pass,
+                    ),
+                    lambda size: min(size, len(prompts)),
+                )
+            except (torch.OutOfMemoryError, GraphError) as error:
+                reason = str(error).splitlines()[0]
+            self._give_way(reason)
+        assert self._instead is not None
+        return self._instead.open(prompts)
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
         """The weights are shared: only the version changes."""
         assert student is self._model, "this engine samples from the module that is trained"
         self._version = version
+        if self._instead is not None:
+            self._instead.sync(student, version)
 
     def close(self) -> None:
         """Free the graph, keys and values; the next call makes them anew."""
         self._decoder = None
+
+    def _give_way(self, reason: str) -> None:
+        """Let transformers.generate make the rollouts from now on."""
+        log.warning(
+            "rollouts use transformers.generate from now on, not a static cache: %s", reason
+        )
+        self.close()
+        self._instead = TransformersEngine(
+            self._model, self._batch.size, max_tokens_per_pass=self._max_tokens_per_pass
+        )
+        self._instead.sync(self._model, self._version)
+        self.name = self._instead.name
+
+    def _free_if_larger(self, rows: int) -> None:
+        """A decoder of more rows than memory has held since is not kept for fewer."""
+        if self._decoder is not None and self._decoder.rows > rows:
+            self._decoder = None
 
     def _decoder_for(self, rows: int, longest: int) -> Decoder:
         """The decoder of the call before, if it fits."""
@@ -96,7 +165,7 @@ class StaticEngine:
             if (held.rows, held.length) == (rows, length):
                 return held
         self._decoder = held = None  # its memory, before as much is asked for again
-        decoder = Decoder(self._model, rows, length, self._eos)
+        decoder = Decoder(self._model, rows, length, self._eos, self._max_tokens_per_pass)
         if self._graphed:
             decoder.capture()
         self._decoder, self._fixed = decoder, fixed
@@ -118,6 +187,8 @@ def why_not_static(model: torch.nn.Module, plan: Plan) -> str | None:
             gap = _gap_to_full_passes(model)
         except (UnsupportedModelError, RuntimeError) as error:  # or what a capture refuses
             return str(error).splitlines()[0]
+        except Exception as error:  # whatever a model's own code says: a run goes on without it
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     exact = causal_lm(model).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     bound = 1e-4 if exact else 0.05
     if gap <= bound:
@@ -129,17 +200,19 @@ def _gap_to_full_passes(model: torch.nn.Module) -> float:
     """The largest divergence of a decoder's steps from full passes, in nats."""
     lm = causal_lm(model)
     vocabulary = vocabulary_rows(lm)
-    ids = [(7919 * k + 11) % vocabulary for k in range(12)]
+    tokens = [(7919 * k + 11) % vocabulary for k in range(12)]
     decoder = Decoder(model, 2, LENGTH_STEP, [])
     if lm.device.type == "cuda":
         decoder.capture()
-    decoder.load([ids[:3], ids[3:]], None, 4, 1.0, torch.tensor([1, 2]))
+    decoder.load([tokens[:3], tokens[3:]], None, 4, 1.0, torch.tensor([1, 2]))
     gaps = []
     for _ in range(3):
         before = decoder.sequences()
         found = decoder.step_logits().log_softmax(-1)
         for sequence, row in zip(before, found, strict=True):
-            full = lm(input_ids=torch.tensor([sequence], device=lm.device), use_cache=False)
+            ids = torch.tensor([sequence], device=lm.device)
+            with without_cudnn_attention():
+                full = lm(input_ids=ids, use_cache=False)
             expected = full.logits[0, -1].float().log_softmax(-1)
             gaps.append((expected.exp() * (expected - row)).sum())
     return torch.stack(gaps).max().item()

@@ -21,8 +21,10 @@ class StaticConversations(GrowingRows):
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         version: int,
+        max_tokens_per_pass: int = 4096,
     ) -> None:
         super().__init__(model, prompts, version)
+        self._max_tokens_per_pass = max_tokens_per_pass
         self._graphed = causal_lm(model).device.type == "cuda"
         self._batches: list[range] = []
         self._decoders: list[Decoder] = []
@@ -41,7 +43,8 @@ class StaticConversations(GrowingRows):
         self._decoders = []
 
     def _made(self, rows: int, length: int) -> Decoder:
-        decoder = Decoder(self._model, rows, rounded_length(length), self._eos)
+        length = rounded_length(length)
+        decoder = Decoder(self._model, rows, length, self._eos, self._max_tokens_per_pass)
         if self._graphed:
             decoder.capture()
         return decoder

@@ -1,6 +1,7 @@
 """Sequences to batches that hold little padding."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -21,3 +22,32 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         size = max(1, max_tokens // max(1, lengths[order[start]]))
         yield order[start : start + size]
         start += size
+
+
+class Piece(NamedTuple):
+    """Tokens `begin` … `end` − 1 of a sequence."""
+
+    sequence: int
+    begin: int
+    end: int
+
+
+def pieces_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[Piece]]:
+    """Every token of sequences, in order, in passes of at most `max_tokens`.
+
+    A sequence is cut where a pass is full, and goes on as the first piece of the next one.
+    """
+    here: list[Piece] = []
+    room = max_tokens
+    for sequence, length in enumerate(lengths):
+        begin = 0
+        while begin < length:
+            end = min(length, begin + room)
+            here.append(Piece(sequence, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield here
+                here, room = [], max_tokens
+    if here:
+        yield here

@@ -43,7 +43,13 @@ def build_distiller(setup: Setup) -> Distiller:
     plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
     student.eval()
     with autocast(setup.device, setup.dtype):
-        engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
+        engine = build_engine(
+            config.rollout_engine,
+            student,
+            config.rollout_batch_size,
+            plan,
+            config.max_tokens_per_pass,
+        )
     loss = StudentLoss(
         student,
         plan,
@@ -64,7 +70,11 @@ def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
         return PartlyGuided(prompts, config, StoredCompletions(setup.completions))
     with teacher.frozen():
         engine = build_engine(
-            config.rollout_engine, teacher.model, config.rollout_batch_size, teacher.plan
+            config.rollout_engine,
+            teacher.model,
+            config.rollout_batch_size,
+            teacher.plan,
+            config.max_tokens_per_pass,
         )
     folder = Path(config.output_dir)
     completions = TeacherCompletions(teacher, engine, setup.task, config, folder)

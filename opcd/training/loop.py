@@ -20,6 +20,7 @@ from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.cast_weights import CastWeights
 from opcd.models.lm import autocast
+from opcd.models.sdpa import without_cudnn_attention
 from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
 from opcd.runtime.batches import batches_by_tokens
@@ -160,8 +161,9 @@ class Distiller:
                 targets.of(batch),
                 torch.cat([weights[i] for i in batch]),
             )
-            out = self._loss(*arguments)
-            out.loss.backward()
+            with without_cudnn_attention():  # around the layers that the backward computes again
+                out = self._loss(*arguments)
+                out.loss.backward()
             totals += torch.stack(
                 [
                     out.loss.detach(),

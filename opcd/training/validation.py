@@ -102,7 +102,13 @@ class Validation:
         device = causal_lm(teacher.model).device
         with teacher.frozen(), torch.autocast(device.type, enabled=False):
             size = config.rollout_batch_size
-            engine = build_engine(config.rollout_engine, teacher.model, size, teacher.plan)
+            engine = build_engine(
+                config.rollout_engine,
+                teacher.model,
+                size,
+                teacher.plan,
+                config.max_tokens_per_pass,
+            )
             answers = prompted_answers(engine, self._cases, self._setup)
             engine.close()
         return answers

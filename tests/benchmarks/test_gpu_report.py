@@ -96,6 +96,18 @@ def test_tests_are_counted_with_their_tracebacks_and_reasons(tmp_path: Path) -> 
     assert "one is not two" in text
 
 
+def test_one_error_is_told_once_on_the_page() -> None:
+    failures = [
+        {"name": name, "traceback": f"in {name}\nE   {error}"}
+        for name, error in (("a", "no driver"), ("b", "no driver"), ("c", "wrong sum"))
+    ]
+    answer = {"name": "tests", "question": "What", "state": "failed", "failures": failures}
+    text = page({"form": "gpu", "machine": {}, "parts": [answer]})
+    assert text.count("no driver") == 1
+    assert "And by the same error: b." in text
+    assert "in c\nE   wrong sum" in text
+
+
 def test_a_timeline_is_told() -> None:
     gap, kernel = {"ms": 1.5, "host": "python", "before": "gemm"}, {"ms": 2.0, "name": "gemm"}
     phase = {"wall_ms": 4.0, "busy_ms": 2.5, "idle_share": 0.375, "launches": 3, "kernels": 3}

@@ -5,6 +5,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from transformers import (
 from opcd.episodes import Episode, Prompt, Span
 from opcd.errors import InputError
 from opcd.models.head import head_of
-from opcd.models.lm import rope_differs
+from opcd.models.lm import cache_of, rope_differs
 from opcd.objective import head_divergence
 from opcd.passes.agreement import rounding
 from opcd.passes.hidden import completion_rows, scored_hidden
@@ -755,10 +756,11 @@ def test_a_state_beside_the_layers_of_a_cache_is_never_shared() -> None:
     model = build("llama")
     forward = model.model.forward
 
+    @wraps(forward)
     def with_state(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if output.past_key_values is not None:
-            output.past_key_values.running = [torch.zeros(1)]
+        if cache_of(output) is not None:
+            cache_of(output).running = [torch.zeros(1)]
         return output
 
     model.model.forward = with_state

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opcd_kernels import linear_divergence, reference
+from opcd_kernels import backends, linear_divergence, reference
 
 # Numbers of tokens, which are not rounded with the others.
 OF_TOKENS = ("token_weights", "forward_share", "target_ids", "logprob_weights")
@@ -19,6 +19,21 @@ class Where(NamedTuple):
     device: str
 
 
+def no_dual_product() -> str:
+    """Why this machine's GPU cannot run the dual product; "" if it can."""
+    if torch.cuda.is_available() and not backends.runs_dual(torch.device("cuda")):
+        return f"{torch.cuda.get_device_name()} does not have what the dual product needs"
+    return ""
+
+
+DUAL_ON_CUDA = pytest.param(
+    Where("triton_dual", "cuda"),
+    id="cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(bool(no_dual_product()), reason=no_dual_product()),
+    ],
+)
 WHERE = [
     pytest.param(Where("torch", "cpu"), id="torch-cpu"),
     pytest.param(

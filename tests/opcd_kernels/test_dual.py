@@ -1,13 +1,20 @@
 """The kernel that keeps the logits on the chip: bf16, without bias and softcap."""
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from opcd_kernels import linear_divergence
+from opcd_kernels.backends import check_backend, chosen_backend, fits_dual
 from opcd_kernels.dual_triton import DualProduct, Tile
 from opcd_kernels.options import Options
 from tests.opcd_kernels.problems import (
     DIVERGENCES,
+    DUAL_ON_CUDA,
     Tensors,
     Where,
     assert_as_exact_as_plain,
@@ -25,7 +32,7 @@ WHERE = [
         id="interpreted",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here"),
     ),
-    pytest.param(Where("triton_dual", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    DUAL_ON_CUDA,
 ]
 TILES = [
     Tile(),
@@ -231,6 +238,7 @@ def test_the_tile_is_free(where: Where) -> None:
         assert error(dz, results[0][2]) < 0.006
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here")
 def test_what_it_cannot_do_is_said() -> None:
     h, w = torch.randn(2, 8), torch.randn(5, 8)
     low = [x.to(BF16) for x in (h, w, h, w)]
@@ -253,3 +261,50 @@ def test_what_it_cannot_do_is_said() -> None:
             for option in ({"divergence": divergence}, {"forward_share": share})
         )
         assert torch.equal(pure, found)
+
+
+def test_a_cpu_has_no_triton_unless_it_interprets() -> None:
+    """In a process of its own, as on a machine with a GPU."""
+    code = (
+        "import torch; from opcd_kernels.backends import check_backend\n"
+        "check_backend('triton_dual', torch.device('cpu'), torch.bfloat16, True)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert "must have tensors on a GPU, in bf16, fp16 or fp32, got torch.bfloat16 on cpu; pass" in (
+        done.stderr
+    )
+
+
+# Capability, and the shared memory that a program may have (CUDA C++ Programming Guide).
+@pytest.mark.parametrize(
+    ("gpu", "capability", "shared_kib", "fits"),
+    [
+        ("A100", (8, 0), 163, False),
+        ("RTX 3090", (8, 6), 99, False),
+        ("RTX 4090", (8, 9), 99, False),
+        ("H100", (9, 0), 227, True),
+        ("B200", (10, 0), 227, True),
+        ("B300", (10, 3), 227, True),
+        ("RTX 5090", (12, 0), 99, False),
+        ("ROCm", (9, 4), 0, False),
+    ],
+)
+def test_gpus_that_have_what_it_needs(
+    gpu: str, capability: tuple[int, int], shared_kib: int, fits: bool
+) -> None:
+    assert fits_dual(capability, shared_kib * 1024) == fits
+
+
+def test_a_gpu_without_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(major=12, minor=0, shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    arguments = torch.device("cuda"), torch.bfloat16, True
+    with pytest.raises(ValueError, match="9 or 10 with 229504 bytes of shared memory a program"):
+        check_backend("triton_dual", *arguments)
+    check_backend("triton", *arguments)
+    assert chosen_backend(*arguments, (50000, 1024), "trained") == "triton"
+    card.major, card.shared_memory_per_block_optin = 9, 232448
+    check_backend("triton_dual", *arguments)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from opcd_kernels import linear_divergence
 from opcd_kernels.backends import DESIGNS
-from opcd_kernels.chunks import default_chunk_tokens
-from tests.opcd_kernels.problems import error
+from opcd_kernels.chunks import Gradients, Inputs, Work, default_chunk_tokens
+from opcd_kernels.options import KINDS, Options
+from opcd_kernels.trial import why_not
+from tests.opcd_kernels.problems import error, no_dual_product
 
 pytestmark = pytest.mark.gpu
 V = 151936
@@ -18,8 +20,8 @@ GB = 10**9
 
 @pytest.fixture(params=DESIGNS)
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton_dual" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs compute capability 9.0")
+    if request.param == "triton_dual" and (reason := no_dual_product()):
+        pytest.skip(reason)
     return request.param
 
 
@@ -44,6 +46,19 @@ def scratch(tensors: tuple[Tensor, ...], backend: str) -> int:
     torch.cuda.synchronize()
     gradients = tensors[0].nbytes + 2 * tensors[1].nbytes
     return torch.cuda.max_memory_allocated() - before - gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_auto_takes_agrees_with_torch(dtype: torch.dtype, backend: str) -> None:
+    """Everything that a user may ask for, as on first use."""
+    if backend == "triton_dual" and dtype != torch.bfloat16:
+        pytest.skip("bf16 alone")
+    h, w, h_t, w_t = (x.detach().to(dtype) for x in inputs(64, 512, 5003))
+    weights = torch.full((64,), 1 / 64)
+    for kind in KINDS[:3]:
+        work = Work(None, dtype, backend, Gradients(True, True, False))
+        given = Inputs(h, w, None, h_t, w_t, None, weights, None, None, None)
+        assert why_not(backend, given, Options(kind, 0.5, 1.0, None, None, 5003), work) is None
 
 
 @pytest.fixture
@@ -142,8 +157,8 @@ def test_the_gradient_does_not_overtake_the_logits_it_overwrites(dtype: torch.dt
 def test_tiles_written_under_the_next_product_are_whole() -> None:
     """A program of the dual product multiplies some seventy tiles in turn."""
     h, w, h_t, w_t = (x.detach() for x in inputs(1024, 256))
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs compute capability 9.0")
+    if reason := no_dual_product():
+        pytest.skip(reason)
     results = []
     for backend in ("torch", "triton_dual", "triton_dual", "triton_dual"):
         for head in (w_t, w_t.clone()):  # one matrix, two matrices

@@ -1,5 +1,7 @@
 """The Triton kernel, interpreted or compiled, against each sequence alone by definition."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,3 +95,26 @@ def test_widths_that_it_cannot_hold_are_refused() -> None:
     q, v = torch.zeros(2, 2, 16), torch.zeros(2, 2, 32)
     with pytest.raises(ValueError, match=r"equally wide, at most 256, got 16 and 32"):
         prefix_attention_triton(q, q, v, q, v, torch.tensor([[0, 2]]), torch.tensor([0, 2]), 2, 1.0)
+
+
+@pytest.mark.parametrize("far", ["heads", "keys"])
+def test_offsets_pass_two_to_the_31(far: str, tmp_path: Path) -> None:
+    """Prefixes of a million tokens: key heads, and keys of one, lie far apart in a sparse file."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles here")
+    kv_heads = 4 if far == "heads" else 1
+    p = problem(150, heads=kv_heads, kv_heads=kv_heads)
+    strides = (2**30, 16, 1) if far == "heads" else (16, 2**24, 1)
+    size = 3 * strides[0] + 150 * strides[1]
+    moved = []
+    for name, x in (("key", p.prefix_key), ("value", p.prefix_value)):
+        file = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=torch.bfloat16)
+        moved.append(file.as_strided(x.shape, strides).copy_(x))
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    bounds = torch.tensor([[0, 150]] * len(LENGTHS)).int()
+    own = [x.bfloat16() for x in p[:3]]
+    near, there = (
+        prefix_attention_triton(*own, *prefix, bounds, cu_seqlens, max(LENGTHS), SCALE)
+        for prefix in ([x.bfloat16() for x in p[3:]], moved)
+    )
+    assert torch.equal(near, there)

@@ -1,13 +1,15 @@
 """What is read from a model's configuration."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from opcd.models.by_name import load_model
-from opcd.models.lm import keep_softcap, max_positions, rope_differs
+from opcd.models.lm import cache_argument, cache_of, keep_softcap, max_positions, rope_differs
 from tests.opcd.architectures import build
 
 
@@ -75,3 +77,25 @@ def test_capped_scores_are_not_left_to_sdpa(tmp_path: Path) -> None:
     before = other.config._attn_implementation
     keep_softcap(other)
     assert other.config._attn_implementation == before
+
+
+def test_a_cache_goes_by_the_name_that_a_model_has_for_it() -> None:
+    def old(past_key_values: object = None) -> SimpleNamespace:
+        return SimpleNamespace(past_key_values=past_key_values)
+
+    def new(cache: object = None, use_cache: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(cache=cache)
+
+    for forward in (old, new):
+        module = SimpleNamespace(forward=forward)
+        assert cache_of(forward(**cache_argument(module, "kept"))) == "kept"
+    assert cache_of(SimpleNamespace()) is None
+
+
+def test_an_installed_model_names_its_cache() -> None:
+    model = build("llama").eval()
+    output = model(input_ids=torch.tensor([[5, 6]]), use_cache=True)
+    assert cache_of(output).get_seq_length() == 2
+    again = model(input_ids=torch.tensor([[7]]), **cache_argument(model, cache_of(output)))
+    whole = model(input_ids=torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(again.logits[:, -1], whole.logits[:, -1])

@@ -6,12 +6,80 @@ import pytest
 import torch
 from torch import Tensor
 
-from opcd.passes.attention import FLASH_CUDA, Operands, Shape, choose_backend, prefix_attention
+from opcd.passes.attention import Operands, Shape, cached_attention, prefix_attention
+from opcd.passes.backends import Kind, choose_backend
+from opcd.passes.flash import KERNELS, Lengths, VarlenFlash
 from opcd.passes.packing import Packing
 from tests.attention_oracle import LENGTHS, VARIANTS, Problem, grouped, oracle, problem
 
 SCALE = 0.3
 CPU = torch.device("cpu")
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, at: Lengths) -> tuple[Tensor, Tensor]:
+    """What kernels of variable length document: out (N, H, D) and lse (H, N), by definition."""
+    group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    spans = zip(pairwise(at.cu_q.tolist()), pairwise(at.cu_k.tolist()), strict=True)
+    for (a, b), (c, d) in spans:
+        keys = k[c:d].repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys).float() * at.scale
+        if at.causal:
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        values = v[c:d].repeat_interleave(group, 1).float()
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)
+
+
+def played_forward(q: Tensor, k: Tensor, v: Tensor, at: Lengths) -> tuple:
+    assert at.cu_q.dtype == at.cu_k.dtype == torch.int32
+    assert at.longest == (int(at.cu_q.diff().max()), int(at.cu_k.diff().max()))
+    assert min(q.stride(-1), k.stride(-1), v.stride(-1)) == 1
+    return *attended(q, k, v, at), (torch.tensor([len(q), len(k)]),)
+
+
+def played_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    at: Lengths,
+    random: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From probabilities exp(score − lse), as FlashAttention does: `out` and `lse` are the whole
+    softmax's, which is more than these keys."""
+    assert random[0].tolist() == [len(q), len(k)], "what the forward of this part kept"
+    assert grad.is_contiguous()
+    assert lse.is_contiguous()
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (grad * out).sum(-1)  # (N, H)
+    spans = zip(pairwise(at.cu_q.tolist()), pairwise(at.cu_k.tolist()), strict=True)
+    for (a, b), (c, d) in spans:
+        keys, values = (x[c:d].repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * at.scale
+        p = torch.exp(scores - lse[:, a:b, None])
+        if at.causal:
+            p = p.tril()
+        dp = torch.einsum("qhd,khd->hqk", grad[a:b], values)
+        ds = p * (dp - delta[a:b].T[..., None]) * at.scale
+        dq[a:b] = torch.einsum("hqk,khd->qhd", ds, keys)
+        for whole, part in (
+            (dk, torch.einsum("hqk,qhd->khd", ds, q[a:b])),
+            (dv, torch.einsum("hqk,qhd->khd", p, grad[a:b])),
+        ):
+            whole[c:d] = part.unflatten(1, (-1, group)).sum(2)
+    return dq, dk, dv
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for CUDA, their contract played by the definition."""
+    monkeypatch.setitem(KERNELS, "played", VarlenFlash(played_forward, played_backward))
 
 
 def ours(p: Problem, backend: str, **options: object) -> Tensor:
@@ -48,8 +116,11 @@ def test_the_fused_cpu_kernel_equals_the_definition(
     assert_as_exact_as_plain(p, dtype, "aten flash, cpu", VARIANTS[name])
 
 
+FUSED = ["aten flash, cpu", "played"]
+
+
 @pytest.mark.parametrize("prefix", [0, 13])
-@pytest.mark.parametrize("backend", ["plain", "aten flash, cpu"])
+@pytest.mark.parametrize("backend", ["plain", *FUSED])
 def test_gradients_flow_through_the_merge(backend: str, prefix: int) -> None:
     p = problem(prefix)
     weight = torch.randn(p.query.shape, generator=torch.Generator().manual_seed(5)).double()
@@ -88,7 +159,7 @@ def test_sequences_behind_prefixes_of_their_own(backend: str, name: str) -> None
     assert torch.allclose(actual.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["plain", "aten flash, cpu"])
+@pytest.mark.parametrize("backend", ["plain", *FUSED])
 def test_gradients_behind_prefixes_of_their_own(backend: str) -> None:
     found = []
     for dtype in (torch.float64, torch.float32):
@@ -109,27 +180,8 @@ def test_gradients_behind_prefixes_of_their_own(backend: str) -> None:
             assert torch.allclose(actual.double(), expected, rtol=1e-4, atol=2e-5)
 
 
-def test_cuda_varlen_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The merge around the CUDA kernels, with their contract played by the definition."""
-
-    def varlen(q, k, v, cu_q, cu_k, longest, causal, scale):
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert longest == (int(cu_q.diff().max()), int(cu_k.diff().max()))
-        group = q.shape[1] // k.shape[1]
-        outs, lses = [], []
-        spans = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
-        for (a, b), (c, d) in spans:
-            keys = k[c:d].repeat_interleave(group, 1)
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], keys).float() * scale
-            if causal:
-                hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(hidden, float("-inf"))
-            values = v[c:d].repeat_interleave(group, 1).float()
-            outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
-            lses.append(scores.logsumexp(-1))
-        return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)
-
-    monkeypatch.setitem(FLASH_CUDA, "played", ("torch", varlen))
+def test_cuda_varlen_is_called_as_it_is_documented() -> None:
+    """The merge around the CUDA kernels."""
     for prefix in (0, 13):
         for name in ("dense", "sinks"):
             assert_as_exact_as_plain(problem(prefix), torch.float32, "played", VARIANTS[name])
@@ -141,20 +193,53 @@ def test_cuda_varlen_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPat
     assert torch.allclose(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_sink_is_the_mask_of_a_cache_s_last_slot(
+    window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().double()
+
+    query, keys, values = normal(3, 6, 16), normal(3, 2, 24, 16), normal(3, 2, 24, 16)
+    keys[:, :, -8:] = values[:, :, -8:] = 0
+    position = torch.tensor([0, 7, 15])[:, None]
+    distance = position - torch.arange(24)
+    visible = (distance >= 0) & (distance < (window or 24))
+    shape = Shape(SCALE, window, sinks=torch.linspace(-2, 3, 6).bfloat16().double())
+    scores = torch.einsum("bhd,bhsd->bhs", query, keys.repeat_interleave(3, 1)) * SCALE
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    sinks = shape.sinks[None, :, None].expand(3, -1, -1)
+    shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    expected = torch.einsum("bhs,bhsd->bhd", shares, values.repeat_interleave(3, 1))
+    monkeypatch.setattr("opcd.passes.attention._softmax", None)  # which would widen the whole cache
+    low = [x.to(dtype) for x in (query, keys, values)]
+    actual = cached_attention(*low, visible, shape._replace(sinks=shape.sinks.to(dtype)))
+    bound = 1e-5 if dtype == torch.float32 else 0.01
+    assert actual.dtype == dtype
+    assert torch.allclose(actual.double(), expected, atol=bound)
+
+
 def test_a_backend_is_chosen_by_what_it_can_do() -> None:
     q, wide = torch.zeros(3, 2, 16), torch.zeros(3, 2, 32)
     kept = (torch.zeros(2, 5, 16),)
-    same = Operands(q, q, q, kept, kept)
-    assert choose_backend(same, Shape(1.0)) == "aten flash, cpu"
-    assert choose_backend(same, Shape(1.0, sinks=torch.zeros(2))) == "aten flash, cpu"
-    assert choose_backend(same, Shape(1.0, window=4)) == "plain"
-    assert choose_backend(same, Shape(1.0, softcap=4.0)) == "plain"
-    assert choose_backend(Operands(q, q, wide, kept, kept), Shape(1.0)) == "plain"
+
+    def chosen(query: Tensor, key: Tensor, value: Tensor, **options: object) -> str:
+        operands = Operands(query, key, value, kept, kept)
+        return choose_backend(Kind.of(operands, Shape(1.0, **options)))
+
+    assert chosen(q, q, q) == "aten flash, cpu"
+    assert chosen(q, q, q, sinks=torch.zeros(2)) == "aten flash, cpu"
+    assert chosen(q, q, q, window=4) == "plain"
+    assert chosen(q, q, q, softcap=4.0) == "plain"
+    assert chosen(q, q, wide) == "plain"
     # The gradient of a sink goes through the log-sum-exp, which the fused kernel does not return.
     grad = q.clone().requires_grad_()
-    sinks = Shape(1.0, sinks=torch.zeros(2))
-    for learned in (Operands(grad, q, q, kept, kept), Operands(q, grad, q, kept, kept)):
-        assert choose_backend(learned, sinks) == "plain"
+    for learned in ((grad, q, q), (q, grad, q)):
+        assert chosen(*learned, sinks=torch.zeros(2)) == "plain"
+        assert chosen(*learned) == "aten flash, cpu"
     assert Shape(1.0, window=20).within(20).window is None
     assert Shape(1.0, window=20).within(21).window == 20
 

@@ -4,6 +4,7 @@ What both engines must do stands in test_generate.py; tests marked gpu go throug
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -167,16 +168,23 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return step(self)
 
     @contextlib.contextmanager
-    def captured(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+    def captured(graph: FakeGraph, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert stream == "a stream of cpu", "torch's own belongs to the first graph's device"
         seen.append("capture")
         yield
         seen.append("captured")
 
+    def warned(mode: int | str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+        seen.append(f"sync {mode}")
+
     monkeypatch.setattr(Decoder, "step", stepped)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream before")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: seen.append(f"back to {stream}"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: seen.append(f"sync {mode}"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warned)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", captured)
     return seen
@@ -184,34 +192,194 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
     decoder = Decoder(tiny_llama(), 2, 64, [1])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody need read of torch's prototype
         decoder.capture()
     assert events == ["step", "sync error", "step", "sync 0", "capture", "step", "captured"]
     assert [len(row) for row in decoder.sequences()] == [1, 1], "no row took part"
 
 
-def test_a_capture_that_fails_ends_the_run(
-    events: list[str], monkeypatch: pytest.MonkeyPatch
+REFUSED = torch.AcceleratorError("CUDA error: operation not permitted\nand more")
+
+
+@pytest.fixture
+def refused(events: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA that ends every recording with an error, and leaves torch's stream as it was in it."""
+
+    @contextlib.contextmanager
+    def recording(graph: FakeGraph, **_: object) -> Iterator[None]:
+        yield
+        raise REFUSED
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    return events
+
+
+def test_a_capture_that_fails_leaves_auto_with_generate(
+    refused: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also for `auto`: a process in which a capture failed cannot sample."""
     model = tiny_llama()
     plan = find_plan(model, SHARED)
 
+    reset: list[str] = []
+
+    def captured(model: torch.nn.Module) -> float:
+        Decoder(model, 2, 64, []).capture()
+        return 0.0
+
+    generator = SimpleNamespace(
+        clone_state=lambda: "one that draws", graphsafe_set_state=reset.append
+    )
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr("opcd.rollouts.static._gap_to_full_passes", captured)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr("opcd.rollouts.choice.causal_lm", lambda model: gpu)
+    engine = build_engine("auto", model, 4, plan)
+    assert engine.name == "generate"
+    assert refused[-2:] == ["step", "back to the stream before"], "the step itself had run"
+    assert reset == ["one that draws"], "the generator took itself for recorded"
+    assert "does not fit into a CUDA graph: CUDA error: operation not permitted" in caplog.text
+    with pytest.raises(InputError, match=r"must suit the model.*CUDA graph: CUDA error"):
+        build_engine("static", model, 4, plan)
+
+
+def test_a_capture_that_fails_in_the_middle_of_a_run(
+    refused: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for a size that was not tried: transformers.generate goes on, and that is said once."""
+    model = tiny_llama()
+    engine = StaticEngine(model, 4)
+    engine._graphed = True
+    engine.sync(model, 3)
+    expected = completions(TransformersEngine(model))
+    assert completions(engine) == completions(engine) == expected
+    assert engine.name == "generate"
+    assert len(engine.open([[5]]).complete(GREEDY)) == 1
+    engine.sync(model, 4)
+    assert engine.generate(PROMPTS, GREEDY)[0].weights_version == 4
+    (record,) = caplog.records
+    assert "from now on, not a static cache: a step of LlamaForCausalLM" in record.getMessage()
+
+
+def test_a_recording_that_runs_out_of_memory_is_no_refusal(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     @contextlib.contextmanager
-    def refused(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
-        yield
-        raise torch.AcceleratorError("CUDA error: operation not permitted\nand more")
+    def recording(graph: FakeGraph, **_: object) -> Iterator[None]:
+        try:
+            yield
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise REFUSED
 
-    monkeypatch.setattr(torch.cuda, "graph", refused)
-    monkeypatch.setattr("opcd.rollouts.static._gap_to_full_passes", _captured)
-    with pytest.raises(InputError, match="got CUDA error: operation not permitted; set"):
-        why_not_static(model, plan)
-    assert events[-1] == "step", "the step itself had run"
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        Decoder(tiny_llama(), 2, 64, [1]).capture()
+    assert events[-1] == "back to the stream before"
 
 
-def _captured(model: torch.nn.Module) -> float:
-    Decoder(model, 2, 64, []).capture()
-    return 0.0
+class Memory:
+    """A GPU that holds decoders of so many rows."""
+
+    def __init__(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows = rows
+        self.asked: list[int] = []
+        place, generate = Decoder.place, TransformersEngine._generate_batch
+
+        def placed(decoder: Decoder, *arguments: object) -> None:
+            self.take(decoder.rows)
+            place(decoder, *arguments)
+
+        def generated(engine: TransformersEngine, prompts: list, *arguments: object) -> list:
+            self.take(len(prompts))
+            return generate(engine, prompts, *arguments)
+
+        monkeypatch.setattr(Decoder, "place", placed)
+        monkeypatch.setattr(TransformersEngine, "_generate_batch", generated)
+
+    def take(self, rows: int) -> None:
+        self.asked.append(rows)
+        if rows > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 35.00 GiB")
+
+
+@pytest.mark.parametrize("kind", [StaticEngine, TransformersEngine])
+def test_where_memory_runs_out_fewer_are_sampled_at_once(
+    kind: type, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    params = SamplingParams(8, temperature=1.0)
+    monkeypatch.setattr("opcd.rollouts.generate.TOKENS_A_ROW", 1)  # no more rows than asked for
+    expected = kind(model, 32).generate(PROMPTS, params, range(5))
+    memory = Memory(2, monkeypatch)
+    engine = kind(model, 32)
+    assert engine.generate(PROMPTS, params, range(5)) == expected
+    assert memory.asked[:2] == [5, 2]
+    assert set(memory.asked[2:]) <= {1, 2}
+    tried = len(memory.asked)
+    assert engine.generate(PROMPTS, params, range(5)) == expected
+    assert max(memory.asked[tried:]) == 2, "what did not fit is not tried again"
+    (record,) = caplog.records
+    assert "sample 2 sequences at once from now on, not 5" in record.getMessage()
+    assert engine.name == kind(model).name
+
+
+def test_where_not_one_row_fits_generate_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    expected = completions(TransformersEngine(model))
+    place = Decoder.place
+
+    def full(decoder: Decoder, *arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "place", full)
+    engine = StaticEngine(model, 32)
+    assert completions(engine) == expected
+    assert engine.name == "generate"
+    assert "not a static cache: CUDA out of memory" in caplog.text
+    monkeypatch.setattr(Decoder, "place", place)
+    Memory(0, monkeypatch)
+    with pytest.raises(InputError, match=r"must fit the GPU's memory.*of up to 43 tokens alone"):
+        completions(engine)
+
+
+def test_no_pass_over_prompts_holds_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In packed rows, where a long prompt is cut, and in padded ones."""
+    model = tiny_llama()
+    prompts = [[*range(40, 100), 5], [*range(100, 140)], [7, 8], [7, 8], [9], [*range(30, 55)]]
+    expected = completions(TransformersEngine(model, share_prefix=False), prompts)
+    widths, shapes = [], []
+    monkeypatch.setattr(
+        "opcd.rollouts.decode.packed_pass",
+        lambda *a: widths.append(a[1].shape[1]) or packed_pass(*a),
+    )
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **o: shapes.append(o["input_ids"].shape) or generate(**o)
+    )
+    for most in (1000, 50, 16):
+        widths.clear()
+        shapes.clear()
+        engine = StaticEngine(model, max_tokens_per_pass=most)
+        assert completions(engine, prompts) == expected
+        assert max(widths) <= most
+        assert sum(widths) == 60 + 39 + 1 + 24, "nothing twice"
+        assert len(widths) == -(-sum(widths) // most)
+        assert completions(TransformersEngine(model, max_tokens_per_pass=most), prompts) == expected
+        assert all(rows * width <= max(most, width) for rows, width in shapes)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt-oss-sinks"])
+def test_prompts_are_cut_behind_a_shared_start_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opcd.passes.prefix.MIN_TOKENS_SAVED", 1)
+    model = build(name)
+    prompts = [[*SHARED, *range(40, 75)], [*SHARED, *range(100, 114)], [*SHARED, 7]]
+    engine = StaticEngine(model, max_tokens_per_pass=10)
+    assert completions(engine, prompts) == completions(TransformersEngine(model), prompts)
 
 
 def test_a_graph_is_kept_for_whatever_fits(
