@@ -30,6 +30,7 @@ from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.models.head import head_of
 from opcd.models.lm import autocast
+from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams, complete
 from opcd.student_loss import StudentLoss
@@ -92,7 +93,10 @@ class SamePrompts:
 
 
 def distiller(
-    problem: Problem, device: torch.device, dtype: torch.dtype
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    shared: bool = True,  # whether the teacher computes the context once
 ) -> tuple[str, Distiller, Recorder]:
     """Ours, ready for its first step, with the name of its model."""
     context, prompt_ids = tokens(problem)
@@ -109,24 +113,29 @@ def distiller(
         max_tokens_per_pass=problem.micro_batch * (problem.prompt + problem.completion),
         rollout_batch_size=problem.completions,
     ).check()
-    teacher = SharedPrefixTeacher(teacher_model, context, config.max_tokens_per_pass)
+    new = problem.prompt + problem.completion + (0 if shared else problem.context)
+    teacher = SharedPrefixTeacher(teacher_model, context, problem.micro_batch * new, shared=shared)
+    plan = teacher.plan if shared else find_plan(teacher_model, context)
     with autocast(device, dtype):
-        engine = build_engine(
-            config.rollout_engine, student, config.rollout_batch_size, teacher.plan
-        )
+        engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
     recorder = Recorder(engine)
     source = SamePrompts([Prompt(ids, ids, ONLY) for ids in prompt_ids], config)
     # As a run has it; its head is measured here, before weights are cast for a pass.
     trained = head_of(student).weight.requires_grad
-    loss = StudentLoss(student, teacher.plan, add_weight_grad=trained)
+    loss = StudentLoss(student, plan, add_weight_grad=trained)
     return name, Distiller(loss, teacher, recorder, source, config, dtype), recorder
 
 
 def ours(
-    problem: Problem, device: torch.device, dtype: torch.dtype, _: TokenIds, rounds: int
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    _: TokenIds,
+    rounds: int,
+    shared: bool = True,
 ) -> Measured:
     """The training loop as it is; the completions are its own, of its first step."""
-    name, made, recorder = distiller(problem, device, dtype)
+    name, made, recorder = distiller(problem, device, dtype, shared)
     first = made.step()
     kept = recorder.kept
     sampled = made.step()

@@ -273,7 +273,7 @@ def _metavar(kind: Any) -> str:
         return f"{{{','.join(kinds)}}}"
     if type(None) in get_args(kind):
         kind = kinds[0]
-    names = {str: "TEXT", int: "N", float: "X", bool: "BOOL"}
+    names = {str: "TEXT", int: "N", float: "X", bool: "BOOL", list[str]: "LIST"}
     return names.get(kind, "MAPPING")
 
 

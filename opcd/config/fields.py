@@ -73,11 +73,15 @@ class Sampling:
     """What a step samples."""
 
     prompts_per_step: int = 16
-    """Prompts in a step."""
+    """Training rows in a step: a prompt each; with turns all, or source recorded, a conversation
+    each, with all of its turns."""
     completions_per_prompt: int = 1
     """Completions sampled for each prompt of a step."""
     max_completion_tokens: int = 256
     """Limit of a completion, in tokens, in training and in evaluation."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion where one first appears, in training and in evaluation. What is
+    trained on ends with the token that completes it; an answer that is judged ends in front."""
     temperature: float = 1.0
     """Sampling temperature; both models' logits are divided by it in the loss as well."""
     rollout_engine: Literal["auto", "generate", "static"] = "auto"
@@ -86,6 +90,20 @@ class Sampling:
     model, else generate."""
     rollout_batch_size: int = 32
     """Sequences of 512 tokens that are sampled at once; shorter ones may be more."""
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """How a scorecard's answers are drawn; checks and the choice of a checkpoint take the likeliest
+    ones, and training samples the whole distribution."""
+
+    eval_temperature: float = 0.0
+    """Temperature of a scorecard's answers; 0 is greedy."""
+    top_k: int = 0
+    """Answers are drawn from so many likeliest tokens; 0 for all. The paper has 20."""
+    top_p: float = 1.0
+    """And of those from the likeliest until they hold this share of the probability; 1 for all. The
+    paper has 0.95."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +118,7 @@ class Objective:
     (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
     mixture."""
     guided_share: float = 0.25
-    """Share of a step's prompts that are completed by the teacher, with the context in view, and
+    """Share of a step's rows that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
     plain form, 1 its off-policy baseline."""
     guided_completions: str | None = None
@@ -182,7 +200,7 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
+class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora, Run):
     """On-policy context distillation of a context, or several, into one model."""
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -209,7 +227,7 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
         ) | dict.fromkeys(
             (
                 *("warmup_steps", "lora_rank", "weight_decay", "seed", "prefix_cache_mib"),
-                "elsewhere_prompts",
+                *("elsewhere_prompts", "top_k"),
             ),
             0,
         )
@@ -240,6 +258,13 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
             raise InputError(
                 "held_out_share must be below 1, got 1: nothing would be left to train on; lower it"
             )
+        self._check_answers()
+        for text in self.stop:
+            if not text.strip():
+                raise InputError(
+                    f"stop must hold texts that are not blank, got {text!r}, at which completions "
+                    f"would end where nobody means it; remove it, or add a word"
+                )
         if self.source == "recorded":
             self._check_recorded()
         if self.guided_completions is not None and not self.guided_share:
@@ -248,6 +273,21 @@ class TrainConfig(Data, Models, Sampling, Objective, Optimizer, Lora, Run):
                 "trained on them; set guided_share to 1 to train on them alone"
             )
         return self
+
+    def _check_answers(self) -> None:
+        """Raise InputError for answers that cannot be drawn so."""
+        if not 0 <= self.eval_temperature < float("inf"):
+            raise InputError(
+                f"eval_temperature must be 0 or positive, and finite, got {self.eval_temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.eval_temperature == 0 and (self.top_k or self.top_p < 1):
+            raise InputError(
+                f"top_k and top_p must come with an eval_temperature above 0, got top_k "
+                f"{self.top_k} and top_p {self.top_p} for greedy answers, where they do nothing; "
+                f"set eval_temperature, or leave them out"
+            )
 
     def _check_recorded(self) -> None:
         """Raise InputError for a field that would do nothing, unless it is at its default and
@@ -301,7 +341,8 @@ RECORDED: Mapping[str, Any] = MappingProxyType(
 MEASURING = frozenset(
     {
         *(name for name, group in FIELDS.items() if group in ("data", "models")),
-        *("max_completion_tokens", "temperature", "rollout_engine", "rollout_batch_size"),
+        *(name for name, group in FIELDS.items() if group == "evaluation"),
+        *("max_completion_tokens", "stop", "temperature", "rollout_engine", "rollout_batch_size"),
         *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
         *("max_tokens_per_pass", "prefix_cache_mib"),
     }
@@ -313,6 +354,9 @@ def _check_kind(name: str, kind: Any, value: Any) -> None:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    elif kind == list[str]:
+        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise InputError(f"{name} must be a list of texts, got {value!r:.80}")
     elif not isinstance(value, {float: float | int, dict[str, Any]: dict}.get(kind, kind)):
         kind = getattr(kind, "__name__", kind)
         raise InputError(f"{name} must be of the type {kind}, got {value!r}")

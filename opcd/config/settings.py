@@ -27,7 +27,10 @@ REQUIRED = [
     if f.default is f.default_factory is dataclasses.MISSING
 ]
 RENAMED = {"eval_data": "test_data", "sequences_per_pass": "max_tokens_per_pass (in tokens)"}
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+WORDS = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
+    list[str]: 'a list of texts, like ["###"]',
+}
 
 
 def gather(
@@ -174,9 +177,11 @@ def _as(kind: Any, value: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError
         return value
-    if get_origin(kind) is dict:
+    if get_origin(kind) in (dict, list):
         value = parse_yaml(value) if isinstance(value, str) else value
-        if not isinstance(value, dict):
+        if not isinstance(value, get_origin(kind)):
+            raise TypeError
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise TypeError
         return value
     if kind is bool:

@@ -3,6 +3,7 @@
 evaluate    the models before and after, without and with the context, on the test data
 scorecard   what contenders reached, and how sure that is
 measured    what a scorecard was measured by
+decoding    how completions are drawn, in training and for a scorecard
 contenders  who answers; one model in memory at a time
 verdict     learned, in part, or not: a scorecard in a word
 intervals   means over requests, and how sure they are

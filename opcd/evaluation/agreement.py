@@ -76,10 +76,10 @@ def own_side(
     plan: Plan,
     engine: RolloutEngine,  # the student's
     prompts: Sequence[Prompt],
+    params: SamplingParams,  # as in training
     config: TrainConfig,
 ) -> Side:
     """Completions that the student samples, the same draws at every call, and what it thinks."""
-    params = SamplingParams(config.max_completion_tokens, config.temperature)
     episodes = complete(engine, prompts, params, config.seed, HELD_OUT)
     return student_side(student, plan, episodes, config)
 

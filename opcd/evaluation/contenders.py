@@ -4,9 +4,13 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from opcd.episodes import Prompt
+from opcd.evaluation.decoding import greedy_params
 from opcd.passes.plan import Plan, find_plan
 from opcd.rollouts.choice import build_engine
-from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.rollouts.noise import HELD_OUT, streams
+from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams
+from opcd.tasks.chat import Chat
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 
@@ -34,38 +38,42 @@ class Contender(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model that answers greedily, and what samples from it."""
+    """A model that answers, and what samples from it."""
 
     model: Any
     plan: Plan
     engine: RolloutEngine
     setup: Setup
+    params: SamplingParams  # of its answers
 
     def alone(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers without the context."""
-        return self.answers([c.prompt.student_ids for c in cases])
+        return answers_alone(self.engine, cases, self.params, self.setup)
 
     def prompted(self, cases: Sequence[Case]) -> list[Answer]:
         """Answers behind the context; requests with the same one share its prefix."""
-        return prompted_answers(self.engine, cases, self.setup)
+        return prompted_answers(self.engine, cases, self.params, self.setup)
 
     def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Answers to whole prompts."""
-        return greedy_answers(self.engine, prompt_ids, self.setup)
+        asked = [Prompt([*ids], [*ids]) for ids in prompt_ids]
+        numbers = streams(self.setup.config.seed, HELD_OUT, asked)
+        return answers_of(self.engine, prompt_ids, numbers, self.params, self.setup)
 
 
 class Models:
     """Those that answer, by their names or folders; one in memory at a time."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, params: SamplingParams | None = None) -> None:
         self._setup = setup
+        self._params = params
         self._held: tuple[str, LoadedModel] | None = None
 
     def get(self, name: str) -> LoadedModel:
         """The model of that name; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.close()
-            self._held = name, load_for_answers(self._setup, name)
+            self._held = name, load_for_answers(self._setup, name, self._params)
         return self._held[1]
 
     def close(self) -> None:
@@ -76,15 +84,15 @@ class Models:
             gc.collect()  # engines and wrappers refer to each other
 
 
-def load_for_answers(setup: Setup, name: str) -> LoadedModel:
-    """A model by its name or folder, ready to answer."""
+def load_for_answers(setup: Setup, name: str, params: SamplingParams | None = None) -> LoadedModel:
+    """A model by its name or folder, ready to answer; the likeliest, unless otherwise drawn."""
     config = setup.config
     model = setup.load(name)
     plan = find_plan(model, setup.task.a_prefix)
     engine = build_engine(
         config.rollout_engine, model, config.rollout_batch_size, plan, config.max_tokens_per_pass
     )
-    return LoadedModel(model, plan, engine, setup)
+    return LoadedModel(model, plan, engine, setup, params or greedy_params(setup))
 
 
 def both_contenders(
@@ -100,32 +108,53 @@ def both_contenders(
     ]
 
 
-def prompted_answers(engine: RolloutEngine, cases: Sequence[Case], setup: Setup) -> list[Answer]:
-    """The likeliest completions behind the context, a context at a time: those share its prefix."""
+def prompted_answers(
+    engine: RolloutEngine, cases: Sequence[Case], params: SamplingParams, setup: Setup
+) -> list[Answer]:
+    """Answers behind the context, a context at a time: those share its prefix."""
     by_context: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         by_context.setdefault(case.prompt.context, []).append(i)
+    numbers = streams(setup.config.seed, HELD_OUT, [case.prompt for case in cases])
     found: dict[int, Answer] = {}
     for members in by_context.values():
         ids = [setup.task.prompted_ids(cases[i].prompt) for i in members]
-        found.update(zip(members, greedy_answers(engine, ids, setup), strict=True))
+        said = answers_of(engine, ids, [numbers[i] for i in members], params, setup)
+        found.update(zip(members, said, strict=True))
     return [found[i] for i in range(len(cases))]
 
 
-def greedy_answers(
-    engine: RolloutEngine, prompt_ids: Sequence[Sequence[int]], setup: Setup
+def answers_alone(
+    engine: RolloutEngine, cases: Sequence[Case], params: SamplingParams, setup: Setup
 ) -> list[Answer]:
-    """The likeliest completions, decoded; equal prompts are answered once."""
-    distinct = {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-    params = SamplingParams(setup.config.max_completion_tokens, temperature=0.0)
-    rollouts = engine.generate([*distinct], params)
-    answers = [
-        Answer(
-            setup.chat.decode(rollout.completion_token_ids),
-            rollout.completion_token_ids,
-            rollout.finish_reason,
-            setup.chat.decode_raw(rollout.completion_token_ids),
-        )
-        for rollout in rollouts
-    ]
-    return [answers[distinct[tuple(ids)]] for ids in prompt_ids]
+    """Answers without the context."""
+    prompts = [case.prompt for case in cases]
+    numbers = streams(setup.config.seed, HELD_OUT, prompts)
+    return answers_of(engine, [prompt.student_ids for prompt in prompts], numbers, params, setup)
+
+
+def answers_of(
+    engine: RolloutEngine,
+    prompt_ids: Sequence[Sequence[int]],
+    numbers: Sequence[int],  # what each draws by: the same for every contender
+    params: SamplingParams,
+    setup: Setup,
+) -> list[Answer]:
+    """Completions, decoded. Where they are the likeliest ones, equal prompts are answered once."""
+    asked = [*zip(map(tuple, prompt_ids), numbers, strict=True)]
+    if params.temperature == 0:
+        asked = [(ids, 0) for ids, _ in asked]
+    distinct = [*dict.fromkeys(asked)]
+    rollouts = engine.generate([ids for ids, _ in distinct], params, [n for _, n in distinct])
+    said = {
+        question: _answer(rollout, params, setup.chat)
+        for question, rollout in zip(distinct, rollouts, strict=True)
+    }
+    return [said[question] for question in asked]
+
+
+def _answer(rollout: Rollout, params: SamplingParams, chat: Chat) -> Answer:
+    """A completion as text, which ends in front of a stop string; its tokens do not."""
+    ids = rollout.completion_token_ids
+    cut = params.stop.cut if params.stop is not None else str
+    return Answer(chat.decode(ids, cut), ids, rollout.finish_reason, cut(chat.decode_raw(ids)))

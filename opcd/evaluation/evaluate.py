@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.episodes import Episode
 from opcd.errors import InputError
@@ -26,6 +25,7 @@ from opcd.evaluation.contenders import (
     Models,
     both_contenders,
 )
+from opcd.evaluation.decoding import answer_params, decoding_of, rollout_params
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
 from opcd.evaluation.intervals import paired_difference
 from opcd.evaluation.measured import measured_by
@@ -64,7 +64,7 @@ def evaluate(
         _check_same_kind(setup, distilled)
         names["after"] = distilled
     held_out = spread(task.test, config.divergence_prompts)
-    models = Models(setup)
+    models = Models(setup, answer_params(setup))
     contenders: list[Contender] = []
     answers: dict[str, list[Answer]] = {}
     owns: dict[str, Side] = {}
@@ -83,7 +83,7 @@ def evaluate(
                 same = contender.name == "prompted" and name == teacher_name
                 answers[contender.name] = said if same else contender.answer(task.test)
                 progress.part(contender.name)
-            owns[when], missed = _sides(models.get(name), held_out, shown, config)
+            owns[when], missed = _sides(models.get(name), held_out, shown)
             gaps[when] = gap_between(missed, shown, config.temperature)
             contenders += pair
             if when == "before" and teacher_name != config.model:
@@ -125,7 +125,7 @@ def evaluate(
         },
         "prompt_tokens_saved": task.prompt_tokens_saved,
         "scorer": config.scorer if task.judges(task.test) else None,
-        "decoding": {"temperature": 0.0, "max_completion_tokens": config.max_completion_tokens},
+        "decoding": decoding_of(setup),
         "data": {
             "part": "test" if config.test_data else "held out",
             "file": config.test_data or config.prompts,
@@ -173,12 +173,11 @@ def episodes_of(
     ]
 
 
-def _sides(
-    student: LoadedModel, held_out: Sequence[Case], shown: Side, config: TrainConfig
-) -> tuple[Side, Side]:
+def _sides(student: LoadedModel, held_out: Sequence[Case], shown: Side) -> tuple[Side, Side]:
     """What a student samples itself, and what it makes of the teacher's answers."""
-    model, plan, engine, _ = student
-    own = own_side(model, plan, engine, [c.prompt for c in held_out], config)
+    model, plan, engine, setup, _ = student
+    config, params = setup.config, rollout_params(setup)
+    own = own_side(model, plan, engine, [c.prompt for c in held_out], params, config)
     return own, student_side(model, plan, shown.episodes, config)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS
 from opcd.errors import InputError
+from opcd.evaluation.decoding import decoding_of
 from opcd.models.digest import model_digest
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, system, user
@@ -28,7 +29,7 @@ PROBES: tuple[list[Message], ...] = (
 
 
 def measured_by(setup: Setup) -> dict[str, str | None]:
-    """Digests of models, test rows with their accepted answers, requests elsewhere, scorer, form.
+    """Digests of models, test rows with their accepted answers, requests elsewhere, and all else.
 
     The form of prompts is what stands around requests, without and with each context, and what
     ends answers.
@@ -45,6 +46,7 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
         "test_data": _digest(rows) if rows else None,
         "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
+        "decoding": _digest(decoding_of(setup)),
     }
 
 

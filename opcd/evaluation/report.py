@@ -110,6 +110,13 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
         f"answer; cut: share that reached max_completion_tokens "
         f"({card['decoding']['max_completion_tokens']})"
     )
+    if card["decoding"].get("temperature"):
+        drawn = card["decoding"]
+        facts.append(
+            f"answers are drawn at temperature {drawn['temperature']:g}, top_k "
+            f"{drawn['top_k']} (0: all), top_p {drawn['top_p']:g}, by the same random numbers for "
+            f"every contender; so are those that agree, and those that the gap is measured on"
+        )
     if thought := _shares(columns, "reasoning_share"):
         facts.append(f"answers with reasoning, which is not judged: {thought}")
     if "selection" in card:

@@ -6,6 +6,7 @@ from pathlib import Path
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.contenders import LoadedModel, load_for_answers
+from opcd.evaluation.decoding import answer_params
 from opcd.tasks.messages import user
 from opcd.tasks.prepare import prepare
 
@@ -20,9 +21,10 @@ class SideBySide:
                 f"folder of a run that has ended"
             )
         self._setup = prepare(config)
+        params = answer_params(self._setup)
         self._models: dict[str, LoadedModel] = {
-            "base": load_for_answers(self._setup, config.model),
-            "distilled": load_for_answers(self._setup, str(distilled)),
+            "base": load_for_answers(self._setup, config.model, params),
+            "distilled": load_for_answers(self._setup, str(distilled), params),
         }
 
     @property

@@ -16,7 +16,8 @@ from opcd.passes.prefix import (
 )
 from opcd.preflight.weightless import Tally
 from opcd.rollouts.generate import batch_rows
-from opcd.rollouts.noise import drawn
+from opcd.rollouts.noise import drawn, truncated
+from opcd.rollouts.protocol import SamplingParams
 
 
 class Sampling(NamedTuple):
@@ -30,6 +31,7 @@ def sampling(
     model: torch.nn.Module,  # without numbers
     prompts: Sequence[Sequence[int]],  # of one call of an engine
     config: TrainConfig,
+    params: SamplingParams,  # of that call
     share_prefix: bool,
     run: Callable[[Callable[[], Any]], Any],  # a pass, in the arithmetic of the engine
 ) -> Sampling:
@@ -61,7 +63,11 @@ def sampling(
 
     def draw() -> torch.Tensor:
         scores = out.logits[:, -1].float()
-        token = drawn(scores, torch.rand(rows, device=lm.device).double(), config.temperature)
+        head = scores
+        if params.truncates:
+            head = truncated(scores, params.temperature, params.top_k, params.top_p)
+        uniform = torch.rand(rows, device=lm.device).double()
+        token = drawn(head, uniform, params.temperature or 1.0)
         return scores.scatter(1, token[:, None], torch.inf)
 
     with torch.no_grad(), Tally() as first:

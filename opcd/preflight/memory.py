@@ -6,12 +6,14 @@ make: of its largest step, with every completion at its limit.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
 
 from opcd.episodes import Episode, Prompt
+from opcd.evaluation.decoding import answer_params, rollout_params
 from opcd.models.cast_weights import CastWeights
 from opcd.models.files import ModelFiles
 from opcd.models.head import head_of
@@ -26,7 +28,7 @@ from opcd.preflight.generation import Sampling, prefix_bytes, sampling
 from opcd.preflight.weightless import Tally, Weightless, nbytes
 from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.memory import resident_memory
-from opcd.tasks.order import step_prompts
+from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import Setup
 
 T = TypeVar("T")
@@ -183,12 +185,12 @@ class Models:
         Completions are at their limit; recorded turns stand in their conversations.
         """
         config, task = self.config, self.setup.task
-        items: Sequence[Prompt | Episode] = task.recorded or task.train
+        rows: Sequence[Sequence[Prompt | Episode]] = task.recorded or task.conversations
         more = 0 if task.recorded else config.max_completion_tokens
         largest: tuple[int, list[Prompt | Episode]] = (0, [])
         for step in range(config.steps):
-            chosen = step_prompts(items, step, config)
-            chosen = [item for item in chosen for _ in range(config.completions_per_prompt)]
+            items = chain.from_iterable(step_rows(rows, step, config))
+            chosen = [item for item in items for _ in range(config.completions_per_prompt)]
             lengths = [len(ids_of(item)) + more for item in chosen]
             for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
                 found = sum(lengths[i] for i in batch), [chosen[i] for i in batch]
@@ -202,8 +204,10 @@ class Models:
         config, task = self.config, self.setup.task
         calls = [[case.prompt.student_ids for case in task.validation]]
         if not task.recorded:
-            longest = sorted((p.student_ids for p in task.train), key=len, reverse=True)
-            calls.append(longest[: config.prompts_per_step] * config.completions_per_prompt)
+            rows = [[p.student_ids for p in row] for row in task.conversations]
+            longest = sorted(rows, key=lambda row: sum(map(len, row)), reverse=True)
+            step = [*chain.from_iterable(longest[: config.prompts_per_step])]
+            calls.append(step * config.completions_per_prompt)
         largest = max(calls, key=lambda x: sum(map(len, x)))
         return self._sampling(self.student, largest) if largest else Sampling(0, 0)
 
@@ -223,6 +227,7 @@ class Models:
             model,
             prompts,
             self.config,
+            rollout_params(self.setup) if model is self.student else answer_params(self.setup),
             self.plan.shares_prefix,
             lambda call: self._low(call, head=True) if model is self.student else call(),
         )

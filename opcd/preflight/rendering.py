@@ -70,7 +70,7 @@ def rendering(setup: Setup, cases: Sequence[Case]) -> Rendering:
         compared,
         differing,
         ", ".join(dict.fromkeys(reasons)),
-        pieces(task.recorded[0], decode) if task.recorded else [],
+        pieces(task.recorded[0][-1], decode) if task.recorded else [],
     )
 
 

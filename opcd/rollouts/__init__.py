@@ -1,6 +1,8 @@
 """Completions sampled from a model.
 
 protocol    what an engine is; episodes from completions
+stops       texts that end a completion
+histories   what prompts of a call share beyond what all begin with
 generate    the engine that calls transformers.generate
 noise       what a completion draws, whatever the engine, the batch and the order
 static      the engine with a static cache; when that is exact

@@ -22,9 +22,6 @@ class GrowingRows(ABC):
         self._model = model
         self._tokens = [list(prompt) for prompt in prompts]
         self._open = [True] * len(prompts)
-        # Tokens of each row in front of its last completion; None before there is one.
-        self._before: list[int] | None = None
-        self._due = [False] * len(prompts)  # rows that must be appended to before they go on
         self._eos = eos_token_ids(model)
         self._version = version
 
@@ -39,14 +36,11 @@ class GrowingRows(ABC):
         """See Conversations.complete."""
         numbers = stream_tensor(streams, self._tokens, params)
         rows = [row for row, goes_on in enumerate(self._open) if goes_on]
-        if due := [row for row in rows if self._due[row]]:
-            raise ValueError(f"rows {due} must be appended to first: their turn was taken back")
         self._check_length(rows, [params.max_completion_tokens] * len(rows))
         found: list[Rollout | None] = [None] * len(self._tokens)
-        self._before = list(map(len, self._tokens))
         completions = self._completed(rows, params, numbers[rows]) if rows else []
         for row, ids in zip(rows, completions, strict=True):
-            reason = "stop" if ids[-1] in self._eos else "length"
+            ids, reason = params.finished(ids, self._eos)
             found[row] = Rollout(list(self._tokens[row]), ids, reason, self._version)
             self._tokens[row] += ids
         return found
@@ -66,18 +60,7 @@ class GrowingRows(ABC):
             self._extend(new)
         for row, ids in new.items():
             self._tokens[row] += ids
-            self._due[row] = False
         self._open = [row in new for row in range(len(self._tokens))]
-
-    def rewind(self) -> None:
-        """See Conversations.rewind."""
-        if self._before is None:
-            return
-        for row, length in enumerate(self._before):
-            if self._open[row]:
-                self._due[row] = self._due[row] or len(self._tokens[row]) > length
-                del self._tokens[row][length:]
-        self._taken_back()
 
     def close(self) -> None:
         """See Conversations.close."""
@@ -95,10 +78,6 @@ class GrowingRows(ABC):
     @abstractmethod
     def _extend(self, new: dict[int, list[int]]) -> None:
         """Tokens come behind these rows, which hold `self._tokens` up to now."""
-
-    @abstractmethod
-    def _taken_back(self) -> None:
-        """Rows are as long as `self._tokens` says again."""
 
     def _check_length(self, rows: Sequence[int], more: Sequence[int]) -> None:
         """Raise InputError for a row that grows beyond what the model was made for."""

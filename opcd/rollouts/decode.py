@@ -21,7 +21,10 @@ from opcd.passes.attention import Shape, cached_attention
 from opcd.passes.packed import Behind, packed_attention, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
-from opcd.rollouts.noise import drawn, uniforms
+from opcd.rollouts.histories import branches
+from opcd.rollouts.noise import drawn, truncated, uniforms
+from opcd.rollouts.protocol import SamplingParams
+from opcd.rollouts.stops import StopStrings
 from opcd.runtime.batches import pieces_by_tokens
 from opcd.runtime.upload import uploaded
 
@@ -101,12 +104,16 @@ class _CachedRow(NamedTuple):
         return keys.to(dtype), values.to(dtype)
 
 
-class _New(NamedTuple):
-    """Tokens whose keys and values are to be computed."""
+class _Piece(NamedTuple):
+    """Tokens that are computed once, and the rows that hold the first ones of them."""
 
-    rows: Sequence[int]  # that hold them, behind the same tokens
-    first: int  # position of the first
     token_ids: Sequence[int]
+    first: int  # the position of the first
+    rows: Sequence[tuple[int, int]]  # a row, and how many it holds
+
+    def cut(self, begin: int, end: int) -> "_Piece":
+        rows = [(row, min(held, end) - begin) for row, held in self.rows if held > begin]
+        return _Piece(self.token_ids[begin:end], self.first + begin, rows)
 
 
 class _StepPass:
@@ -144,11 +151,13 @@ class Decoder:
         length: int,
         eos_token_ids: Sequence[int],
         max_tokens_per_pass: int = 4096,
+        truncates: bool = False,  # whether it can draw from the likeliest tokens alone: a sort more
     ) -> None:
         lm = causal_lm(model)
         self._max_tokens_per_pass = max_tokens_per_pass
         self.rows = rows
         self.length = length
+        self.truncates = truncates
         self._model = model
         self._device = device = lm.device
         low = torch.is_autocast_enabled(device.type)
@@ -162,6 +171,8 @@ class Decoder:
         self._last = torch.zeros_like(self._position)
         self._live = torch.zeros(rows, dtype=torch.bool, device=device)
         self._temperature = torch.zeros((), device=device)
+        self._top_k = torch.zeros((), dtype=torch.long, device=device)
+        self._top_p = torch.ones((), dtype=torch.float64, device=device)
         self._streams = torch.zeros_like(self._position)
         self._first = torch.zeros_like(self._position)  # where the completion's first token goes
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -171,14 +182,14 @@ class Decoder:
         self,
         prompts: Sequence[Sequence[int]],  # at most B
         prefix: SharedPrefix | None,  # what they all start with
-        max_new_tokens: int,
-        temperature: float,
+        params: SamplingParams,
         streams: Tensor,  # (B,) int64, on the CPU: what each row draws by
     ) -> None:
-        """Start a row for each prompt. Equal prompts are computed once."""
-        assert max(map(len, prompts)) + max_new_tokens <= self.length, "a row that does not fit"
+        """Start a row for each prompt. What several begin with is computed once."""
+        longest = max(map(len, prompts)) + params.max_completion_tokens
+        assert longest <= self.length, "a row that does not fit"
         self.place(prompts, prefix)
-        self.start(range(len(prompts)), max_new_tokens, temperature, streams)
+        self.start(range(len(prompts)), params, streams)
 
     def place(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
         """Put prompts, at most B, into the rows in place of whatever stands there."""
@@ -195,17 +206,19 @@ class Decoder:
     def start(
         self,
         rows: Sequence[int],  # that get a completion; the others stand still
-        max_new_tokens: int,  # with the tokens that a row holds at most T
-        temperature: float,
+        params: SamplingParams,
         streams: Tensor,  # (len(rows),) int64, on the CPU
     ) -> None:
-        """Let rows be completed, each behind its newest token."""
+        """Let rows be completed, each behind its newest token, up to T tokens at most."""
+        assert self.truncates or not params.truncates, "a decoder that draws from all tokens"
         of = torch.tensor(list(rows), dtype=torch.long)
         numbers = torch.zeros(self.rows, dtype=torch.long).index_copy(0, of, streams)
         live = torch.zeros(self.rows, dtype=torch.bool).index_fill(0, of, True)
         self._live.copy_(live)
-        self._last.copy_(self._position + max_new_tokens * self._live)
-        self._temperature.fill_(temperature)
+        self._last.copy_(self._position + params.max_completion_tokens * self._live)
+        self._temperature.fill_(params.temperature)
+        self._top_k.fill_(params.top_k)
+        self._top_p.fill_(params.top_p)
         self._streams.copy_(numbers)
         self._first.copy_(self._position + 1)
 
@@ -220,10 +233,11 @@ class Decoder:
         earlier than it did: what it held behind is written over.
         """
         rows = sorted(new)
-        self._compute(
-            [_New([row], len(tokens[row]) - 1, [tokens[row][-1], *new[row][:-1]]) for row in rows],
-            None,
-        )
+        pieces = []
+        for row in rows:
+            ids = [tokens[row][-1], *new[row][:-1]]
+            pieces.append(_Piece(ids, len(tokens[row]) - 1, [(row, len(ids))]))
+        self._compute(pieces, None)
         held = self._tokens.cpu()
         position = self._position.cpu()
         for row in rows:
@@ -242,17 +256,30 @@ class Decoder:
         self._live.zero_()
 
     def _fill_cache(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix | None) -> None:
-        """Keys and values of every prompt but its last token, which the first step computes."""
+        """Keys and values of every prompt but its last token, which the first step computes.
+
+        Equal prompts, and the history that several begin with, are computed once.
+        """
         start = len(prefix) if prefix is not None else 0
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            rows_of.setdefault(tuple(prompt[start:-1]), []).append(row)
+            rows_of.setdefault(tuple(prompt[:-1]), []).append(row)
         if prefix is not None:
             self._copy_prefix(prefix, len(prompts))
-        sequences = sorted(filter(None, rows_of), key=len, reverse=True)
-        self._compute([_New(rows_of[ids], start, ids) for ids in sequences], prefix)
+        sequences = sorted(rows_of, key=len, reverse=True)
+        trunk_rows: dict[int, list[tuple[int, int]]] = {}
+        rests: list[_Piece] = []
+        for i, branch in enumerate(branches(sequences, start)):
+            rows = rows_of[sequences[i]]
+            held = trunk_rows.setdefault(branch.trunk, [])
+            held.extend((row, branch.length - start) for row in rows)
+            if rest := sequences[i][branch.length :]:
+                rests.append(_Piece(rest, branch.length, [(row, len(rest)) for row in rows]))
+        trunks = [_Piece(sequences[i][start:], start, held) for i, held in trunk_rows.items()]
+        self._compute(trunks, prefix)
+        self._compute(rests, prefix)
 
-    def _compute(self, new: Sequence[_New], prefix: SharedPrefix | None) -> None:
+    def _compute(self, new: Sequence[_Piece], prefix: SharedPrefix | None) -> None:
         """Put keys and values of new tokens into the cache, which holds what they stand behind.
 
         Tokens right behind the prefix (of none: the first of a row) attend it in place, together;
@@ -261,28 +288,25 @@ class Decoder:
         start = len(prefix) if prefix is not None else 0
         lengths = [len(x.token_ids) for x in new]
         for pieces in pieces_by_tokens(lengths, self._max_tokens_per_pass):
-            parts = [
-                _New(new[i].rows, new[i].first + begin, new[i].token_ids[begin:end])
-                for i, begin, end in pieces
-            ]
+            parts = [new[i].cut(begin, end) for i, begin, end in pieces]
             parts.sort(key=lambda x: -len(x.token_ids))
             fresh = [x for x in parts if x.first == start]
             later = [x for x in parts if x.first != start]
             groups = [fresh] if fresh else []
             behind: list[Behind] = [prefix] if fresh else []
             groups += [[x] for x in later]
-            behind += [_CachedRow(self._cache, x.rows[0], x.first) for x in later]
+            behind += [_CachedRow(self._cache, x.rows[0][0], x.first) for x in later]
             self._one_pass(groups, behind)
 
-    def _one_pass(self, groups: Sequence[Sequence[_New]], behind: Sequence[Behind]) -> None:
+    def _one_pass(self, groups: Sequence[Sequence[_Piece]], behind: Sequence[Behind]) -> None:
         slots: list[int] = []
         source: list[int] = []  # the place in the packed row of what goes into a slot
         packed: list[int] = []
         for part in chain.from_iterable(groups):
-            for row in part.rows:
+            for row, count in part.rows:
                 first = self._cache.first(row) + part.first
-                slots += range(first, first + len(part.token_ids))
-                source += range(len(packed), len(packed) + len(part.token_ids))
+                slots += range(first, first + count)
+                source += range(len(packed), len(packed) + count)
             packed += part.token_ids
         to, of, ids = (uploaded(torch.tensor(x), self._device) for x in (slots, source, packed))
 
@@ -310,8 +334,12 @@ class Decoder:
         )
         logits = output.logits[0].float()
         greedy = self._temperature == 0
+        temperature = self._temperature.masked_fill(greedy, 1.0)
         uniform = uniforms(self._streams, self._position + 1 - self._first)
-        token = drawn(logits, uniform, self._temperature.masked_fill(greedy, 1.0))
+        head = logits
+        if self.truncates:
+            head = truncated(logits, temperature, self._top_k, self._top_p)
+        token = drawn(head, uniform, temperature)
         token = torch.where(greedy, logits.argmax(-1), token)
         self._tokens.scatter_(1, self._position[:, None] + 1, token[:, None])
         self._position += self._live
@@ -350,16 +378,35 @@ class Decoder:
                 ) from error
         self._graph, self._logits = graph, logits
 
-    def run(self, steps: int) -> None:
-        """At most so many steps; fewer where all rows finish before."""
+    def run(self, params: SamplingParams) -> None:
+        """Complete the rows. One that comes to a stop string between two looks goes on up to the
+        next: what is behind it is for the caller to cut."""
         graph = self._graph
         looks = 1 if graph is None else STEPS_BETWEEN_LOOKS
         advance = self.step if graph is None else graph.replay
         with packed_attention(self._model) if graph is None else contextlib.nullcontext():
-            for done in range(1, steps + 1):
+            for done in range(1, params.max_completion_tokens + 1):
                 advance()
-                if done % looks == 0 and not self._live.any():
-                    return
+                if done % looks == 0:
+                    if params.stop is not None:
+                        self._end_at(params.stop)
+                    if not self._live.any():
+                        return
+
+    def _end_at(self, stop: StopStrings) -> None:
+        """End the rows that have come to a stop string."""
+        live, firsts = self._live.tolist(), self._first.tolist()
+        for row, sequence in enumerate(self.sequences()):
+            if live[row] and stop.reached(sequence[firsts[row] :]):
+                live[row] = False
+        self._live.copy_(torch.tensor(live))
+
+    def cut(self, lengths: Mapping[int, int]) -> None:
+        """Let rows end with so many tokens; what they hold behind is written over."""
+        position = self._position.cpu()
+        for row, length in lengths.items():
+            position[row] = length - 1
+        self._position.copy_(position)
 
     def step_logits(self) -> Tensor:  # (B, V), fp32
         """One step, as `run` does it; the logits hold until the next one."""

@@ -1,18 +1,21 @@
 """Completions by `transformers.generate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from opcd.errors import InputError
-from opcd.models.lm import eos_token_ids
-from opcd.passes.prefix import SharedPrefix, common_prefix
+from opcd.models.lm import cache_argument, cache_of, causal_lm, eos_token_ids, transformer
+from opcd.models.sdpa import without_cudnn_attention
+from opcd.passes.prefix import MIN_TOKENS_SAVED, SharedPrefix, common_prefix
 from opcd.rollouts.fitting import BatchSize
-from opcd.rollouts.generate_call import generated, until_eos
+from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_conversations import GeneratedConversations
+from opcd.rollouts.histories import Branch, batches_by_history, branches, tokens_saved
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
-from opcd.runtime.batches import batches_by_tokens
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
 # as long as they hold no more tokens than that many rows of this length.
@@ -28,10 +31,10 @@ class TransformersEngine:
     """`transformers.generate` on the trained module itself: its weights are never stale.
 
     What all prompts of a call start with (a context, a default system message) is computed once,
-    unless `share_prefix` is off: then nothing is assumed of the model's cache and its masks, and
-    only prompts of one length are batched. A pass over prompts holds at most `max_tokens_per_pass`
-    new tokens, pads included; a longer prompt is a pass alone. Where memory runs out, fewer are
-    sampled at once.
+    and so is a history that several go on from; unless `share_prefix` is off: then nothing is
+    assumed of the model's cache and its masks, and only prompts of one length are batched. A pass
+    over prompts holds at most `max_tokens_per_pass` new tokens, pads included; a longer prompt is
+    a pass alone. Where memory runs out, fewer are sampled at once.
     """
 
     name = "generate"
@@ -79,20 +82,22 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, numbers: Tensor, size: int
     ) -> list[Rollout]:
         prefix = common_prefix(self._model, prompts) if self._share_prefix else None
-        completions: dict[int, list[int]] = {}
+        completions: dict[int, tuple[list[int], str]] = {}
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
         shared = len(prefix) if prefix is not None else 0
-        for batch in self._batches(lengths, pads, size, shared):
+        batches = (
+            batches_by_history(prompts, shared, size) if pads else _of_one_length(lengths, size)
+        )
+        for batch in self._of_one_pass(batches, prompts, shared):
             output = self._generate_batch(
                 [prompts[i] for i in batch], params, numbers[batch], prefix
             )
             completions.update(zip(batch, output, strict=True))
         rollouts = []
         for i, prompt in enumerate(prompts):
-            ids = completions[i]
-            reason = "stop" if ids and ids[-1] in self._eos else "length"
+            ids, reason = completions[i]
             rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
@@ -111,22 +116,22 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _batches(
-        self, lengths: Sequence[int], pads: bool, size: int, shared: int
+    def _of_one_pass(
+        self, batches: Iterable[list[int]], prompts: Sequence[Sequence[int]], shared: int
     ) -> Iterator[list[int]]:
-        """At most `size` rows each, and in them at most so many tokens behind the shared ones."""
-
-        def batches(indices: Sequence[int]) -> Iterator[list[int]]:
-            new = [lengths[i] - shared for i in indices]
-            for batch in batches_by_tokens(new, self._max_tokens_per_pass):
-                for start in range(0, len(batch), size):
-                    yield [indices[k] for k in batch[start : start + size]]
-
-        if pads:
-            yield from batches(range(len(lengths)))
-            return
-        for length in sorted(set(lengths)):
-            yield from batches([i for i, x in enumerate(lengths) if x == length])
+        """The batches, halved until what is computed behind the shared tokens fits a pass."""
+        for batch in batches:
+            found = branches([prompts[i][:-1] for i in batch], shared)
+            trunks = [b.length - shared for i, b in enumerate(found) if b.trunk == i]
+            rests = [len(prompts[i]) - b.length for i, b in zip(batch, found, strict=True)]
+            if tokens_saved(found, shared) < MIN_TOKENS_SAVED:
+                trunks, rests = [], [len(prompts[i]) - shared for i in batch]
+            tokens = max(len(x) * max(x, default=0) for x in (trunks, rests))
+            if len(batch) == 1 or tokens <= self._max_tokens_per_pass:
+                yield batch
+            else:
+                half = len(batch) // 2
+                yield from self._of_one_pass((batch[:half], batch[half:]), prompts, shared)
 
     def _generate_batch(
         self,
@@ -134,15 +139,61 @@ class TransformersEngine:
         params: SamplingParams,
         streams: Tensor,  # (B,)
         prefix: SharedPrefix | None,
-    ) -> list[list[int]]:
+    ) -> list[tuple[list[int], str]]:
         shared = len(prefix) if prefix is not None else 0
-        pad, width = self._eos[0], max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)  # (B, T): prefix, pads, the rest of the prompt
-        mask = torch.zeros_like(ids)
-        for row, kept, prompt in zip(ids, mask, prompts, strict=True):
-            tokens = torch.tensor(prompt)
-            row[:shared], row[width - len(prompt) + shared :] = tokens[:shared], tokens[shared:]
-            kept[:shared], kept[width - len(prompt) + shared :] = 1, 1
         cache = prefix.expand(len(prompts)) if prefix is not None else None
+        starts = [shared] * len(prompts)  # tokens of each prompt that the cache holds
+        columns = shared
+        found = branches([prompt[:-1] for prompt in prompts], shared)
+        worth_a_pass = tokens_saved(found, shared) >= MIN_TOKENS_SAVED
+        if worth_a_pass and allows_gaps(self._model, prompts[0], prefix):
+            cache, columns = self._histories(prompts, found, prefix)
+            starts = [branch.length for branch in found]
+        width = columns + max(len(p) - start for p, start in zip(prompts, starts, strict=True))
+        pad = self._eos[0]
+        ids = torch.full((len(prompts), width), pad)  # (B, T): what is held, pads, the rest
+        mask = torch.zeros_like(ids)
+        for row, kept, prompt, start in zip(ids, mask, prompts, starts, strict=True):
+            tokens, rest = torch.tensor(prompt), width - (len(prompt) - start)
+            row[:start], row[rest:] = tokens[:start], tokens[start:]
+            kept[:start], kept[rest:] = 1, 1
         output = generated(self._model, ids, mask, cache, self._eos, params, streams)
-        return [until_eos(row, self._eos) for row in output.sequences[:, width:].tolist()]
+        return [params.finished(row, self._eos) for row in output.sequences[:, width:].tolist()]
+
+    def _histories(
+        self, prompts: Sequence[Sequence[int]], found: Sequence[Branch], prefix: SharedPrefix | None
+    ) -> tuple[Cache, int]:
+        """A cache with a row for each prompt, which holds its history, and how many columns it has.
+
+        Trunks are padded on the right: under causal attention no real position sees a pad.
+        """
+        start = len(prefix) if prefix is not None else 0
+        trunks = [i for i, branch in enumerate(found) if branch.trunk == i]
+        columns = max(found[i].length for i in trunks)
+        ids = torch.full((len(trunks), columns - start), self._eos[0])
+        for row, i in zip(ids, trunks, strict=True):
+            own = prompts[i][start : found[i].length]
+            row[: len(own)] = torch.tensor(own)
+        device = causal_lm(self._model).device
+        positions = torch.arange(start, columns, device=device)
+        body: Any = transformer(self._model)
+        held = prefix.expand(len(trunks)) if prefix is not None else None
+        with without_cudnn_attention():
+            output = body(
+                input_ids=ids.to(device),
+                position_ids=positions.expand(len(trunks), -1),
+                use_cache=True,
+                **cache_argument(body, held),
+            )
+        cache = cache_of(output)
+        place = {i: row for row, i in enumerate(trunks)}
+        rows = torch.tensor([place[branch.trunk] for branch in found], device=device)
+        cache.batch_select_indices(rows)
+        return cache, columns
+
+
+def _of_one_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    for length in sorted(set(lengths)):
+        same = [i for i, x in enumerate(lengths) if x == length]
+        for start in range(0, len(same), size):
+            yield same[start : start + size]

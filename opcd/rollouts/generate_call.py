@@ -1,4 +1,4 @@
-"""One call of `transformers.generate` that samples the model's own distribution."""
+"""One call of `transformers.generate` that samples the model's own distribution, or its head."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,21 +6,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 
 from opcd.models.lm import cache_argument, causal_lm
 from opcd.models.sdpa import without_cudnn_attention
-from opcd.rollouts.noise import drawn, uniforms
+from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
+from opcd.rollouts.noise import drawn, truncated, uniforms
 from opcd.rollouts.protocol import SamplingParams
+from opcd.rollouts.stops import StopStrings
 
 
-def until_eos(token_ids: list[int], eos: Sequence[int]) -> list[int]:
-    """Cut behind the first EOS: what follows are pads, which may be the same token."""
-    for i, token in enumerate(token_ids):
-        if token in eos:
-            return token_ids[: i + 1]
-    return token_ids
+def allows_gaps(model: torch.nn.Module, prompt: Sequence[int], prefix: SharedPrefix | None) -> bool:
+    """Whether masked pads between a row's tokens leave its passes exact, however long it grows."""
+    try:
+        prefix = prefix or SharedPrefix(model, prompt[:1])
+    except UnsupportedModelError:
+        return False
+    return prefix.allows_pads(2**31)
 
 
 def generated(
@@ -42,9 +51,11 @@ def generated(
         use_cache=True,
         return_dict_in_generate=True,
     )
-    draws = LogitsProcessorList()
+    draws, ends = LogitsProcessorList(), StoppingCriteriaList()
     if params.temperature > 0:
-        draws.append(_Draws(streams.to(lm.device), params.temperature, ids.shape[1]))
+        draws.append(_Draws(streams.to(lm.device), params, ids.shape[1]))
+    if params.stop is not None:
+        ends.append(_Stops(params.stop, ids.shape[1]))
     generate: Any = model.generate
     with _plain_generation_config(lm), _contiguous_head_input(lm), without_cudnn_attention():
         return generate(
@@ -52,6 +63,7 @@ def generated(
             attention_mask=mask.to(lm.device),
             generation_config=config,
             logits_processor=draws,
+            stopping_criteria=ends,
             **cache_argument(lm, cache),
         )
 
@@ -59,15 +71,30 @@ def generated(
 class _Draws(LogitsProcessor):
     """Draws the next token of each row, and leaves it as the likeliest one."""
 
-    def __init__(self, streams: Tensor, temperature: float, width: int) -> None:
+    def __init__(self, streams: Tensor, params: SamplingParams, width: int) -> None:
         self._streams = streams  # (B,)
-        self._temperature = temperature
+        self._params = params
         self._width = width  # of the prompts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = uniforms(self._streams, input_ids.shape[1] - self._width)
-        token = drawn(scores.float(), uniform, self._temperature)
+        logits, params = scores.float(), self._params
+        if params.truncates:
+            logits = truncated(logits, params.temperature, params.top_k, params.top_p)
+        token = drawn(logits, uniform, params.temperature)
         return scores.scatter_(1, token[:, None], torch.inf)  # a copy that generate made
+
+
+class _Stops(StoppingCriteria):
+    """Which rows have come to a stop string."""
+
+    def __init__(self, stop: StopStrings, width: int) -> None:
+        self._stop = stop
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (B,), bool
+        rows = input_ids[:, self._width :].tolist()
+        return torch.tensor([*map(self._stop.reached, rows)], device=input_ids.device)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,15 @@
 """Conversations by `transformers.generate`, whose cache goes on from turn to turn."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from opcd.models.lm import cache_of
-from opcd.passes.prefix import SharedPrefix, UnsupportedModelError, common_prefix
+from opcd.passes.prefix import common_prefix
 from opcd.rollouts.conversations import GrowingRows
-from opcd.rollouts.generate_call import generated, until_eos
+from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.protocol import SamplingParams
 
 
@@ -58,7 +57,7 @@ class GeneratedConversations(GrowingRows):
 
     A row that ends its turn before others of its batch is padded behind it, and the pads masked.
     Where a model's layers do not allow that (sliding windows, recurrent states), each row is a
-    batch of its own; rows whose cache cannot be shortened are computed anew after a `rewind`.
+    batch of its own.
     """
 
     def __init__(
@@ -71,14 +70,13 @@ class GeneratedConversations(GrowingRows):
     ) -> None:
         super().__init__(model, prompts, version)
         prefix = common_prefix(model, prompts) if share_prefix else None
-        together = share_prefix and _allows_gaps(model, prompts[0], prefix)
+        together = share_prefix and allows_gaps(model, prompts[0], prefix)
         size, shared = batch_size if together else 1, len(prefix) if prefix is not None else 0
         self._batches = []
         for start in range(0, len(prompts), size):
             rows = [*range(start, min(start + size, len(prompts)))]
             cache = prefix.expand(len(rows)) if prefix is not None else None
             self._batches.append(_Rectangle(rows, [prompts[i] for i in rows], cache, shared))
-        self._columns: dict[int, int] = {}  # by batch: those in front of the last completion
 
     def close(self) -> None:
         """See Conversations.close."""
@@ -91,13 +89,13 @@ class GeneratedConversations(GrowingRows):
     ) -> list[list[int]]:
         stream_of = dict(zip(rows, streams.tolist(), strict=True))
         found: dict[int, list[int]] = {}
-        for number, batch in enumerate(self._batches):
+        for batch in self._batches:
             here = [row for row in batch.rows if row in stream_of]
             if not here:
                 continue
             batch.keep(here)
             batch.widened(self._eos[0])
-            width = self._columns[number] = batch.ids.shape[1]
+            width = batch.ids.shape[1]
             numbers = torch.tensor([stream_of[row] for row in here])
             output = generated(
                 self._model, batch.ids, batch.mask, batch.cache, self._eos, params, numbers
@@ -106,7 +104,7 @@ class GeneratedConversations(GrowingRows):
             cached = sequences.shape[1] - 1  # the newest column was not computed
             real = torch.zeros(len(here), cached - width, dtype=batch.mask.dtype)
             for place, row in enumerate(here):
-                ids = until_eos(sequences[place, width:].tolist(), self._eos)
+                ids, _ = params.finished(sequences[place, width:].tolist(), self._eos)
                 real[place, : len(ids)] = 1
                 batch.pending[place] = ids[cached - width :]
                 found[row] = ids
@@ -118,37 +116,3 @@ class GeneratedConversations(GrowingRows):
         for batch in self._batches:
             for place, row in enumerate(batch.rows):
                 batch.pending[place] += new.get(row, [])
-
-    def _taken_back(self) -> None:
-        for number, batch in enumerate(self._batches):
-            columns = self._columns.get(number)
-            if columns is None or not any(self._due[row] for row in batch.rows):
-                continue
-            if batch.cache is not None and _shortened(batch.cache, columns):
-                batch.ids, batch.mask = batch.ids[:, :columns], batch.mask[:, :columns]
-                batch.pending = [[] for _ in batch.rows]
-            else:
-                self._batches[number] = _Rectangle(
-                    batch.rows, [self._tokens[row] for row in batch.rows], None, 0
-                )
-
-
-def _allows_gaps(
-    model: torch.nn.Module, prompt: Sequence[int], prefix: SharedPrefix | None
-) -> bool:
-    """Whether masked pads between a row's tokens leave its passes exact, however long it grows."""
-    try:
-        prefix = prefix or SharedPrefix(model, prompt[:1])
-    except UnsupportedModelError:
-        return False
-    return prefix.allows_pads(2**31)
-
-
-def _shortened(cache: Any, columns: int) -> bool:
-    """Cut a cache to so many columns; False where its layers keep more than keys and values."""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return False
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = layer.keys[..., :columns, :], layer.values[..., :columns, :]
-    return True

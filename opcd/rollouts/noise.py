@@ -80,6 +80,30 @@ def drawn(
     return block * BLOCK + entry
 
 
+def truncated(
+    logits: Tensor,  # (B, V) fp32
+    temperature: float | Tensor,  # (): positive
+    top_k: int | Tensor,  # (): 0 for all
+    top_p: float | Tensor,  # (): 1 for all
+) -> Tensor:  # (B, V): -inf for what is not drawn
+    """Logits of the head of softmax(logits / temperature) alone.
+
+    First the `top_k` likeliest, of equal ones those of lower number; of what these hold, as a
+    distribution of their own, the fewest likeliest that reach `top_p`. `drawn` takes the rest for
+    the whole: renormalised by its sum. Summed in fp64; top_p 1 leaves out nothing, whatever
+    rounding makes of the sum.
+    """
+    ordered, index = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    k, p = (torch.as_tensor(x, device=logits.device) for x in (top_k, top_p))
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    kept = (rank < k) | (k == 0)
+    shares = torch.softmax(ordered.masked_fill(~kept, -torch.inf).double(), -1)
+    in_front = pad(_running_sums(shares)[:, :-1], (1, 0))
+    kept = kept & ((in_front < p) | (p >= 1))
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, kept)
+    return logits.masked_fill(~keep, -torch.inf)
+
+
 def _located(terms: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of terms, the one where `uniform` of their sum falls, and how far into it.
 

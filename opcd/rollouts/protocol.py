@@ -8,6 +8,7 @@ import torch
 
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.noise import streams
+from opcd.rollouts.stops import StopStrings
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,26 @@ class SamplingParams:
     """How completions are drawn."""
 
     max_completion_tokens: int
-    temperature: float = 1.0  # 0 is greedy; otherwise the whole, unaltered distribution
+    temperature: float = 1.0  # 0 is greedy
+    # Of the distribution at that temperature the `top_k` likeliest tokens (0: all), and of these
+    # the likeliest until they hold `top_p`; as they stand here the whole, unaltered distribution.
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: StopStrings | None = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    def finished(self, token_ids: Sequence[int], eos: Sequence[int]) -> tuple[list[int], str]:
+        """A completion cut behind what ends it, EOS or a stop string; "stop", or "length"."""
+        ids = [*token_ids]
+        at = next((i for i, token in enumerate(ids) if token in eos), None)
+        ids = ids if at is None else ids[: at + 1]
+        if self.stop is not None and (end := self.stop.end(ids)) is not None:
+            return ids[:end], "stop"
+        return ids, "length" if at is None else "stop"
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,8 @@ class Rollout:
     """One completion."""
 
     prompt_token_ids: list[int]
-    completion_token_ids: list[int]  # ends with the EOS token that the model chose, if it did
+    # Ends with the EOS token, or the one that completes a stop string, if the model chose that.
+    completion_token_ids: list[int]
     finish_reason: str  # "stop" or "length"
     weights_version: int
 
@@ -88,10 +109,6 @@ class Conversations(Protocol):
 
         Raises ValueError for tokens behind a row that has ended.
         """
-        ...
-
-    def rewind(self) -> None:
-        """Take the last completion back; every row that goes on must then be appended to."""
         ...
 
     def close(self) -> None:

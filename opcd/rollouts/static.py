@@ -22,9 +22,9 @@ from opcd.rollouts.decode import (
 )
 from opcd.rollouts.fitting import BatchSize
 from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.histories import batches_by_history
 from opcd.rollouts.protocol import Conversations, Rollout, SamplingParams, stream_tensor
 from opcd.rollouts.static_conversations import StaticConversations
-from opcd.runtime.batches import batches_by_length
 
 log = logging.getLogger(__name__)
 
@@ -88,21 +88,17 @@ class StaticEngine:
         self._free_if_larger(size)
         with uncached_autocast(causal_lm(self._model).device):
             prefix = common_prefix(self._model, prompts)
-            decoder = self._decoder_for(min(size, len(prompts)), longest)
-            for batch in batches_by_length(list(map(len, prompts)), size):
-                decoder.load(
-                    [prompts[i] for i in batch],
-                    prefix,
-                    params.max_completion_tokens,
-                    params.temperature,
-                    numbers[batch],
-                )
-                decoder.run(params.max_completion_tokens)
+            most = min(size, len(prompts))
+            shared = len(prefix) if prefix is not None else 0
+            for batch in batches_by_history(prompts, shared, size):
+                rows = most if self._graphed else len(batch)  # idle ones cost a CPU as much
+                decoder = self._decoder_for(rows, longest, params.truncates)
+                decoder.load([prompts[i] for i in batch], prefix, params, numbers[batch])
+                decoder.run(params)
                 sequences.update(zip(batch, decoder.sequences(), strict=False))
         rollouts = []
         for i, prompt in enumerate(prompts):
-            ids = sequences[i][len(prompt) :]
-            reason = "stop" if ids[-1] in self._eos else "length"
+            ids, reason = params.finished(sequences[i][len(prompt) :], self._eos)
             rollouts.append(Rollout(list(prompt), ids, reason, self._version))
         return rollouts
 
@@ -155,17 +151,19 @@ class StaticEngine:
         if self._decoder is not None and self._decoder.rows > rows:
             self._decoder = None
 
-    def _decoder_for(self, rows: int, longest: int) -> Decoder:
+    def _decoder_for(self, rows: int, longest: int, truncates: bool) -> Decoder:
         """The decoder of the call before, if it fits."""
         length = rounded_length(longest)
         fixed, held = _what_a_graph_holds_fast(self._model), self._decoder
-        if held is not None and fixed == self._fixed:
+        if held is not None and fixed == self._fixed and truncates == held.truncates:
             if self._graphed:  # idle rows cost a graph little, a new graph costs a second
                 rows, length = max(rows, held.rows), max(length, held.length)
             if (held.rows, held.length) == (rows, length):
                 return held
         self._decoder = held = None  # its memory, before as much is asked for again
-        decoder = Decoder(self._model, rows, length, self._eos, self._max_tokens_per_pass)
+        decoder = Decoder(
+            self._model, rows, length, self._eos, self._max_tokens_per_pass, truncates
+        )
         if self._graphed:
             decoder.capture()
         self._decoder, self._fixed = decoder, fixed
@@ -204,7 +202,7 @@ def _gap_to_full_passes(model: torch.nn.Module) -> float:
     decoder = Decoder(model, 2, LENGTH_STEP, [])
     if lm.device.type == "cuda":
         decoder.capture()
-    decoder.load([tokens[:3], tokens[3:]], None, 4, 1.0, torch.tensor([1, 2]))
+    decoder.load([tokens[:3], tokens[3:]], None, SamplingParams(4), torch.tensor([1, 2]))
     gaps = []
     for _ in range(3):
         before = decoder.sequences()

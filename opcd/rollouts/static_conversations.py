@@ -32,7 +32,7 @@ class StaticConversations(GrowingRows):
             prefix = common_prefix(model, prompts)
             for start in range(0, len(prompts), batch_size):
                 batch = range(start, min(start + batch_size, len(prompts)))
-                decoder = self._made(len(batch), max(len(prompts[i]) for i in batch))
+                decoder = self._made(len(batch), max(len(prompts[i]) for i in batch), False)
                 decoder.place([prompts[i] for i in batch], prefix)
                 self._batches.append(batch)
                 self._decoders.append(decoder)
@@ -42,9 +42,11 @@ class StaticConversations(GrowingRows):
         super().close()
         self._decoders = []
 
-    def _made(self, rows: int, length: int) -> Decoder:
+    def _made(self, rows: int, length: int, truncates: bool) -> Decoder:
         length = rounded_length(length)
-        decoder = Decoder(self._model, rows, length, self._eos, self._max_tokens_per_pass)
+        decoder = Decoder(
+            self._model, rows, length, self._eos, self._max_tokens_per_pass, truncates
+        )
         if self._graphed:
             decoder.capture()
         return decoder
@@ -62,17 +64,21 @@ class StaticConversations(GrowingRows):
                 if not here:
                     continue
                 needed = max(len(self._tokens[row]) for row in here) + params.max_completion_tokens
-                decoder = self._roomy(number, needed)
+                decoder = self._roomy(number, needed, params.truncates)
                 decoder.start(
                     [row - batch.start for row in here],
-                    params.max_completion_tokens,
-                    params.temperature,
+                    params,
                     torch.tensor([stream_of[row] for row in here]),
                 )
-                decoder.run(params.max_completion_tokens)
+                decoder.run(params)
                 sequences = decoder.sequences()
                 for row in here:
-                    found[row] = sequences[row - batch.start][len(self._tokens[row]) :]
+                    new = sequences[row - batch.start][len(self._tokens[row]) :]
+                    found[row], _ = params.finished(new, self._eos)
+                if params.stop is not None:
+                    decoder.cut(
+                        {r - batch.start: len(self._tokens[r]) + len(found[r]) for r in here}
+                    )
         return [found[row] for row in rows]
 
     @torch.no_grad()
@@ -88,14 +94,12 @@ class StaticConversations(GrowingRows):
                     {row - batch.start: new[row] for row in here},
                 )
 
-    def _roomy(self, number: int, length: int) -> Decoder:
+    def _roomy(self, number: int, length: int, truncates: bool = False) -> Decoder:
         """The decoder of a batch, with room for rows of that length: doubled, if at all."""
         held = self._decoders[number]
-        if held.length < length:
-            grown = self._made(held.rows, max(length, 2 * held.length))
+        if held.length < length or (truncates and not held.truncates):
+            length = held.length if held.length >= length else max(length, 2 * held.length)
+            grown = self._made(held.rows, length, truncates or held.truncates)
             grown.adopt(held)
             self._decoders[number] = grown
         return self._decoders[number]
-
-    def _taken_back(self) -> None:
-        """What a decoder holds behind a row is written over when the row is appended to."""

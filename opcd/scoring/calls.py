@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from opcd.scoring.values import DECODER, NO_JSON, comparable, read_value
+from opcd.runtime.strict_json import NO_JSON
+from opcd.scoring.values import DECODER, comparable, read_value
 
 # Where the name stands in front of the arguments and not among them. The others write an object
 # with both: Qwen and Hermes <tool_call>{...}</tool_call>, Llama 3 {"name", "parameters"}, Granite

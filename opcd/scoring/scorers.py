@@ -12,13 +12,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
+from opcd.runtime.strict_json import NO_JSON
 from opcd.runtime.user_code import load_function
 from opcd.scoring.calls import Call, accepted_calls, calls_in, same_calls
 from opcd.scoring.choices import claimed, letter
 from opcd.scoring.numerals import is_one_number, numerals, only_numeral
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import bare, folded, holds, normalised
-from opcd.scoring.values import NO_JSON, read_value
+from opcd.scoring.values import read_value
 
 
 class Score(NamedTuple):

@@ -1,18 +1,13 @@
 """JSON values that can be compared: 1 is 1.0, and true is not 1."""
 
-import json
 import re
 import unicodedata
 from decimal import Decimal
 from typing import Any
 
-from opcd.runtime.strict_json import no_constant, unique_keys
+from opcd.runtime.strict_json import strict_decoder
 
-DECODER = json.JSONDecoder(
-    parse_float=Decimal, parse_constant=no_constant, object_pairs_hook=unique_keys
-)
-# What decoding raises: no JSON; a number too long, or beyond a decimal's exponents; too deep.
-NO_JSON = (ValueError, ArithmeticError, RecursionError)
+DECODER = strict_decoder(Decimal)
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 
 

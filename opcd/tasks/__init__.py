@@ -11,7 +11,7 @@ messages        chat messages as people write them, to roles, texts and calls of
 tools           tools as people write them: schemas and calls
 records         files to JSON objects, each with its place
 special_tokens  special tokens that data spell
-order           which prompts, or conversations, a step takes
+order           which rows a step takes
 completions     completions of training prompts from a file
 chat            messages to token ids, with and without the context
 turn            a completion given as text, as the template writes an answered turn

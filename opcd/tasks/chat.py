@@ -1,6 +1,6 @@
 """Chat messages to token ids, for the student (without the context) and the teacher (with it)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 
 from opcd.errors import InputError
@@ -145,18 +145,21 @@ class Chat:
             )
         return ids[: ends[0] + 1]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The completion's text without surrounding white space.
+    def decode(self, token_ids: Sequence[int], cut: Callable[[str], str] = str) -> str:
+        """The completion's text without surrounding white space, or what `cut` leaves of it.
 
-        Without special tokens, but for the marks of a thought; a thought that the template opens
-        begins with its mark.
+        As `plain_text`; a thought that the template opens begins with its mark.
         """
-        text = self._thought
+        return (self._thought + cut(self.plain_text(token_ids))).strip()
+
+    def plain_text(self, token_ids: Sequence[int]) -> str:
+        """What tokens say: without special ones, but for the marks of a thought."""
+        text = ""
         for mark, ids in groupby(token_ids, self._marks.get):
             piece = list(ids)
             plain = self.template.tokenizer.decode(piece, skip_special_tokens=True)
             text += plain if mark is None else mark * len(piece)
-        return text.strip()
+        return text
 
     def decode_raw(self, token_ids: Sequence[int]) -> str:
         """The completion's text as it was sampled, with special tokens."""

@@ -89,6 +89,7 @@ def read_completions(
         elif ids[-1] not in stop_ids:
             endless.append(source)
         _check_whole(ids, stop_ids, config.max_completion_tokens, source, tokenizer)
+        _check_stops(ids, config.stop, chats[by_key[key].context], source)
         found.setdefault(key, []).append(ids)
     for key, example in by_key.items():
         if key not in found:
@@ -174,6 +175,17 @@ def _check_whole(
         raise InputError(
             f"{source}: a completion must have at most max_completion_tokens "
             f"{limit} tokens, got {len(ids)}; raise it, or shorten the text"
+        )
+
+
+def _check_stops(ids: Sequence[int], strings: Sequence[str], chat: Chat, source: str) -> None:
+    """Raise InputError for a completion that goes on where the student's would have ended."""
+    text = chat.plain_text(ids[:-1]) if strings else ""
+    if found := [string for string in strings if string in text]:
+        raise InputError(
+            f"{source}: a completion must end where a stop string is complete, got more behind "
+            f"{found[0]!r}, be it the end of the turn; pass completion_token_ids up to there, or "
+            f"leave it out of stop"
         )
 
 

@@ -13,7 +13,7 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
 
     Raises InputError for an answer that a built-in scorer can never find right, and for a function
     that raises, returns no score, or names its rates by the completion. To a function an answer
-    may be a label, which is no completion itself: that it finds it wrong is a remark.
+    may be a label, which is no completion itself: that is a remark, where only some are another.
     """
     below = []
     blanks_right = 0
@@ -36,10 +36,15 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
                 below.append(f"{answer!r} at {example.source}")
     total = sum(len(example.answers) for example in examples)
     remarks = []
-    if below:
+    if 0 < len(below) < total:
         remarks.append(
             f"scorer {scorer.spec} finds {len(below)} of {total} accepted answers wrong as "
-            f"completions of themselves, first {below[0]}; as it should where they are labels"
+            f"completions of themselves, first {below[0]}; as it should where those are labels"
+        )
+    elif below:
+        remarks.append(
+            f"accepted answers are labels to scorer {scorer.spec}: as a completion none of the "
+            f"{total} would be right itself, first {below[0]}"
         )
     if examples and blanks_right == len(examples):
         remarks.append(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +28,12 @@ from opcd.models.by_name import (
 )
 from opcd.models.head import head_of
 from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
+from opcd.scoring.reasoning import MARKS
 from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
+from opcd.tasks.contexts import Context
 from opcd.tasks.elsewhere import ANSWER_TOKENS, Request, read_elsewhere
-from opcd.tasks.special_tokens import placed_texts, special_token_remarks
+from opcd.tasks.special_tokens import placed_texts, special_token_remarks, special_tokens_in
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
 
@@ -58,13 +61,14 @@ class Setup(NamedTuple):
     @property
     def prompt_lines(self) -> list[str]:
         """What a student's prompts begin with and what ends its answers, for people."""
-        ends = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        ends = [*map(str, self.tokenizer.convert_ids_to_tokens(self.stop_ids))]
+        ends += map(repr, self.config.stop)
         return [
             *(
                 f"without   {text!r} stands in front of a request"
                 for text in dict.fromkeys(chat.stand_in for chat in self.chats.values())
             ),
-            f"answers   end with {', '.join(map(str, ends))}, or at "
+            f"answers   end with {', '.join(ends)}, or at "
             f"{self.config.max_completion_tokens} tokens",
         ]
 
@@ -124,20 +128,14 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     template = Template(tokenizer, config.chat_template_args, _day(config))
     own_system = {e.context for part in files.parts.values() for e in part if e.own_system}
     chats = {
-        name: Chat(
-            template,
-            context.messages,
-            config.context_placement,
-            config.without_context,
-            name in own_system,
-            context.tools,
-        )
+        name: _chat(template, name, context, config, name in own_system)
         for name, context in files.contexts.items()
     }
     limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
     rows = min(c.get_text_config().vocab_size for c in configs)
     stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
     check_ends(stop_ids, config.model)
+    _check_stops(config.stop, tokenizer)
     ends = stop_ids if for_training else []
     task = render_task(files, chats, limit, config.max_completion_tokens, rows, ends)
     elsewhere, found = read_elsewhere(config, files, next(iter(chats.values())), limit, rows)
@@ -176,6 +174,32 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     )
 
 
+def _chat(
+    template: Template, name: str, context: Context, config: TrainConfig, own_system: bool
+) -> Chat:
+    """Of one context. An error says where the tools stand, if it has some."""
+    placed = config.context_placement, config.without_context
+    try:
+        return Chat(template, context.messages, *placed, own_system, context.tools)
+    except InputError as error:
+        if not context.tools:
+            raise
+        where = f"{config.context}: {name}" if name else config.context
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_stops(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a stop string that no completion's text can hold."""
+    found = special_tokens_in(strings, tokenizer)
+    marks = {token for token in found if token not in MARKS}
+    if marks:
+        raise InputError(
+            f"stop must hold texts that completions are decoded to, got the special token "
+            f"{min(marks)!r}, which is left out of them; a token that ends answers is named as EOS "
+            f"by the model's generation_config.json"
+        )
+
+
 def _check_rows(student: int, teacher: int) -> None:
     """Raise InputError if the student can sample a token that the teacher has no embedding for."""
     if student > teacher:
@@ -192,7 +216,9 @@ def _check_rope(
     max_completion_tokens: int,
 ) -> None:
     """Raise InputError if sequences lie on both sides of where rotary frequencies change."""
-    recorded = [(len(e.student_ids), len(task.prompted_ids(e))) for e in task.recorded]
+    recorded = [
+        (len(e.student_ids), len(task.prompted_ids(e))) for e in chain.from_iterable(task.recorded)
+    ]
     asked = [(len(p.student_ids), len(task.prompted_ids(p))) for p in task.prompts]
     others = [len(request.token_ids) for request in elsewhere]
     bounds = [[(n + 1, n + ANSWER_TOKENS) for n in others]]
@@ -227,6 +253,12 @@ def _remarks(config: TrainConfig, chats: Mapping[str, Chat], task: Task) -> list
         remarks.append(
             "the chat template does not take the context as a system message, or a request's own "
             "behind it: it stands in front of the first user message"
+        )
+    if parted := [len(found) for found in task.recorded if len(found) > 1]:
+        remarks.append(
+            f"{len(parted)} of {len(task.recorded)} recorded conversations are trained on turn by "
+            f"turn, as {sum(parted)} sequences: the chat template writes earlier turns otherwise "
+            f"than the last one"
         )
     if task.shared_tokens < 0.8 * task.prompt_tokens_saved:
         remarks.append(

@@ -1,8 +1,8 @@
 """A recorded conversation as token ids: its assistant turns are scored, nothing else of it.
 
-Behind what the context changes, up to where the first turn is opened, both models are given the
-same ids. A turn is all that stands behind its generation prompt, up to and with the token that ends
-it, as a model would have sampled it there; what stands between two turns is tokenized apart.
+Behind what the context changes, up to where the first scored turn is opened, both models are given
+the same ids. A turn is all that stands behind its generation prompt, up to and with the token that
+ends it, as a model would have sampled it there; what stands between two turns is tokenized apart.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -27,30 +27,45 @@ ADVICE = (
 )
 
 
+class WrittenOtherwise(InputError):
+    """A turn that is not written as it is where it is the last one."""
+
+
 class Recorded(NamedTuple):
-    """A conversation up to the end of its last assistant turn."""
+    """A conversation up to the end of its last assistant turn, or up to that of another one."""
 
     student_ids: list[int]  # without the context
     teacher_ids: list[int]  # with all of it
-    spans: list[Span]  # the assistant turns
+    spans: list[Span]  # the assistant turns that are scored
 
 
-def recorded_ids(chat: Chat, example: Example, stop_ids: Collection[int]) -> Recorded:
+def recorded_ids(chat: Chat, example: Example, stop_ids: Collection[int]) -> list[Recorded]:
     """Token ids of an example's conversation, and where its assistant turns stand.
 
-    Raises InputError, which names the example's place, for a template that writes the conversation
-    otherwise behind the context, or a turn otherwise than as the last one; that drops some of a
+    One sequence with all turns, where the template writes each of them as it writes the last one.
+    Else one for each turn, which is its last: earlier turns are then what a model sees of them in
+    use, such as without their thoughts, and nothing is scored of them.
+
+    Raises InputError, which names the example's place, for a template that writes what follows the
+    context otherwise behind it, or a turn otherwise than it opens an answer; that drops some of a
     turn, or ends it without one of `stop_ids`; and for a turn that spells one of them.
     """
+    messages = example.conversation
+    turns = answering_turns(messages, example.source)
     try:
-        return _recorded_ids(chat, example, stop_ids)
+        try:
+            return [_sequence(chat, messages, turns, stop_ids)]
+        except WrittenOtherwise:
+            return [_sequence(chat, messages[: turn + 1], [turn], stop_ids) for turn in turns]
     except InputError as error:
         raise InputError(f"{example.source}: {error}") from error
 
 
-def _recorded_ids(chat: Chat, example: Example, stop_ids: Collection[int]) -> Recorded:
-    template, messages = chat.template, example.conversation
-    turns = answering_turns(messages, example.source)
+def _sequence(
+    chat: Chat, messages: Sequence[Message], turns: Sequence[int], stop_ids: Collection[int]
+) -> Recorded:
+    """Messages up to the last of the turns, of which those are scored."""
+    template = chat.template
     student = _View(template, chat.student_messages)
     teacher = _View(template, chat.teacher_messages, chat.tools)
     if chat.placement == "system":
@@ -109,7 +124,7 @@ class _View:
         opened = self._template.text(self._arrange(messages[:i]), tools=self._tools)
         if not whole.startswith(opened):
             what = "what stands in front of a recorded turn as it opens an answer there"
-            _check_same(self._template, what, whole, opened, self.advice)
+            _check_same(self._template, what, whole, opened, self.advice, WrittenOtherwise)
         return len(opened)
 
     def end(
@@ -137,7 +152,7 @@ class _View:
             )
         last = self.answered(messages[: i + 1])
         what = "an earlier assistant turn as it writes the last one"
-        _check_same(template, what, whole[:start], last[:start], self.advice)
+        _check_same(template, what, whole[:start], last[:start], self.advice, WrittenOtherwise)
         text = _up_to_end(last[start:], spelled)
         if _bare(turn["content"]) not in _bare(text):
             raise InputError(
@@ -145,7 +160,8 @@ class _View:
                 f"writes {text[:SHOWN]!r} for {turn['content'][:SHOWN]!r}; {ADVICE}"
             )
         if not whole.startswith(text, start):
-            _check_same(template, what, whole[start : start + len(text)], text, self.advice)
+            got = whole[start : start + len(text)]
+            _check_same(template, what, got, text, self.advice, WrittenOtherwise)
         return start + len(text)
 
 
@@ -171,12 +187,19 @@ def _check_end(
         )
 
 
-def _check_same(template: Template, what: str, one: str, other: str, advice: str) -> None:
-    """Raise InputError for two spellings, shown from where they differ."""
+def _check_same(
+    template: Template,
+    what: str,
+    one: str,
+    other: str,
+    advice: str,
+    kind: type[InputError] = InputError,
+) -> None:
+    """Raise an error for two spellings, shown from where they differ."""
     if one == other:
         return
     shown = max(0, same_start(one, other) - SHOWN // 3)
-    raise InputError(
+    raise kind(
         f"to train on recorded turns the chat template of {template.name!r} must write {what}, got "
         f"{one[shown : shown + SHOWN]!r} and {other[shown : shown + SHOWN]!r}; {advice}"
     )

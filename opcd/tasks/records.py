@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.runtime.strict_json import no_constant, unique_keys
+from opcd.runtime.strict_json import NO_JSON, strict_decoder
 
 Record = dict[str, Any]
 
@@ -113,7 +113,7 @@ def parse_json(text: str, path: str, kind: str) -> Any:
     """A whole file as one JSON value. Raises InputError naming the line."""
     try:
         return _DECODER.decode(text)
-    except _NOT_JSON as error:
+    except NO_JSON as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise _no_json(f"{path}:{line}: {kind} must be valid JSON", error) from error
 
@@ -206,13 +206,13 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
     try:
         yield f"{path}:1", _DECODER.decode(text)
         return
-    except _NOT_JSON:
+    except NO_JSON:
         pass  # one object a line, or a mistake whose line is found here
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 value = _DECODER.decode(line)
-            except _NOT_JSON as error:
+            except NO_JSON as error:
                 must = f"{path}:{number}: each line must be one JSON object"
                 raise _no_json(must, error) from error
             yield f"{path}:{number}", value
@@ -225,7 +225,7 @@ def _wrapped(text: str, start: int) -> int | None:
         return None
     try:
         value, end = _DECODER.raw_decode(text, start)
-    except _NOT_JSON:
+    except NO_JSON:
         pass  # the mistake is found where it is
     else:
         if len(value) > 1 or text[end:].strip():
@@ -248,7 +248,7 @@ def _elements(text: str, opens: int, path: str) -> Iterator[tuple[str, Any]]:
             closed = text[at : at + 1] == "]"
             if not closed and text[at : at + 1] != ",":
                 raise json.JSONDecodeError("no comma and no ] behind a value", text, at)
-        except _NOT_JSON as error:
+        except NO_JSON as error:
             where = error.lineno if isinstance(error, json.JSONDecodeError) else line
             must = f"{path}:{where} (row {row}): a file that opens with [ must be one JSON array"
             raise _no_json(must, error) from error
@@ -283,9 +283,6 @@ def _written(spelling: str) -> Written:
     return number
 
 
-_NOT_JSON = (ValueError, RecursionError)
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=_written
-)
+_DECODER = strict_decoder(_written)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ONE_LIST = re.compile(r'\{\s*"(?P<key>[^"\\]*)"\s*:\s*(?P<array>\[)\s*[{\]]')

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
@@ -58,13 +59,20 @@ class Task:
     scorer: Scorer
     # The tools of contexts that have some, by name; the teacher's prompts hold them, as rendered.
     tools: dict[str, list[Tool]] = field(default_factory=dict)
-    # The conversations of the training part, where those are trained on as they were recorded.
-    recorded: list[Episode] = field(default_factory=list)
+    # The conversations of the training part, where those are trained on as they were recorded: one
+    # sequence each, or one for each turn.
+    recorded: list[list[Episode]] = field(default_factory=list)
 
     @property
     def train(self) -> list[Prompt]:
         """The training prompts."""
         return [case.prompt for case in self.training]
+
+    @property
+    def conversations(self) -> list[list[Prompt]]:
+        """The training prompts, those of one row together, each behind the one before it."""
+        rows = groupby(self.training, key=lambda case: case.source)
+        return [[case.prompt for case in cases] for _, cases in rows]
 
     def prompted_ids(self, prompt: Prompt | Episode) -> list[int]:
         """The whole prompt, or conversation, with its context in front."""
@@ -107,8 +115,12 @@ class Task:
         prefixes = [ids for _, ids in sorted(self.prefixes.items())]
         prompts = [[*p.student_ids, -1, *p.teacher_ids] for p in self.train]
         named = [p.context for p in self.train if p.context]
-        recorded = [[e.student_ids, e.teacher_ids, e.spans] for e in self.recorded]
-        ids = prefixes + prompts + named + recorded
+        recorded = [
+            [e.student_ids, e.teacher_ids, e.spans] for e in chain.from_iterable(self.recorded)
+        ]
+        turns = [len(conversation) for conversation in self.conversations]
+        together = [turns] if max(turns, default=1) > 1 else []  # what steps take
+        ids = prefixes + prompts + named + recorded + together
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     @property
@@ -246,7 +258,7 @@ def render_task(
     a token that the model has no embedding for; so for recorded conversations.
     """
     by_example: dict[int, Case] = {}
-    episodes: dict[int, Episode] = {}
+    episodes: dict[int, list[Episode]] = {}
     prefixes = {}
     for name, chat in chats.items():
         examples = [e for part in files.parts.values() for e in part if e.context == name]
@@ -260,7 +272,7 @@ def render_task(
         ]
         # A first user message of another kind: the common start must be the context's alone.
         probes = [chat.teacher_ids([user(t)]) for t in ("Hm?", "3 + 4")]
-        whole = [conversation.teacher_ids for _, conversation in conversations]
+        whole = [one.teacher_ids for _, found in conversations for one in found]
         length = shared_prefix_length([*with_context, *whole, *probes])
         if length == 0:
             raise InputError(
@@ -276,10 +288,11 @@ def render_task(
             prompt = Prompt(student_ids, ids[length:], name)
             by_example[id(example)] = Case(example, prompt)
         for example, found in conversations:
-            check_conversation(example, len(found.teacher_ids), max_positions)
-            ids = [*found.student_ids, *found.teacher_ids]
-            check_tokens(ids, vocab_size, chat.template.tokenizer, example)
-            episodes[id(example)] = _episode(found, length, name)
+            for one in found:
+                check_conversation(example, len(one.teacher_ids), max_positions)
+                ids = [*one.student_ids, *one.teacher_ids]
+                check_tokens(ids, vocab_size, chat.template.tokenizer, example)
+            episodes[id(example)] = [_episode(one, length, name) for one in found]
 
     def cases(part: str) -> list[Case]:
         return [by_example[id(example)] for example in files.parts[part]]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from opcd.errors import InputError
-from opcd.runtime.strict_json import no_constant, unique_keys
+from opcd.runtime.strict_json import NO_JSON, strict_decoder
 
 Tool = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
@@ -196,8 +196,8 @@ def _check_name(name: Any, place: str) -> None:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
+        return strict_decoder().decode(text)
+    except NO_JSON as error:
         raise InputError(
             f"{place} must be JSON, got {text[:80]!r} ({error}); correct it"
         ) from error

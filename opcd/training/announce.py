@@ -39,10 +39,12 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
     ]
     if reason := unused_gpu(setup.device):
         lines.append(f"note      this machine's GPU is not used: {reason}; see docs/gpu.md")
-    if config.prompts_per_step > len(task.train):
+    rows = len(task.recorded or task.conversations)
+    if config.prompts_per_step > rows:
+        kind = "prompts" if rows == len(task.train) and not task.recorded else "conversations"
         lines.append(
-            f"note      a step takes {config.prompts_per_step} prompts, and there are "
-            f"{len(task.train)}: some come more than once"
+            f"note      a step takes {config.prompts_per_step} {kind}, and there are {rows}: some "
+            f"come more than once"
         )
     if config.warmup_steps > config.steps:
         lines.append(
@@ -56,8 +58,9 @@ def _trained_on(setup: Setup) -> str:
     """How much there is to train on."""
     task = setup.task
     if not task.recorded:
-        return f"{len(task.train)} training"
-    turns = sum(len(conversation.spans) for conversation in task.recorded)
+        count, rows = len(task.train), len(task.conversations)
+        return f"{count} training" if count == rows else f"{count} training of {rows} conversations"
+    turns = sum(len(e.spans) for conversation in task.recorded for e in conversation)
     return f"{len(task.recorded)} recorded conversations with {turns} turns to train on"
 
 

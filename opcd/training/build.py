@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from opcd.evaluation.decoding import rollout_params
 from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
@@ -61,13 +62,14 @@ def build_distiller(setup: Setup) -> Distiller:
 
 
 def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
-    config, prompts = setup.config, setup.task.train
+    config, conversations = setup.config, setup.task.conversations
+    params = rollout_params(setup)
     if config.source == "recorded":
         return Recorded(setup.task.recorded, config)
     if not config.guided_share:
-        return OnPolicy(prompts, config)
+        return OnPolicy(conversations, config, params)
     if setup.completions is not None:
-        return PartlyGuided(prompts, config, StoredCompletions(setup.completions))
+        return PartlyGuided(conversations, config, params, StoredCompletions(setup.completions))
     with teacher.frozen():
         engine = build_engine(
             config.rollout_engine,
@@ -77,5 +79,5 @@ def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
             config.max_tokens_per_pass,
         )
     folder = Path(config.output_dir)
-    completions = TeacherCompletions(teacher, engine, setup.task, config, folder)
-    return PartlyGuided(prompts, config, completions)
+    completions = TeacherCompletions(teacher, engine, setup.task, config, params, folder)
+    return PartlyGuided(conversations, config, params, completions)

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 
 from opcd.evaluation.contenders import LoadedModel
+from opcd.evaluation.decoding import greedy_params
 from opcd.evaluation.elsewhere import original_side
 from opcd.runtime.stopwatch import Stopwatch
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import spread
 from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller
-from opcd.training.sources import parted
+from opcd.training.sources import parted, prompts_of
 from opcd.training.validation import Validation
 
 SCRATCH = 2**24  # numbers on which AdamW and writing are timed
@@ -123,10 +124,11 @@ def _with_steps(steps: int, one: Timed, setup: Setup) -> RunSeconds:
 
 def _guided_completions(steps: int, setup: Setup) -> int:
     """How many the teacher writes in so many steps; a prompt that comes again keeps its own."""
-    config, prompts = setup.config, setup.task.train
+    config, conversations = setup.config, setup.task.conversations
     if not config.guided_share or setup.completions is not None:
         return 0
-    guided = {p.key for step in range(steps) for p in parted(prompts, step, config)[1]}
+    chosen = (parted(conversations, step, config)[1] for step in range(steps))
+    guided = {prompt.key for some in chosen for prompt in prompts_of(some)}
     return len(guided) * config.completions_per_prompt
 
 
@@ -203,7 +205,8 @@ def _elsewhere_seconds(distiller: Distiller, setup: Setup) -> float:
     if not (requests and setup.task.test):
         return 0.0
     student, plan = distiller.student, distiller.student_loss.plan
-    model = LoadedModel(student, plan, distiller.engine, setup._replace(elsewhere=requests))
+    some = setup._replace(elsewhere=requests)
+    model = LoadedModel(student, plan, distiller.engine, some, greedy_params(setup))
     both = _seconds(lambda: distiller.in_low_precision(lambda: original_side(model)), distiller)
     return both / len(requests)
 

@@ -46,12 +46,14 @@ class TeacherCompletions:
         engine: RolloutEngine,  # the teacher's, apart from the student's: no graph is made twice
         task: Task,
         config: TrainConfig,
+        params: SamplingParams,  # of training
         folder: Path,
     ) -> None:
         self._teacher = teacher
         self._engine = engine
         self._task = task
         self._config = config
+        self._params = params
         self._file = folder / FILE
         self._rule = {
             "rule": "one completion a prompt and sample, used again whenever the prompt is guided",
@@ -60,6 +62,7 @@ class TeacherCompletions:
             "temperature": config.temperature,
             "max_completion_tokens": config.max_completion_tokens,
             "contexts": task.context_digests,
+            **({"stop": config.stop} if config.stop else {}),
         }
         self._kept = self._read()
 
@@ -100,10 +103,9 @@ class TeacherCompletions:
         """All samples of prompts that stand behind one context."""
         n = self._config.completions_per_prompt
         repeated = [p for p in prompts for _ in range(n)]
-        params = SamplingParams(self._config.max_completion_tokens, self._config.temperature)
         ids = [self._task.prompted_ids(p) for p in repeated]
         numbers = streams(self._config.seed, GUIDED, prompts, n)
-        rollouts = self._engine.generate(ids, params, numbers)
+        rollouts = self._engine.generate(ids, self._params, numbers)
         return [
             {
                 "key": prompt.key,
@@ -127,7 +129,8 @@ class TeacherCompletions:
         if rule.get("teacher") == (self._config.teacher or self._config.model):
             rule["teacher"] = self._rule["teacher"]  # versions before wrote its name
         if rule != self._rule:
-            differing = [k for k in self._rule if rule.get(k) != self._rule[k]]
+            names = [*dict.fromkeys([*self._rule, *rule])]
+            differing = [k for k in names if rule.get(k) != self._rule.get(k)]
             raise InputError(
                 f"{self._file} must hold completions made by the rule of this run, got another "
                 f"{', '.join(differing)}; delete the file, or start another output_dir"

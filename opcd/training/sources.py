@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
-from opcd.tasks.order import step_prompts
+from opcd.tasks.order import step_rows
 from opcd.training.guided import GuidedCompletions
+
+Conversation = Sequence[Prompt]  # the prompts of one row, in order
 
 BATCHES_AHEAD = 4  # of rollout_batch_size, that guided completions are made for at once
 
@@ -25,48 +27,60 @@ class Source(Protocol):
 class OnPolicy:
     """The student's own completions of the training prompts."""
 
-    def __init__(self, prompts: Sequence[Prompt], config: TrainConfig) -> None:
-        self._prompts = prompts
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        config: TrainConfig,
+        params: SamplingParams,  # of training
+    ) -> None:
+        self._conversations = conversations
         self._config = config
+        self._params = params
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes."""
-        prompts = step_prompts(self._prompts, step, self._config)
-        return own_episodes(prompts, step, sampler, self._config)
+        chosen = step_rows(self._conversations, step, self._config)
+        return own_episodes(prompts_of(chosen), step, sampler, self._config, self._params)
 
 
 class PartlyGuided:
-    """The student's own completions, and for a share of a step's prompts somebody else's.
+    """The student's own completions, and for a share of a step's conversations somebody else's.
 
     Plain on-policy training teaches nothing about what the student never samples; here the prompted
     teacher shows it.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], config: TrainConfig, completions: GuidedCompletions
+        self,
+        conversations: Sequence[Conversation],
+        config: TrainConfig,
+        params: SamplingParams,  # of training
+        completions: GuidedCompletions,
     ) -> None:
-        self._prompts = prompts
+        self._conversations = conversations
         self._config = config
+        self._params = params
         self._completions = completions
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes. Guided ones come last."""
         config = self._config
-        own, guided = parted(self._prompts, step, config)
+        own, guided = map(prompts_of, parted(self._conversations, step, config))
         self._completions.prepare(guided, lambda: self._ahead(step))
         shown = [
             scored_as(self._completions.episode(prompt, sample), "guided", config)
             for prompt in guided
             for sample in range(config.completions_per_prompt)
         ]
-        return [*(own_episodes(own, step, sampler, config) if own else []), *shown]
+        said = own_episodes(own, step, sampler, config, self._params) if own else []
+        return [*said, *shown]
 
     def _ahead(self, step: int) -> list[Prompt]:
         """The guided prompts from this step on: a large batch."""
         wanted: list[Prompt] = []
         count = BATCHES_AHEAD * self._config.rollout_batch_size
         for later in range(step, self._config.steps):
-            wanted += parted(self._prompts, later, self._config)[1]
+            wanted += prompts_of(parted(self._conversations, later, self._config)[1])
             if len(wanted) >= count:
                 break
         return wanted
@@ -75,33 +89,41 @@ class PartlyGuided:
 class Recorded:
     """Conversations whose assistant turns are scored as they were recorded; nothing is sampled."""
 
-    def __init__(self, conversations: Sequence[Episode], config: TrainConfig) -> None:
+    def __init__(self, conversations: Sequence[Sequence[Episode]], config: TrainConfig) -> None:
         self._conversations = conversations
         self._config = config
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes."""
-        chosen = step_prompts(self._conversations, step, self._config)
-        return [scored_as(conversation, "recorded", self._config) for conversation in chosen]
+        chosen = step_rows(self._conversations, step, self._config)
+        return [scored_as(e, "recorded", self._config) for e in chain.from_iterable(chosen)]
 
 
 def parted(
-    prompts: Sequence[Prompt], step: int, config: TrainConfig
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The student's prompts of a step, and the guided ones, spread over it and over steps."""
-    chosen = step_prompts(prompts, step, config)
+    conversations: Sequence[Conversation], step: int, config: TrainConfig
+) -> tuple[list[Conversation], list[Conversation]]:
+    """The student's conversations of a step, and the guided ones, spread over it and over steps."""
+    chosen = step_rows(conversations, step, config)
     share, first = config.guided_share, step * len(chosen)
     counts = [int(share * (first + i)) for i in range(len(chosen) + 1)]
     marks = [after - before for before, after in pairwise(counts)]
-    own = [p for p, mark in zip(chosen, marks, strict=True) if not mark]
-    return own, [p for p, mark in zip(chosen, marks, strict=True) if mark]
+    own = [c for c, mark in zip(chosen, marks, strict=True) if not mark]
+    return own, [c for c, mark in zip(chosen, marks, strict=True) if mark]
+
+
+def prompts_of(conversations: Sequence[Conversation]) -> list[Prompt]:
+    """Those of all, one conversation behind the other."""
+    return [*chain.from_iterable(conversations)]
 
 
 def own_episodes(
-    prompts: Sequence[Prompt], step: int, sampler: RolloutEngine, config: TrainConfig
+    prompts: Sequence[Prompt],
+    step: int,
+    sampler: RolloutEngine,
+    config: TrainConfig,
+    params: SamplingParams,
 ) -> list[Episode]:
     """The student's completions of a step's prompts."""
-    params = SamplingParams(config.max_completion_tokens, config.temperature)
     n = config.completions_per_prompt
     episodes = complete(sampler, prompts, params, config.seed, step, n)
     return [scored_as(episode, "student", config) for episode in episodes]

@@ -20,7 +20,8 @@ from opcd.evaluation.agreement import (
     student_side,
     teacher_side,
 )
-from opcd.evaluation.contenders import Answer, greedy_answers, prompted_answers
+from opcd.evaluation.contenders import Answer, answers_alone, prompted_answers
+from opcd.evaluation.decoding import greedy_params, rollout_params
 from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference
 from opcd.evaluation.scorecard import accuracy
@@ -71,10 +72,10 @@ class Validation:
 
     def answers(self) -> list[Answer]:
         """What the student as it is answers to the requests, without the context."""
-        distiller, ids = self._distiller, [case.prompt.student_ids for case in self._cases]
+        distiller, params = self._distiller, greedy_params(self._setup)
         distiller.engine.sync(distiller.student, distiller.steps_done)
         return distiller.in_low_precision(
-            lambda: greedy_answers(distiller.engine, ids, self._setup)
+            lambda: answers_alone(distiller.engine, self._cases, params, self._setup)
         )
 
     def distances(self) -> tuple[Gap, Divergences]:
@@ -82,10 +83,11 @@ class Validation:
         distiller, shown, config = self._distiller, self.shown, self._setup.config
         student, engine, plan = distiller.student, distiller.engine, distiller.student_loss.plan
         prompts = [case.prompt for case in self._held_out]
+        params = rollout_params(self._setup)
         engine.sync(student, distiller.steps_done)
         own, missed = distiller.in_low_precision(
             lambda: (
-                own_side(student, plan, engine, prompts, config),
+                own_side(student, plan, engine, prompts, params, config),
                 student_side(student, plan, shown.episodes, config),
             )
         )
@@ -109,7 +111,7 @@ class Validation:
                 teacher.plan,
                 config.max_tokens_per_pass,
             )
-            answers = prompted_answers(engine, self._cases, self._setup)
+            answers = prompted_answers(engine, self._cases, greedy_params(self._setup), self._setup)
             engine.close()
         return answers
 

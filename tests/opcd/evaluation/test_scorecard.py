@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from opcd.config import TrainConfig
 from opcd.config.settings import gather
 from opcd.errors import InputError
-from opcd.evaluation.contenders import Answer, Contender, greedy_answers
+from opcd.evaluation.contenders import Answer, Contender, answers_of
 from opcd.evaluation.evaluate import Evaluation, evaluate
 from opcd.evaluation.intervals import PerRequest, paired_difference, wilson_interval
 from opcd.evaluation.report import before_after, scorecard_facts, scorecard_table
@@ -39,6 +40,8 @@ from opcd.tasks.task import Case, spread
 from opcd.training.evaluate import evaluate_run
 from opcd.training.run import train
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
+
+GREEDY = SamplingParams(8, temperature=0.0)
 
 
 class Heard(Progress):
@@ -287,13 +290,12 @@ def test_remarks_on_the_data_reach_people(
     heard = Heard()
     config = TrainConfig(**settings | {"scorer": "python:scorer_of_labels:f"})
     evaluate_run(config, "none", str(tmp_path / "out"), heard)
-    assert heard.said[2].startswith(
-        "note      scorer python:scorer_of_labels:f finds 7 of 7 accepted"
-    )
+    labels = "note      accepted answers are labels to scorer python:scorer_of_labels:f: as a comp"
+    assert heard.said[2].startswith(labels)
+    assert "none of the 7 would" in heard.said[2]
     heard.said.clear()
     train(replace(config, steps=1, test_data=None), progress=heard)
-    wanted = "note      scorer python:scorer_of_labels:f finds 3 of 3 accepted"
-    assert any(line.startswith(wanted) for line in heard.said)
+    assert any(line.startswith(labels) and "of the 3 would" in line for line in heard.said)
 
 
 def divergence_in_full(setup: Setup, student: object, teacher: object, cases: list[Case]) -> float:
@@ -453,13 +455,15 @@ def test_equal_prompts_are_answered_once(settings: dict) -> None:
     asked: list[int] = []
 
     class Echo:
-        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+        def generate(self, prompts: Sequence, params: SamplingParams, _: Any) -> list[Rollout]:
             asked.append(len(prompts))
             return [Rollout(p, [p[-1] + 2], "stop", 0) for p in prompts]
 
-    answers = greedy_answers(Echo(), [[40], [50], [40]], setup)
+    answers = answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], GREEDY, setup)
     assert asked == [2]
     assert [a.text for a in answers] == [setup.chat.decode([x]) for x in (42, 52, 42)]
+    answers_of(Echo(), [[40], [50], [40]], [1, 2, 3], SamplingParams(8, 0.7), setup)
+    assert asked == [2, 3], "each draws for itself"
 
 
 def test_a_scorer_sees_special_tokens(settings: dict) -> None:
@@ -467,10 +471,10 @@ def test_a_scorer_sees_special_tokens(settings: dict) -> None:
     stop = setup.tokenizer.eos_token_id
 
     class Stopping:
-        def generate(self, prompts: Sequence, params: SamplingParams) -> list[Rollout]:
+        def generate(self, prompts: Sequence, params: SamplingParams, _: Any) -> list[Rollout]:
             return [Rollout(p, [40, stop] if p[-1] > 45 else [40], "stop", 0) for p in prompts]
 
-    answers = greedy_answers(Stopping(), [[40], [50], [40], [50]], setup)
+    answers = answers_of(Stopping(), [[40], [50], [40], [50]], [0] * 4, GREEDY, setup)
     scorer = Scorer("python:m:f", lambda it: Score("<|im_end|>" in it.raw, {}), None)
     assert accuracy(answers[:3], setup.task.test[:3], scorer, [""] * 3) == pytest.approx(1 / 3)
 

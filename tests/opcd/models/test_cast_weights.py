@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from opcd.models.cast_weights import CastWeights
 from opcd.models.lm import autocast
 from opcd.rollouts.decode import Decoder
+from opcd.rollouts.protocol import SamplingParams
 from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_a_decoder_sees_the_casts() -> None:
 
     def logits() -> torch.Tensor:
         decoder = Decoder(model, 2, 64, [1])
-        decoder.load([[5, 6], [7, 8, 9]], None, 4, 0.0, torch.arange(2))
+        decoder.load([[5, 6], [7, 8, 9]], None, SamplingParams(4, 0.0), torch.arange(2))
         return decoder.step_logits()
 
     found = []

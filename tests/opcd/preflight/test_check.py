@@ -21,6 +21,7 @@ from opcd.preflight.check import Checked, check
 from opcd.preflight.disk import Disk
 from opcd.preflight.memory import Memory
 from opcd.preflight.verdict import Measured
+from opcd.rollouts.protocol import SamplingParams
 from opcd.runtime.memory import Room
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup, prepare
@@ -96,9 +97,9 @@ class Loads:
         self._models: list[weakref.ref[torch.nn.Module]] = []
         self._load = contenders.load_for_answers
 
-    def __call__(self, setup: Setup, name: str) -> Any:
+    def __call__(self, setup: Setup, name: str, params: SamplingParams) -> Any:
         self.check_gone()
-        loaded = self._load(setup, name)
+        loaded = self._load(setup, name, params)
         self.names.append(name)
         self._models.append(weakref.ref(loaded.model))
         return loaded

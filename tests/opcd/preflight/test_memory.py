@@ -12,7 +12,7 @@ from opcd.passes.hidden import Row
 from opcd.passes.plan import planned_hidden
 from opcd.preflight.memory import Memory, Models
 from opcd.preflight.weightless import Tally, nbytes
-from opcd.tasks.order import step_prompts
+from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller
@@ -71,7 +71,7 @@ def test_parts_of_other_architectures(name: str, settings: dict, tmp_path: Path)
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_those_of_the_run(kind: str, settings: dict) -> None:
     setup, found, distiller = both(settings, **KINDS[kind], max_completion_tokens=200)
-    prompts = step_prompts(setup.task.train, 0, setup.config)
+    prompts = step_rows(setup.task.train, 0, setup.config)
     rows = [Row([*p.student_ids, *[7] * 200], [(len(p.student_ids), 200)]) for p in prompts]
     student, plan = distiller.student, distiller.student_loss.plan
     low = setup.dtype == torch.bfloat16
@@ -94,7 +94,7 @@ def test_activations_are_those_of_the_run(kind: str, settings: dict) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("full")])
 def test_an_update_takes_what_was_counted(kind: str, settings: dict) -> None:
     setup, found, distiller = both(settings, **KINDS[kind], max_completion_tokens=200)
-    prompts = step_prompts(setup.task.train, 0, setup.config)
+    prompts = step_rows(setup.task.train, 0, setup.config)
     episodes = [Episode.of_completion(prompt, [7] * 200) for prompt in prompts]
     targets = distiller.score(episodes)
     distiller.backward(episodes, targets)  # gradients stay from here on

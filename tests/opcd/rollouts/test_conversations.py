@@ -113,35 +113,6 @@ def test_rows_end_and_others_go_on(engine: Engine) -> None:
     assert rows.complete(GREEDY) == [None] * 5
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "mamba"])
-def test_a_turn_is_taken_back(name: str) -> None:
-    """As for a recording, whose own answers stand where others were sampled."""
-    model = build(name)
-    stop = TransformersEngine(model, share_prefix=False).generate([PROMPTS[0]], GREEDY)
-    stop_at(model, stop[0].completion_token_ids[1:2])
-    recorded = [[[40, 41], [42], [43, 44], [45], [46] * 12], [[50], [51] * 3, [52], [53], [54]]]
-    for made in engines(model, 3):
-        rows, held = made.open(PROMPTS), [list(p) for p in PROMPTS]
-        for new in recorded:
-            turn = rows.complete(GREEDY)
-            assert said(turn) == anew(made, held, GREEDY, [0] * 5)
-            rows.rewind()
-            rows.rewind()  # once is enough
-            assert rows.token_ids == held
-            with pytest.raises(ValueError, match="must be appended to first"):
-                rows.complete(GREEDY)
-            rows.append(new)
-            held = [h + n for h, n in zip(held, new, strict=True)]
-        assert said(rows.complete(GREEDY)) == anew(made, held, GREEDY, [0] * 5)
-
-
-def test_nothing_is_taken_back_before_a_turn(engine: Engine) -> None:
-    rows = engine(tiny_llama()).open(PROMPTS[:2])
-    rows.rewind()
-    assert rows.token_ids == PROMPTS[:2]
-    assert None not in rows.complete(GREEDY)
-
-
 @contextmanager
 def counted(model: torch.nn.Module) -> Iterator[list[int]]:
     """Tokens, pads among them, that went into the model's layers."""

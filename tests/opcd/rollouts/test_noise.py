@@ -8,7 +8,7 @@ import torch
 
 from opcd.episodes import Prompt
 from opcd.rollouts.generate import TransformersEngine
-from opcd.rollouts.noise import BLOCK, drawn, shifted_sums, streams, uniforms
+from opcd.rollouts.noise import BLOCK, drawn, shifted_sums, streams, truncated, uniforms
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
 from opcd.rollouts.static import StaticEngine
 from tests.conftest import tiny_llama
@@ -146,3 +146,73 @@ def test_tokens_follow_their_probabilities(temperature: float) -> None:
     freedom = int(often.sum()) - 1
     assert freedom > 30
     assert abs(statistic - freedom) < 4 * sqrt(2 * freedom)
+
+
+def plain_head(logits: torch.Tensor, temperature: float, k: int, p: float) -> torch.Tensor:
+    """The distribution of the likeliest tokens, in fp64, one token after the other."""
+    shares = torch.softmax(logits.double() / temperature, -1)
+    order = sorted(range(len(shares)), key=lambda i: (-logits[i].item(), i))
+    if k:
+        order = order[:k]
+    whole = sum(shares[i].item() for i in order)
+    kept, held = [], 0.0
+    for i in order:
+        if p == 1 or held / whole < p:
+            kept.append(i)
+            held += shares[i].item()
+    head = torch.zeros_like(shares)
+    head[kept] = shares[kept] / held
+    return head
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize(("k", "p"), [(20, 0.95), (0, 0.9), (3, 1.0), (0, 1.0), (1, 0.5), (999, 1)])
+def test_the_head_of_a_distribution_is_renormalised(temperature: float, k: int, p: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = 3 * torch.randn(4, 300, generator=generator)
+    logits[1, 5:50] = logits[1].max() + 1  # equal ones
+    logits[2] = -torch.inf
+    logits[2, 17] = 0.0
+    for top_k, top_p in ((k, p), (torch.tensor(k), torch.tensor(p, dtype=torch.float64))):
+        found = truncated(logits, temperature, top_k, top_p)
+        for row, scores in zip(found, logits, strict=True):
+            expected = plain_head(scores, temperature, k, p)
+            assert torch.equal(torch.isfinite(row), expected > 0)
+            share = torch.softmax(row.double() / temperature, -1)
+            assert torch.allclose(share, expected, atol=1e-12)
+
+
+def test_of_the_whole_distribution_nothing_is_left_out() -> None:
+    logits = torch.zeros(1, 50_000)
+    logits[0, 7] = 40.0
+    assert torch.equal(truncated(logits, 1.0, 0, 1.0), logits)
+
+
+def test_what_is_drawn_of_the_head_comes_as_often_as_it_should() -> None:
+    logits = torch.log(torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1]))
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    head = truncated(logits[None], 1.0, 4, 0.8).expand(10_000, -1)
+    counts = torch.bincount(drawn(head, uniform, 1.0), minlength=5) / 10_000
+    # Of 0.4, 0.3, 0.15, 0.1 the first three are the fewest that hold 0.8 of 0.95.
+    assert torch.allclose(counts, torch.tensor([0.4, 0, 0.3, 0.15, 0]) / 0.85, atol=2e-4)
+
+
+@pytest.mark.parametrize("engine", [TransformersEngine, StaticEngine])
+def test_engines_draw_from_the_head(engine: type) -> None:
+    """Each token as the head of its own distribution says, by the completion's number."""
+    model = tiny_llama()
+    params = SamplingParams(12, 1.3, top_k=5, top_p=0.8)
+    made, numbers = engine(model), [3, 4, 5]
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    rollouts = made.generate(prompts, params, numbers)
+    for prompt, stream, rollout in zip(prompts, numbers, rollouts, strict=True):
+        ids = [*prompt, *rollout.completion_token_ids]
+        logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
+        for place, token in enumerate(rollout.completion_token_ids):
+            head = plain_head(logits[len(prompt) - 1 + place], 1.3, 5, 0.8)
+            at = head.cumsum(0)
+            u = uniforms(torch.tensor([stream]), place).item()
+            assert head[token] > 0
+            assert at[token] - head[token] - 1e-4 <= u <= at[token] + 1e-4
+    whole = made.generate(prompts, SamplingParams(12, 1.3), numbers)
+    assert [r.completion_token_ids for r in whole] != [r.completion_token_ids for r in rollouts]

@@ -419,8 +419,8 @@ def test_decoding_ends_soon_after_the_last_row(graphed: bool) -> None:
     steps: list[int] = []
     step = decoder.step
     decoder.step = lambda: (steps.append(1), step())[1]
-    decoder.load([[5], [6, 7]], None, 50, 0.0, torch.arange(2))
-    decoder.run(50)
+    decoder.load([[5], [6, 7]], None, SamplingParams(50, 0.0), torch.arange(2))
+    decoder.run(SamplingParams(50, 0.0))
     needed = 1 + max(
         min(i for i, t in enumerate(row) if t in eos) for row in expected
     )  # fmt: skip
@@ -443,11 +443,11 @@ def test_what_a_graph_reads_and_writes_never_moves() -> None:
         return {k: x.data_ptr() for k, x in [*held.items(), *layers]}
 
     with torch.no_grad():
-        decoder.load(PROMPTS[:3], None, 4, 1.0, torch.arange(3))
-        decoder.run(4)
+        decoder.load(PROMPTS[:3], None, SamplingParams(4), torch.arange(3))
+        decoder.run(SamplingParams(4))
         before = places()
-        decoder.load(PROMPTS[1:3], None, 6, 0.0, torch.arange(2))
-        decoder.run(6)
+        decoder.load(PROMPTS[1:3], None, SamplingParams(6, 0.0), torch.arange(2))
+        decoder.run(SamplingParams(6, 0.0))
     assert places() == before
     assert len(before) > 8
 

@@ -104,3 +104,15 @@ def test_special_tokens_in_completions_and_in_place_of_the_context_are_said(sett
         f"<|im_start|> is spelled in 1 text, first in stored.jsonl:1: {said}",
         f"<|im_start|> is spelled in 1 text, first in without_context: {said}",
     ]
+
+
+def test_a_completion_that_goes_on_behind_a_stop_string(settings: dict) -> None:
+    """Where the student's would have ended."""
+    behind = {"prompt": "blue", "completion": "b;"}
+    with pytest.raises(InputError, match=r"stored.jsonl:2: .* got more behind ';', be it the end"):
+        prepared(settings | {"stop": [";"]}, RED, behind)
+    setup = prepared(settings, RED, behind)
+    assert setup.completions is not None
+    ids = setup.completions[setup.task.train[1].key][0]
+    whole = {"prompt": "blue", "completion_token_ids": ids[:-1]}
+    assert completions(prepared(settings | {"stop": [";"]}, RED, whole))[1] == "b;"

@@ -37,6 +37,14 @@ def test_labels_of_a_function_are_a_remark() -> None:
     assert "first 'in scope' at test.jsonl:2" in remark
 
 
+def test_a_function_to_which_all_answers_are_labels_is_no_alarm() -> None:
+    (remark,) = check_gold(examples("in scope", "out"), of_a_user(lambda *_: Score(0.0, {})))
+    assert remark == (
+        "accepted answers are labels to scorer python:m:f: as a completion none of the 2 would be "
+        "right itself, first 'in scope' at test.jsonl:1"
+    )
+
+
 def test_an_empty_completion_that_is_always_right_is_a_remark() -> None:
     (remark,) = check_gold(examples("a", "b"), of_a_user(lambda *_: Score(1.0, {})))
     assert "an empty completion right for all 2 examples" in remark

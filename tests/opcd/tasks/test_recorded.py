@@ -32,15 +32,24 @@ def chat_of(
     return Chat(template, [system("Be brief.")], placement, tools=tools)
 
 
-def recorded(chat: Chat, messages: Sequence[Message]) -> Recorded:
+def sequences(chat: Chat, messages: Sequence[Message]) -> list[Recorded]:
     *front, turn = messages
     example = Example(tuple(front), (), "p.jsonl:7", "", turn)
     return recorded_ids(chat, example, chat.template.stop_ids)
 
 
+def recorded(chat: Chat, messages: Sequence[Message]) -> Recorded:
+    (found,) = sequences(chat, messages)
+    return found
+
+
 def marked(chat: Chat, messages: Sequence[Message]) -> tuple[str, str]:
-    """Both sides as text, with brackets around what is scored."""
-    found, decode = recorded(chat, messages), chat.template.tokenizer.decode
+    """Both sides of one sequence as text, with brackets around what is scored."""
+    return brackets(chat, recorded(chat, messages))
+
+
+def brackets(chat: Chat, found: Recorded) -> tuple[str, str]:
+    decode = chat.template.tokenizer.decode
     sides = []
     for ids, starts in (
         (found.student_ids, [s.student_start for s in found.spans]),
@@ -225,18 +234,6 @@ def test_a_turn_is_tokenized_apart_from_what_it_would_merge_with() -> None:
 @pytest.mark.parametrize(
     ("said", "messages", "spellings"),
     [
-        (  # thoughts of earlier turns dropped
-            "{{ m.content if loop.last else m.content.split('</think>')[-1] | trim }}",
-            [user("Hi"), assistant(THOUGHT), *COLOURS[2:]],
-            r"write an earlier assistant turn as it writes the last one, got 'Hello.*' and "
-            r"'<think>\\nHm\.\\n</think>\\n\\nHello\.<\|im_end\|>'; name a file .* without their "
-            r"thoughts, or set source to sampled",
-        ),
-        (  # another mark in an earlier turn
-            "{{ m.content }}{{ '' if loop.last else '!' }}",
-            COLOURS,
-            r"an earlier assistant turn .* got 'Hello\.!.*' and 'Hello\.<\|im_end\|>'; name",
-        ),
         (  # otherwise behind a system message
             "{{ m.content }}{{ '!' if messages[0].role == 'system' }}",
             COLOURS,
@@ -270,7 +267,7 @@ def test_templates_that_write_turns_otherwise(
     ("family", "messages", "spellings"),
     [
         ("DeepSeek-R1", COLOURS[:2], r"got .*Hello.* and .*<think>\\n'"),
-        ("gpt-oss", COLOURS, r"got .*Hello\.<\|end\|>.* and .*Hello\.<\|return\|>'"),
+        ("DeepSeek-R1", COLOURS, r"got .*Hello.* and .*<think>\\n'"),
         ("Mistral v0.3", COLOURS, r"Hi.* and '<s>\[INST\] Be br.*; set context_placement to user,"),
     ],
 )
@@ -279,6 +276,103 @@ def test_families_that_write_turns_otherwise(
 ) -> None:
     with pytest.raises(InputError, match=f"^p.jsonl:7: .*{spellings}.*set source to sampled"):
         recorded(chat_of(tokenizer_of(FAMILIES[family])), messages)
+
+
+# In the manner of Qwen3: thoughts of turns in front of the last user message are dropped, and turns
+# behind it have one, be it empty.
+QWEN3 = (
+    "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n')"
+    " if '</think>' in m.content else '' %}"
+    "{% if loop.index0 > ns.asked %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ said }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+DATED = "<|start|>system<|message|>You are a large model.\nCurrent date: 2026-05-01<|end|>"
+
+
+def by_turns(chat: Chat, messages: Sequence[Message]) -> list[tuple[str, str]]:
+    found = sequences(chat, messages)
+    for one in found:
+        Episode(one.student_ids, one.teacher_ids, tuple(one.spans))  # refuses what differs
+    return [brackets(chat, one) for one in found]
+
+
+def test_qwen3_turn_by_turn() -> None:
+    """Each turn with its thought, behind earlier ones without theirs, as the model sees them."""
+    chat = chat_of(byte_tokenizer(QWEN3, SPECIAL, "<|im_end|>"))
+    context = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    first = (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>\nHm.\n</think>\n\nHello.<|im_end|>⟧"
+    )
+    second = (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>\n\n</think>\n\nr<|im_end|>⟧"
+    )
+    assert by_turns(chat, [user("Hi"), assistant(THOUGHT), *COLOURS[2:]]) == [
+        (first, context + first),
+        (second, context + second),
+    ]
+
+
+def test_qwen3_without_thinking_turn_by_turn() -> None:
+    """What opens an answer holds the empty thought, which is not scored."""
+    template = Template(
+        byte_tokenizer(QWEN3, SPECIAL, "<|im_end|>"), {"enable_thinking": False}, date(2026, 5, 1)
+    )
+    (_, _), (alone, prompted) = by_turns(Chat(template, [system("Be brief.")]), COLOURS)
+    assert alone == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n⟦r<|im_end|>⟧"
+    )
+    assert prompted == "<|im_start|>system\nBe brief.<|im_end|>\n" + alone
+
+
+def test_gpt_oss_turn_by_turn() -> None:
+    """The last turn ends with another token than earlier ones."""
+    chat = chat_of(tokenizer_of(FAMILIES["gpt-oss"]))
+    first = (
+        "<|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>Hello.<|return|>⟧"
+    )
+    second = (
+        "<|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello.<|end|>"
+        "<|start|>user<|message|>Red?<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>r<|return|>⟧"
+    )
+    context = "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
+    assert by_turns(chat, COLOURS) == [
+        (DATED + first, DATED + context + first),
+        (DATED + second, DATED + context + second),
+    ]
+
+
+def test_each_turns_prompt_is_that_of_turns_all() -> None:
+    """Thoughts dropped, as a prompt of its own is rendered."""
+    chat = chat_of(byte_tokenizer(QWEN3, SPECIAL, "<|im_end|>"))
+    messages = [user("Hi"), assistant(THOUGHT), *COLOURS[2:]]
+    for one, front in zip(sequences(chat, messages), (1, 3), strict=True):
+        (span,) = one.spans
+        assert one.student_ids[: span.student_start] == chat.student_ids(messages[:front])
+        assert one.teacher_ids[: span.teacher_start] == chat.teacher_ids(messages[:front])
+
+
+def test_a_thought_that_no_turn_keeps_is_refused() -> None:
+    dropping = QWEN3.replace("{{ '<think>\n' + thought + '\n</think>\n\n' }}", "")
+    with pytest.raises(InputError, match=r"^p.jsonl:7: .*keep all of a recorded turn.*'<think>"):
+        sequences(
+            chat_of(byte_tokenizer(dropping, SPECIAL, "<|im_end|>")),
+            [user("Hi"), assistant(THOUGHT), *COLOURS[2:]],
+        )
 
 
 def test_the_context_in_the_first_message_stays_there() -> None:

@@ -16,13 +16,13 @@ from opcd.episodes import Episode, Span
 from opcd.errors import InputError
 from opcd.evaluation.agreement import divergences, own_side, teacher_side
 from opcd.objective import Targets
-from opcd.rollouts.protocol import RolloutEngine
+from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import prepare
 from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller, token_weights
-from opcd.training.sources import step_prompts
 from opcd_kernels import reference
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -34,7 +34,8 @@ def distiller(settings: dict, **overrides: object) -> tuple[Distiller, Task]:
 
 def held_out_divergence(d: Distiller, task: Task) -> float:
     prompts = [case.prompt for case in task.test]
-    side = own_side(d.student, d.student_loss.plan, d.engine, prompts, d.config)
+    params = SamplingParams(d.config.max_completion_tokens, d.config.temperature)
+    side = own_side(d.student, d.student_loss.plan, d.engine, prompts, params, d.config)
     theirs = teacher_side(d.teacher, side.episodes)
     return divergences(side, theirs, d.config.temperature).reverse_kl.mean
 
@@ -96,7 +97,7 @@ def test_gradients_do_not_depend_on_the_passes(settings: dict, average_over: str
 def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
     """Each sequence alone, full logits, ordinary autograd: the mean reverse KL over all tokens."""
     d, task = distiller(settings, max_grad_norm=1e9, temperature=0.8)
-    prompts = step_prompts(task.train, 0, d.config)
+    prompts = step_rows(task.train, 0, d.config)
     episodes = d.rollout()
     # One that ends with EOS: it is a target like any other token.
     episodes[1] = Episode.of_completion(prompts[1], [40, 1])
@@ -245,12 +246,12 @@ def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
 
 def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:
     d, task = distiller(settings)  # 12 prompts, 4 a step
-    steps = [step_prompts(task.train, i, d.config) for i in range(6)]
+    steps = [step_rows(task.train, i, d.config) for i in range(6)]
     first, second = [*chain(*steps[:3])], [*chain(*steps[3:])]
     assert sorted(first) == sorted(second) == sorted(task.train)
     assert first != second
     wide = TrainConfig(**settings | {"prompts_per_step": 24})
-    assert step_prompts(task.train, 0, wide) == first + second
+    assert step_rows(task.train, 0, wide) == first + second
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(settings: dict) -> None:

@@ -17,7 +17,7 @@ from opcd.training.build import build_distiller
 from opcd.training.duration import expected_seconds, run_seconds
 from opcd.training.run import train
 from opcd_kernels import reference
-from tests.conftest import write_jsonl
+from tests.conftest import CHATML, write_jsonl
 from tests.opcd.training.test_duration import ONE
 
 COLOURS = ("red", "blue", "pink", "teal", "gold", "grey")
@@ -114,6 +114,31 @@ def test_a_run_learns_and_resumes(recorded: dict) -> None:
         train(gather({"steps": 12}, run / "config.yaml"), resume=True)
 
 
+def test_turns_that_a_template_writes_otherwise_are_sequences_of_their_own(
+    recorded: dict, tmp_path: Path
+) -> None:
+    """A step takes whole conversations; the loss is a mean over all of their turns' tokens."""
+    rows = [turns("sun", "s"), *(turns(word, word[0], f"not {word}", "no") for word in COLOURS)]
+    write_jsonl(Path(recorded["prompts"]), rows)
+    template = tmp_path / "chat.jinja"
+    marked = CHATML.replace("message['content']", "message['content'] + ('' if loop.last else '!')")
+    template.write_text(marked.replace("+ ('' if", "+ ('' if message.role == 'user' or"))
+    setup = prepared(recorded, chat_template=str(template), prompts_per_step=7)
+    assert [len(found) for found in setup.task.recorded] == [1, *[2] * 6]
+    assert (
+        "6 of 7 recorded conversations are trained on turn by turn, as 12 sequences: the chat "
+        "template writes earlier turns otherwise than the last one"
+    ) in setup.remarks
+    d = build_distiller(setup)
+    episodes = d.rollout()
+    said = sorted(setup.tokenizer.decode(e.scored_ids) for e in episodes)
+    assert said == sorted(
+        [*(f"{w[0]}<|im_end|>" for w in ("sun", *COLOURS)), *["no<|im_end|>"] * 6]
+    )
+    histories = [setup.tokenizer.decode([*e.student_ids]) for e in episodes]
+    assert sum("r!<|im_end|>" in text and text.endswith("no<|im_end|>") for text in histories) == 1
+
+
 def test_what_is_scored_is_shown(recorded: dict) -> None:
     setup = prepared(recorded)
     (line,) = [x for x in rendering_lines(rendering(setup, setup.task.test)) if "⟦" in x]
@@ -174,4 +199,4 @@ def test_a_conversation_that_does_not_fit_is_refused(recorded: dict) -> None:
         prepared(recorded)
     rows = [turns("red", "r" * 300)]  # longer than max_completion_tokens
     write_jsonl(Path(recorded["prompts"]), rows)
-    assert prepared(recorded).task.recorded[0].scored_tokens == 301
+    assert prepared(recorded).task.recorded[0][0].scored_tokens == 301
