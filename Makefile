@@ -1,9 +1,11 @@
-# make demo    the main job on the built-in model: environment, weights, training, scorecard
+# make demo    the main job on the built-in model: environment, weights, training, scorecard; on a
+#              GPU where torch finds one, as the plan before the first step says (docs/gpu.md)
 # make test    all tests that need no GPU
 # make check   lint, format and types; never writes
 # make fix     lint and format, written
 # make bench   what the benchmarks can measure on this machine; SAVE=name keeps it
 # make bench-compare   the same, held against what is stored for this device; RUN=file.json takes a run
+# make gpu-report   what a GPU does with all of this, in eight minutes, as one page to send in
 # make kernels   what the Triton kernels compile to, for GPUs that need not be here
 # make test-export   exports read by transformers 4.57, in an environment of its own
 # make test-models   every causal LM of transformers that can be built tiny
@@ -22,7 +24,7 @@ TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux'"
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
-.PHONY: demo test check fix bench bench-compare kernels test-export test-models test-oldest test-newest test-gpu clean
+.PHONY: demo test check fix bench bench-compare gpu-report kernels test-export test-models test-oldest test-newest test-gpu clean
 
 demo: $(call READY,train)
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
@@ -45,6 +47,9 @@ bench: $(call READY,bench)
 
 bench-compare: $(call READY,bench)
 	$(BIN)/python -m benchmarks.compare $(RUN)
+
+gpu-report: $(call READY,bench)
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
 
 kernels: $(call READY,dev)
 	$(BIN)/python -m benchmarks.compiled_kernels

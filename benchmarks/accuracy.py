@@ -4,7 +4,9 @@
     python -m benchmarks.accuracy --json FILE      and writes its rows
 
 Exact values are computed in fp64 from the same bf16 numbers: D 576, V 49152, reverse KL of about
-0.4, 0.04, 0.004 and 0.0005 nats a token; a `-mixture` is half the reverse and half the forward KL.
+0.4, 0.04, 0.004 and 0.0005 nats a token (`--kl` takes some of them, `--only` some providers);
+`-forward`, `-jsd` and `-mixture`, half of either KL, are other divergences of the same models. What
+`plain-fp32` shows is the floor: its results are rounded to bf16, and nothing else is.
 `gradient_error` is the larger relative error (2-norm) of the two gradients over 32 tokens;
 `kl_error` the largest relative error of a single token's divergence over eight tokens, `kl_lowest`
 the smallest divergence reported for them in multiples of the exact one: below 0 is impossible.
@@ -14,6 +16,9 @@ Without a GPU Triton's interpreter runs the Triton kernels. It truncates to bf16
 
 import argparse
 import os
+import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +27,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benchmarks.providers import (
+    DIVERGENCES,
     PROVIDERS,
+    Provider,
     Unavailable,
-    definition,
+    exact_gradients,
     gradient_error,
     gradients,
-    plain_loss,
-    plain_mixture,
     tensors,
 )
 from benchmarks.rows import origin, write
@@ -36,41 +41,59 @@ from benchmarks.rows import origin, write
 NOISE = {0.4: 0.37, 0.04: 0.118, 0.004: 0.0373, 0.0005: 0.0132}
 TOKENS, SINGLE = 32, 8
 D, V = 576, 49152
+# The label of a row, who computes it, and what.
+CASES = [(name, name, "reverse_kl") for name in PROVIDERS] + [
+    (f"{name}-{kind.removesuffix('_kl')}", name, kind)
+    for name in ("ours-triton", "ours-torch")
+    for kind in DIVERGENCES
+    if kind != "reverse_kl"
+]
 
 
-def measure(target: float, device: torch.device) -> list[dict]:
-    """One row a provider at a divergence of about `target` nats."""
+def measure(
+    target: float, device: torch.device, only: Sequence[str]
+) -> tuple[list[dict], list[str]]:
+    """One row a case, of those asked for, at about `target` nats; and what failed."""
     inputs = tensors(TOKENS, D, V, device, NOISE[target])
-    double = tuple(x.double() for x in inputs)
-    definitions = (plain_loss, plain_mixture)
-    exact = {loss: gradients(loss, double) for loss in definitions}
-    with torch.no_grad():
-        divergences = {
-            loss: [loss(*token(double, i)).item() for i in range(SINGLE)] for loss in definitions
-        }
-    rows = []
-    for name, make in PROVIDERS.items():
-        try:
-            loss = make(device)
-        except Unavailable as reason:
-            print(f"{name}: {reason}")
+    exact = {kind: exact_gradients(inputs, kind) for kind in DIVERGENCES}
+    divergences = {
+        kind: [exact_gradients(token(inputs, i), kind, True)[0].item() for i in range(SINGLE)]
+        for kind in DIVERGENCES
+    }
+    rows, failed = [], []
+    for label, name, kind in CASES:
+        if label not in only:
             continue
-        mathematical = definition(name)
-        error = gradient_error(gradients(loss, inputs), exact[mathematical])
-        ratios = [
-            gradients(loss, token(inputs, i))[0].item() / value
-            for i, value in enumerate(divergences[mathematical])
-        ]
+        try:
+            provider = PROVIDERS[name](device, kind)
+            error, ratios = errors(provider, inputs, exact[kind], divergences[kind])
+        except Unavailable as reason:
+            print(f"{label}: {reason}")
+            continue
+        except Exception:  # of a provider's code, or a kernel: the others' rows stay
+            failed.append(label)
+            print(f"{label} failed:")
+            traceback.print_exc()
+            continue
         rows.append(
             {
-                "provider": name,
-                "kl": float(f"{exact[plain_loss][0].item():.2g}"),
+                "provider": label,
+                "kl": float(f"{exact['reverse_kl'][0].item():.2g}"),
                 "gradient_error": float(f"{error:.2g}"),
                 "kl_error": float(f"{max(abs(r - 1) for r in ratios):.2g}"),
                 "kl_lowest": float(f"{min(ratios):.3g}"),
             }
         )
-    return rows
+    return rows, failed
+
+
+def errors(
+    provider: Provider, inputs: tuple, exact: list[torch.Tensor], divergences: list[float]
+) -> tuple[float, list[float]]:
+    """The gradient's error over all tokens; single tokens' divergences over the exact ones."""
+    error = gradient_error(gradients(provider, inputs), exact)
+    singles = (gradients(provider, token(inputs, i))[0].item() for i in range(SINGLE))
+    return error, [found / value for found, value in zip(singles, divergences, strict=True)]
 
 
 def token(inputs: tuple, i: int) -> tuple:
@@ -81,7 +104,10 @@ def token(inputs: tuple, i: int) -> tuple:
 def table(rows: list[dict]) -> str:
     """Markdown: providers down, divergences across; gradient error / worst single KL error."""
     columns = list(dict.fromkeys(row["kl"] for row in rows))
-    lines = ["| | " + " | ".join(f"KL {kl:g}" for kl in columns) + " |", "|---" * 5 + "|"]
+    lines = [
+        "| | " + " | ".join(f"KL {kl:g}" for kl in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
     for name in dict.fromkeys(row["provider"] for row in rows):
         cells = [
             f"{percent(row['gradient_error'])} / {percent(row['kl_error'])}"
@@ -100,14 +126,22 @@ def percent(x: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
-    file = parser.parse_args().json
+    parser.add_argument("--kl", type=float, nargs="+", choices=NOISE, default=list(NOISE))
+    labels = [label for label, *_ in CASES]
+    parser.add_argument("--only", nargs="+", choices=labels, default=labels, metavar="PROVIDER")
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [row for target in NOISE for row in measure(target, device)]
+    shared = {**origin(), "question": "accuracy", "D": D, "V": V, "dtype": "bfloat16"}
+    rows: list[dict] = []
+    failed: list[str] = []
+    for target in args.kl:
+        found, lost = measure(target, device, args.only)
+        rows += found
+        failed += lost
+        if args.json is not None:
+            write(({**shared, **row} for row in rows), args.json)
     print(table(rows))
-    if file is not None:
-        facts = {"question": "accuracy", "D": D, "V": V, "dtype": "bfloat16"}
-        shared = {**origin(), **facts}
-        write(({**shared, **row} for row in rows), file)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

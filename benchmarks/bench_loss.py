@@ -5,91 +5,116 @@ and a frozen one, which is one matrix for both models (three). Each provider's g
 tokens is compared with fp64 before it is timed; one of ours that is wrong is not timed. Before
 every round of another provider ours is timed too, so that `times_ours` compares neighbours;
 `floor_share` is the time of the products alone, interleaved the same way, in that of the provider.
-On a GPU a row has as many rounds as fit into ROW_SECONDS, three at least. The `times_ours` of a
-`-mixture` is what the forward KL costs beside the reverse KL.
+`rates_floor_share` and `sheet_floor_share` are the same of what `floors.loss` counts, at the rates
+that `rates.py` measured and that the device's data sheet promises. On a GPU a row has as many
+rounds as fit into ROW_SECONDS, three at least.
 
     N tokens, D hidden size, V vocabulary; floor: the products of the head alone, in bf16
+    divergence   reverse_kl, forward_kl, jsd (the middle of both), mixture (half of either KL)
+    call         alone; or in a step: the head a weight in fp32 under autocast, its .grad there
+    hidden       gaussian; or of a real training step, where --hidden names a file that
+                 `python -m benchmarks.hidden_states` kept: with its heads and its sizes
+
+--tokens 256,65536 puts other numbers of tokens in the place of SWEEP. Without a GPU the cases are
+few and small.
 """
 
 import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import floors, rates
+from benchmarks.hidden_states import recorded, recorded_steps
 from benchmarks.memory import peak_mib
 from benchmarks.providers import (
     OURS,
     PROVIDERS,
-    Loss,
+    Inputs,
     Unavailable,
-    definition,
+    exact_gradients,
     gradient_error,
     gradients,
+    in_a_step,
     tensors,
 )
+from benchmarks.rounds import Rounds
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BASELINE = "ours-triton" if ON_GPU else "ours-torch"
-SHAPES = (
-    [
-        (8192, 576, 49152),
-        (8192, 896, 151936),
-        (8192, 2048, 151936),
-        (8192, 4096, 151936),
-    ]
-    if ON_GPU
-    else [(1024, 576, 49152)]
-)
-FROZEN = SHAPES[2:3] if ON_GPU else SHAPES  # every case costs compile time
-# On a GPU the others take part in one case: every shape costs them seconds of compilation.
-EVERYWHERE = ("ours-triton", "ours-triton-dual", "trl", "liger-fused") if ON_GPU else PROVIDERS
-CASES = [(shape, False) for shape in SHAPES] + [(shape, True) for shape in FROZEN]
 ROUNDS = 7 if ON_GPU else 5
 ROW_SECONDS = 1.0 if ON_GPU else float("inf")
 CHECKED = 1024 if ON_GPU else 256  # tokens; on a GPU a chunk of Liger's, so that it compiles once
-Inputs = tuple[Tensor, ...]
-Case = tuple[tuple[int, int, int], bool]
+GAUSSIAN = "gaussian"
 
 
-def name(case: Case) -> str:
-    shape, frozen = case
-    return "x".join(map(str, shape)) + ("-frozen" if frozen else "-trained")
+class Case(NamedTuple):
+    """What is computed."""
+
+    n: int
+    d: int
+    v: int
+    head: str = "trained"  # or "frozen"
+    divergence: str = "reverse_kl"
+    call: str = "alone"  # or "in a step"
+    hidden: str = GAUSSIAN  # or "step 0", "step 50", ...
+
+    def __str__(self) -> str:
+        parts = [f"{self.n}x{self.d}x{self.v}", *self[3:]]
+        return "-".join(parts).replace(" ", "_")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=name)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
+# The first is everybody's; on a GPU the others take part nowhere else: every shape costs them
+# seconds of compilation.
+MAIN = Case(8192, 2048, 151936) if ON_GPU else Case(1024, 576, 49152)
+EVERYWHERE = ("ours-triton", "ours-triton-dual", "plain-checkpointed", "trl", "liger-fused")
+if not ON_GPU:
+    EVERYWHERE = ("ours-torch", "plain-checkpointed", "trl", "liger-chunked")
+SWEEP = [256, 1024, 4096, 16384, 65536] if ON_GPU else [256, 4096]  # tokens
+SHAPES = [(576, 49152), (896, 151936), (4096, 151936)] if ON_GPU else []  # D, V
+
+
+def cases(tokens: list[int], file: Path | None) -> list[Case]:
+    """All of them, the most telling ones first."""
+    n = MAIN.n
+    return [
+        MAIN,
+        MAIN._replace(call="in a step"),
+        MAIN._replace(head="frozen"),
+        *(MAIN._replace(divergence=kind) for kind in ("forward_kl", "jsd", "mixture")),
+        *(Case(*sizes, hidden=step) for step, sizes in recorded_steps(file).items()),
+        *(MAIN._replace(n=count) for count in tokens if count != n),
+        *(Case(n, d, v) for d, v in SHAPES),
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    tokens = config.getoption("--tokens") or SWEEP
+    found = cases(tokens, config.getoption("--hidden"))
+    metafunc.parametrize("case", found, ids=str, scope="module")
 
 
 @pytest.fixture(scope="module")
-def shape(case: Case) -> tuple[int, int, int]:
-    return case[0]
+def inputs(case: Case, request: pytest.FixtureRequest) -> Inputs:
+    if case.hidden == GAUSSIAN:
+        return tensors(case.n, case.d, case.v, DEVICE, shared=case.head == "frozen")
+    return recorded(request.config.getoption("--hidden"), case.hidden, DEVICE)
 
 
 @pytest.fixture(scope="module")
-def frozen(case: Case) -> bool:
-    return case[1]
-
-
-@pytest.fixture(scope="module")
-def inputs(shape: tuple[int, int, int], frozen: bool) -> Inputs:
-    return tensors(*shape, DEVICE, shared=frozen)
-
-
-@pytest.fixture(scope="module")
-def exact(inputs: Inputs, frozen: bool) -> Callable[[Loss], list[Tensor]]:
-    """Gradients of a definition in fp64."""
-
-    @functools.cache
-    def of(loss: Loss) -> list[Tensor]:
-        return gradients(loss, tuple(x.double() for x in first(inputs)), frozen)
-
-    return of
+def exact(inputs: Inputs, case: Case) -> Callable[[], list[Tensor]]:
+    """Gradients in fp64, once a case."""
+    return functools.cache(
+        lambda: exact_gradients(first(inputs), case.divergence, case.head == "frozen")
+    )
 
 
 def first(inputs: Inputs) -> Inputs:
@@ -122,59 +147,75 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def pass_of(name: str, case: Case, inputs: Inputs) -> Callable[[], list[Tensor]]:
+    """A provider's loss and gradients. Raises Unavailable."""
+    provider = PROVIDERS[name](DEVICE, case.divergence)
+    if case.call == "alone":
+        return lambda: gradients(provider, inputs, case.head == "frozen")
+    return in_a_step(provider, inputs)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_loss(
-    benchmark: Callable,
+    benchmark: Rounds,
     provider: str,
-    shape: tuple[int, int, int],
+    case: Case,
     inputs: Inputs,
-    frozen: bool,
-    exact: Callable[[Loss], list[Tensor]],
+    exact: Callable[[], list[Tensor]],
 ) -> None:
-    if provider not in EVERYWHERE and (shape, frozen) != (FROZEN[0], False):
-        pytest.skip(f"takes part at {FROZEN[0]} only")
+    if provider not in EVERYWHERE and case != MAIN:
+        pytest.skip(f"takes part at {MAIN} only")
+    frozen = case.head == "frozen"
     torch.compiler.reset()  # or what it met before makes this provider's kernels dynamic or eager
     try:
-        loss: Loss = PROVIDERS[provider](DEVICE)
-        found = gradients(loss, first(inputs), frozen)
-        error = gradient_error(found, exact(definition(provider)))
+        error = gradient_error(pass_of(provider, case, first(inputs))(), exact())
         assert provider not in OURS or error < 0.005, f"gradient error {error:.2%}: not timed"
-        peak = peak_mib(DEVICE, lambda: gradients(loss, inputs, frozen))
+        timed = pass_of(provider, case, inputs)
+        peak = peak_mib(DEVICE, timed)
+        baseline = pass_of(BASELINE, case, inputs)
+        ours: list[float] = []
+        floor: list[float] = []
+
+        def neighbours() -> None:
+            floor.append(seconds(lambda: products(inputs, frozen)))
+            ours.append(seconds(baseline))
+            synchronize()
+
+        def call() -> None:
+            timed()
+            synchronize()
+
+        neighbours()  # compiles
+        fitting = ROW_SECONDS / (seconds(neighbours) + seconds(call))
+        floor.clear()
+        ours.clear()
+        benchmark.time(call, max(3, int(min(fitting, ROUNDS))), before=neighbours)
     except Unavailable as reason:
         pytest.skip(str(reason))
     except torch.OutOfMemoryError:
         pytest.skip("out of memory")
-    baseline = PROVIDERS[BASELINE](DEVICE)
-    ours: list[float] = []
-    floor: list[float] = []
-
-    def neighbours() -> None:
-        floor.append(seconds(lambda: products(inputs, frozen)))
-        ours.append(seconds(lambda: gradients(baseline, inputs, frozen)))
-
-    def call() -> None:
-        gradients(loss, inputs, frozen)
-        synchronize()
-
-    neighbours()  # compiles
-    fitting = ROW_SECONDS / (seconds(neighbours) + seconds(call))
-    floor.clear()
-    ours.clear()
-    benchmark.pedantic(call, setup=neighbours, rounds=max(3, int(min(fitting, ROUNDS))))
-    median = benchmark.stats.stats.median
-    n, d, v = shape
-    results = sum(x.nbytes for x in (inputs[0], *([] if frozen else [inputs[1]]))) / 2**20
-    benchmark.extra_info |= {
+    median = benchmark.median
+    in_step = case.call == "in a step"
+    held = [inputs[0], *([] if frozen or in_step else [inputs[1]])]
+    results = sum(x.nbytes for x in held) / 2**20
+    work = floors.loss(case.n, case.d, case.v, not frozen, into_grad=in_step)
+    sheet = rates.sheet(DEVICE)
+    benchmark.facts |= {
         "question": "loss",
         "provider": provider,
-        "N": n,
-        "D": d,
-        "V": v,
+        "N": case.n,
+        "D": case.d,
+        "V": case.v,
         "dtype": "bfloat16",
-        "head": "frozen" if frozen else "trained",
+        "head": case.head,
+        "divergence": case.divergence,
+        "call": case.call,
+        "hidden": case.hidden,
         "peak_mib": None if peak is None else round(peak),
         "scratch_mib": None if peak is None else round(peak - results),
         "gradient_error": float(f"{error:.2g}"),
         "floor_share": round(statistics.median(floor) / median, 3),
+        "rates_floor_share": round(floors.floor_s([work], rates.measured(DEVICE)) / median, 3),
+        "sheet_floor_share": sheet and round(floors.floor_s([work], sheet) / median, 3),
         "times_ours": round(median / statistics.median(ours), 2),
     }

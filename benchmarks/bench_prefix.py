@@ -1,6 +1,7 @@
 """Scoring completions behind a shared context: packed, with an expanded DynamicCache, in full.
 
-The built-in SmolLM2-135M-Instruct, bf16 where the hardware has it; on a GPU also four layers of
+The built-in SmolLM2-135M-Instruct (of random weights where its own are not at hand: nothing is
+fetched), bf16 where the hardware has it; on a GPU also four layers of
 Llama-3.1-8B's shape with random weights. Every way must agree with full passes before it is timed.
 Before every round of another provider ours is timed too, so that `times_ours` compares neighbours.
 
@@ -9,6 +10,10 @@ Before every round of another provider ours is timed too, so that `times_ours` c
     ours-packed     the teacher as it is
     dynamic-cache   one recorded cache, expanded to B rows and grown in the pass; padded rows
     recompute       context, prompt and completion in full, padded rows
+
+`rates_floor_share` is what `floors.forward` counts for the new tokens, whoever computes more than
+these, at the rates that `rates.py` measured, over the time; `sheet_floor_share` the same at those
+of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 
 `test_contexts`: as many sequences, each behind a context of its own or all behind one; the prefixes
 are recorded before. `times_one` is the median over that of one context, rounds interleaved.
@@ -25,9 +30,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import floors, rates
 from benchmarks.memory import peak_mib
-from opcd.errors import InputError
-from opcd.models.by_name import load_model, resolve_device, resolve_dtype
+from benchmarks.problems import SMOLLM2, frozen_model, has_smollm2, sizes_of
+from benchmarks.rounds import Rounds
+from opcd.models.by_name import resolve_device, resolve_dtype
 from opcd.models.lm import cache_argument, transformer
 from opcd.objective import head_divergence
 from opcd.passes.prefix import SharedPrefix
@@ -76,20 +83,9 @@ exact: dict[Case, Tensor] = {}  # full passes
 
 
 def smollm2() -> Model:
-    try:
-        return "SmolLM2-135M-Instruct", load_model("smollm2-135m-instruct", DTYPE, DEVICE)
-    except InputError as error:
-        print(error)
-    model = random_llama(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    return "SmolLM2-135M's shape with random weights", model
+    _, model = frozen_model(SMOLLM2, DEVICE, DTYPE)
+    own, random = "SmolLM2-135M-Instruct", "SmolLM2-135M's shape with random weights"
+    return own if has_smollm2() else random, model
 
 
 def llama() -> Model:
@@ -157,7 +153,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_teacher(benchmark: Callable, provider: str, case: Case) -> None:
+def test_teacher(benchmark: Rounds, provider: str, case: Case) -> None:
     name, model = load(case.model)
     lengths = COMPLETIONS[case.lengths] * case.times
     prefix_ids, *rest = tokens(case.p, *[PROMPT] * len(lengths), *lengths)
@@ -185,12 +181,15 @@ def test_teacher(benchmark: Callable, provider: str, case: Case) -> None:
     assert divergence < (1e-5 if torch.float32 == DTYPE else 0.02), "wrong: not timed"
     ours: list[float] = []
     slow = provider == "recompute" and case.p * len(lengths) > 8192
-    benchmark.pedantic(
+    benchmark.time(
         lambda: seconds(way),
-        setup=lambda: ours.append(seconds(ways["ours-packed"])),
-        rounds=SLOW_ROUNDS if slow else ROUNDS,
+        SLOW_ROUNDS if slow else ROUNDS,
+        before=lambda: ours.append(seconds(ways["ours-packed"])),
     )
-    benchmark.extra_info |= {
+    new = [(PROMPT + length - 1, case.p) for length in lengths]
+    work = [floors.forward(sizes_of(model), new)]
+    sheet, floor = rates.sheet(DEVICE), floors.floor_s(work, rates.measured(DEVICE))
+    benchmark.facts |= {
         "question": "teacher",
         "provider": provider,
         "model": name,
@@ -202,12 +201,14 @@ def test_teacher(benchmark: Callable, provider: str, case: Case) -> None:
         "divergence": float(f"{divergence:.2g}"),
         "peak_mib": None if peak is None else round(peak, 1),
         "prefix_mib": round(prefix.nbytes / 2**20, 1),
-        "times_ours": round(benchmark.stats.stats.median / statistics.median(ours), 2),
+        "rates_floor_share": round(floor / benchmark.median, 3),
+        "sheet_floor_share": sheet and round(floors.floor_s(work, sheet) / benchmark.median, 3),
+        "times_ours": round(benchmark.median / statistics.median(ours), 2),
     }
 
 
 @pytest.mark.parametrize("contexts", [1, 16])
-def test_contexts(benchmark: Callable, contexts: int) -> None:
+def test_contexts(benchmark: Rounds, contexts: int) -> None:
     name, model = load("smollm2")
     p, sequences = 512, 16
     lengths = [44] * sequences
@@ -230,12 +231,12 @@ def test_contexts(benchmark: Callable, contexts: int) -> None:
     assert divergence < (1e-5 if torch.float32 == DTYPE else 0.02), "wrong: not timed"
     one: list[float] = []
     score(1)
-    benchmark.pedantic(
+    benchmark.time(
         lambda: seconds(lambda: score(contexts)),
-        setup=lambda: one.append(seconds(lambda: score(1))),
-        rounds=2 * ROUNDS,
+        2 * ROUNDS,
+        before=lambda: one.append(seconds(lambda: score(1))),
     )
-    benchmark.extra_info |= {
+    benchmark.facts |= {
         "question": "contexts",
         "provider": "ours-packed",
         "model": name,
@@ -244,5 +245,5 @@ def test_contexts(benchmark: Callable, contexts: int) -> None:
         "contexts": contexts,
         "dtype": str(DTYPE).removeprefix("torch."),
         "divergence": float(f"{divergence:.2g}"),
-        "times_one": round(benchmark.stats.stats.median / statistics.median(one), 2),
+        "times_one": round(benchmark.median / statistics.median(one), 2),
     }

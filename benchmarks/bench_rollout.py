@@ -10,7 +10,10 @@ their full length: the token that would end them is one that the model hardly sa
     generate              transformers.generate, the engine of CPUs
     continuous-batching   transformers.generate_batch with a manager that is kept, and graphs
 
-The second model has the shape of Qwen2.5-1.5B and random weights.
+The second model has the shape of Qwen2.5-1.5B and random weights, as the first where its own are
+not at hand. `rates_floor_share` is what `floors.decoding` counts (each token reads the weights
+once, and the keys and values of its row), at the rates that `rates.py` measured, over the time;
+`sheet_floor_share` the same at those of the data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
 
 import logging
@@ -21,16 +24,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+from benchmarks import floors, rates
 from benchmarks.memory import peak_mib
-from opcd.models.by_name import load_model, resolve_device, resolve_dtype
+from benchmarks.problems import SMOLLM2, frozen_model, has_smollm2, sizes_of
+from benchmarks.rounds import Rounds
+from opcd.models.by_name import resolve_device, resolve_dtype
 from opcd.models.head import head_of
 from opcd.passes.hidden import completion_rows, scored_hidden
 from opcd.passes.plan import find_plan
@@ -55,25 +55,10 @@ class Case(NamedTuple):
     most_tokens: int  # new ones of each sequence
 
 
-SMOL, QWEN = "SmolLM2-135M", "Qwen2.5-1.5B shape"
-CASES = [Case(SMOL, 16, 128), Case(QWEN, 64, 256)] if ON_GPU else [Case(SMOL, 8, 32)]
+CASES = [Case(SMOLLM2, 16, 128), Case("qwen2.5-1.5b", 64, 256)] if ON_GPU else []
+CASES = CASES or [Case(SMOLLM2, 8, 32)]
+NAMES = {SMOLLM2: "SmolLM2-135M", "qwen2.5-1.5b": "Qwen2.5-1.5B shape"}  # of models, in rows
 PROVIDERS = ("ours-static", "generate", "continuous-batching")
-
-
-def qwen() -> PreTrainedModel:
-    config = Qwen2Config(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with DEVICE:
-        made = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
-    return made.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c.sequences}x{c.most_tokens}")
@@ -83,7 +68,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def model(case: Case) -> Iterator[PreTrainedModel]:
-    made = qwen() if case.model == QWEN else load_model("smollm2-135m-instruct", DTYPE, DEVICE)
+    _, made = frozen_model(case.model, DEVICE, DTYPE)
     made.generation_config.eos_token_id = made.config.vocab_size - 1
     yield made
     made.destroy_cached_continuous_batching_manager()
@@ -164,7 +149,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_rollout(
-    benchmark: Callable,
+    benchmark: Rounds,
     model: PreTrainedModel,
     static: RolloutEngine,
     case: Case,
@@ -191,17 +176,21 @@ def test_rollout(
         static.close()  # or what it keeps would not count
     peak = peak_mib(DEVICE, lambda: found.append(way(prompts, params)))
     neighbours: list[float] = []
-    benchmark.pedantic(
+    benchmark.time(
         lambda: seconds(lambda: way(prompts, params)),
-        setup=lambda: neighbours.append(seconds(lambda: ours(prompts, params))),
-        rounds=3 if ON_GPU else 5,
+        3,
+        before=lambda: neighbours.append(seconds(lambda: ours(prompts, params))),
     )
-    median = benchmark.stats.stats.median
+    work = floors.decoding(
+        sizes_of(model), case.sequences, PROMPT, case.most_tokens, DTYPE.itemsize
+    )
+    sheet = rates.sheet(DEVICE)
+    median = benchmark.median
     sampled = sum(map(len, found[0]))
-    benchmark.extra_info |= {
+    benchmark.facts |= {
         "question": "rollout",
         "provider": provider,
-        "model": case.model,
+        "model": NAMES[case.model] + ("" if case.model != SMOLLM2 or has_smollm2() else " random"),
         "P": PROMPT,
         "B": case.sequences,
         "dtype": str(DTYPE).removeprefix("torch."),
@@ -209,5 +198,7 @@ def test_rollout(
         "tokens_per_s": round(sampled / median),
         "logit_gap": float(f"{gap:.1g}"),
         "peak_mib": None if peak is None else round(peak, 1),
+        "rates_floor_share": round(floors.floor_s(work, rates.measured(DEVICE)) / median, 3),
+        "sheet_floor_share": sheet and round(floors.floor_s(work, sheet) / median, 3),
         "times_ours": round(median / statistics.median(neighbours), 2),
     }

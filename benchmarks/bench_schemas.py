@@ -8,15 +8,15 @@ are random. Prompts and completions are those of calls of tools: a request, and 
 time is that of teacher and update together, on the same completions; `step_s` has the rollout too.
 """
 
-from collections.abc import Callable
 from functools import cache
 from statistics import median
 
 import pytest
 import torch
 
-from benchmarks.bench_step import CLOCK, DEVICE, DTYPE, ON_GPU, ROUNDS, TOLERANCE, rounded
+from benchmarks.bench_step import DEVICE, DTYPE, ON_GPU, ROUNDS, TOLERANCE, rounded
 from benchmarks.problems import SMOLLM2, Measured, Problem
+from benchmarks.rounds import Rounds
 from benchmarks.trainers import free, ours
 
 # context, prompt, completions, completion, micro batch
@@ -32,19 +32,17 @@ def step(shared: bool) -> Measured:
         free(DEVICE)
 
 
-@pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_schemas(benchmark: Callable, provider: str) -> None:
+def test_schemas(benchmark: Rounds, provider: str) -> None:
     try:
         found, baseline = step(PROVIDERS[provider]), step(True)
     except torch.OutOfMemoryError:
         pytest.skip("out of memory")
     loss = abs(found.loss / baseline.loss - 1)
     assert loss < TOLERANCE, f"another problem: {found.loss} for {baseline.loss}"
-    times = iter(found.seconds)
-    benchmark.pedantic(lambda: CLOCK.add(next(times)), rounds=ROUNDS)
+    benchmark.given(found.seconds)
     seconds, own = median(found.seconds), median(baseline.seconds)
-    benchmark.extra_info |= {
+    benchmark.facts |= {
         "question": "schemas",
         "provider": provider,
         "model": found.model,

@@ -15,17 +15,22 @@ TRL needs the packages trl==1.16.0, datasets>=4.7, accelerate>=1.10.1, pandas>=2
 and jinja2; without them its rows are skipped. Nothing is fetched: SmolLM2 has random weights of its
 shape where its own are not in the cache, and token ids are random. Teacher means its passes below
 the head; what is left of a step is the update.
+
+`…floor_s` is what `floors.phases` counts for a phase, at the rates that `rates.py` measured in the
+same process, and `…floor_share` that over the phase's time; `sheet_floor_share` is that of the
+whole step at the rates of the device's data sheet. Nobody attends by cuDNN (`conftest.py`).
 """
 
-from collections.abc import Callable
 from functools import cache
 from statistics import median
 
 import pytest
 import torch
 
+from benchmarks import floors, rates
 from benchmarks.problems import SMOLLM2, Measured, Problem
 from benchmarks.providers import Unavailable
+from benchmarks.rounds import Rounds
 from benchmarks.trainers import TRAINERS, measured
 from opcd.models.by_name import resolve_device, resolve_dtype
 
@@ -42,31 +47,14 @@ ROUNDS = 5 if ON_GPU else 3
 TOLERANCE = 0.02 if torch.bfloat16 == DTYPE else 1e-3  # of loss and gradient norm
 
 
-class Clock:
-    """A timer that goes on by what is told: TRL's steps are timed inside of its `train`."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def read(self) -> float:
-        return self._now
-
-    def add(self, seconds: float) -> None:
-        self._now += seconds
-
-
-CLOCK = Clock()
-
-
 @cache
 def ours(problem: Problem) -> Measured:
     return measured("ours", problem, DEVICE, DTYPE, [], ROUNDS)
 
 
-@pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.model)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_step(benchmark: Callable, trainer: str, problem: Problem) -> None:
+def test_step(benchmark: Rounds, trainer: str, problem: Problem) -> None:
     baseline = ours(problem)
     try:
         found = baseline
@@ -79,10 +67,9 @@ def test_step(benchmark: Callable, trainer: str, problem: Problem) -> None:
     loss = abs(found.loss / baseline.loss - 1)
     grad_norm = abs(found.grad_norm / baseline.grad_norm - 1)
     assert max(loss, grad_norm) < TOLERANCE, f"another problem: {found.loss} for {baseline.loss}"
-    times = iter(found.seconds)
-    benchmark.pedantic(lambda: CLOCK.add(next(times)), rounds=ROUNDS)
+    benchmark.given(found.seconds)
     seconds, own = median(found.seconds), median(baseline.seconds)
-    benchmark.extra_info |= {
+    benchmark.facts |= {
         "question": "step",
         "provider": trainer,
         "model": found.model,
@@ -97,11 +84,31 @@ def test_step(benchmark: Callable, trainer: str, problem: Problem) -> None:
         "teacher_s": rounded(median(found.teacher_s)),
         "update_s": rounded(median(found.update_s)),
         "step_s": rounded(found.rollout_s + seconds),
+        **floor_facts(problem, found),
         "loss": rounded(found.loss),
         "loss_difference": float(f"{loss:.1g}"),
         "grad_norm_difference": float(f"{grad_norm:.1g}"),
         "peak_mib": None if found.peak_mib is None else round(found.peak_mib),
         "times_ours": round(seconds / own, 2),
+    }
+
+
+def floor_facts(problem: Problem, found: Measured) -> dict[str, float | None]:
+    """The floor of each phase and of the step, and their shares of what they took."""
+    took = {
+        "rollout": found.rollout_s,
+        "teacher": median(found.teacher_s),
+        "update": median(found.update_s),
+    }
+    parts = floors.phases(problem, found.sizes, DTYPE.itemsize)
+    here, sheet = rates.measured(DEVICE), rates.sheet(DEVICE)
+    floor = {phase: floors.floor_s(work, here) for phase, work in parts.items()}
+    took["step"], floor["step"] = sum(took.values()), sum(floor.values())
+    promised = sheet and sum(floors.floor_s(work, sheet) for work in parts.values())
+    return {
+        **{f"{phase}_floor_s": rounded(x) for phase, x in floor.items()},
+        **{f"{phase}_floor_share": round(x / took[phase], 3) for phase, x in floor.items()},
+        "sheet_floor_share": promised and round(promised / took["step"], 3),
     }
 
 

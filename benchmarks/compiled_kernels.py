@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled_kernels           a table
     python -m benchmarks.compiled_kernels --json    the same, a JSON object a line
+    python -m benchmarks.compiled_kernels --page    what GPUs is asked of, as docs/gpu.md has it
 
 Every shipped configuration is compiled for each of ARCHITECTURES, and for the SMALL ones what takes
 most shared memory, with the argument properties the launcher would find (pointers and widths that
@@ -243,10 +244,56 @@ def _amd(assembly: str) -> dict:
     }
 
 
+PAGE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def page_builds() -> Iterator[tuple[str, Build]]:
+    """What a run meets: a name, and the configuration."""
+    for build in divergence_builds():
+        of, kind = build.facts, build.facts["divergence"]
+        if of["gradient"] and of["dz"] == "bf16" and not of["targets"]:
+            yield f"rows, {kind}{', biases and softcaps' if of['options'] else ''}", build
+    for build in attention_builds():
+        yield f"attention, heads {build.facts['head']} wide", build
+    for build in dual_product_builds():
+        if build.facts["divergence"] == "reverse_kl":
+            heads = "one head" if build.facts["shared"] else "two heads"
+            yield f"dual product, {heads}", build
+    for build in dual_rows_builds():
+        if build.facts["divergence"] == "reverse_kl" and build.facts["gradient"]:
+            yield "dual rows", build
+
+
+def page() -> Iterator[str]:
+    """Lines of Markdown: registers a thread, KiB of shared memory a program, spilled bytes."""
+    yield "| | " + " | ".join(PAGE) + " |"
+    yield "|---" * (len(PAGE) + 1) + "|"
+    for name, build in page_builds():
+        everywhere = build.architectures == ARCHITECTURES
+        cells = [
+            _cell(compiled(build, architecture))
+            if everywhere or architecture in build.architectures
+            else "–"
+            for architecture in PAGE
+        ]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _cell(report: dict) -> str:
+    spilled = f", {report['local_bytes']} spilled" if report["local_bytes"] else ""
+    return f"{report['registers']} / {report['shared_bytes'] / 1024:.1f}{spilled}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    as_json = parser.parse_args().json
+    parser.add_argument("--page", action="store_true", help="a table for docs/gpu.md")
+    args = parser.parse_args()
+    if args.page:
+        for line in page():
+            print(line, flush=True)
+        return
+    as_json = args.json
     kinds = (divergence_builds, dual_product_builds, dual_rows_builds, attention_builds)
     for builds in kinds:
         widths = None

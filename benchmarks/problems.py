@@ -14,7 +14,7 @@ from transformers import (
 
 from opcd.models import builtin
 from opcd.models.by_name import load_model
-from opcd.models.lm import switch_off_dropout
+from opcd.models.lm import causal_lm, switch_off_dropout
 
 TokenIds = list[list[int]]
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
@@ -58,6 +58,16 @@ class Tokens(NamedTuple):
     prompts: TokenIds
 
 
+class Sizes(NamedTuple):
+    """What counts of a model whose layers are alike, see `sizes_of`."""
+
+    body: int  # weights of its linear layers
+    head: int  # V · D
+    attended: int  # heads · width, of all layers: products of a query and a key, or a value
+    kept: int  # numbers that a token leaves in the cache
+    trained: int  # weights
+
+
 class Measured(NamedTuple):
     """What a trainer did."""
 
@@ -70,12 +80,29 @@ class Measured(NamedTuple):
     update_s: list[float]
     micro_batch: int
     teacher: str  # how its passes were made
+    sizes: Sizes  # of the student
     peak_mib: float | None = None  # beyond what was held before: weights, optimizer and all
 
     @property
     def seconds(self) -> list[float]:
         """Teacher and update together, a step each."""
         return [t + u for t, u in zip(self.teacher_s, self.update_s, strict=True)]
+
+
+def sizes_of(model: torch.nn.Module) -> Sizes:
+    """Of a causal LM of transformers whose layers are alike."""
+    lm = causal_lm(model)
+    head, config = lm.get_output_embeddings(), lm.config
+    linear = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config.num_hidden_layers
+    return Sizes(
+        body=sum(m.weight.numel() for m in linear),
+        head=head.weight.numel(),
+        attended=layers * config.num_attention_heads * width,
+        kept=layers * 2 * config.num_key_value_heads * width,
+        trained=sum(p.numel() for p in model.parameters()),
+    )
 
 
 def tokens(problem: Problem) -> Tokens:
@@ -88,6 +115,25 @@ def tokens(problem: Problem) -> Tokens:
     return Tokens(context, prompts)
 
 
+def has_smollm2() -> bool:
+    """Whether its weights are at hand: benchmarks fetch nothing."""
+    return (builtin.cache_dir() / builtin.NAME / "model.safetensors").is_file()
+
+
+def frozen_model(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, PreTrainedModel]:
+    """A name and a model of SHAPES that is not trained: with random weights, but SmolLM2's where
+    they are at hand."""
+    if name == SMOLLM2 and has_smollm2():
+        return builtin.NAME, load_model(builtin.NAME, dtype, device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype)
+    made.get_output_embeddings().weight.data *= 4  # or wrong states would hardly change logits
+    return f"{name} random", made.requires_grad_(False).eval()
+
+
 def models(
     name: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, PreTrainedModel, PreTrainedModel]:
@@ -96,8 +142,7 @@ def models(
     SmolLM2 has its own weights where they are at hand. Its EOS is a token that it hardly samples:
     completions have their full length.
     """
-    weights = builtin.cache_dir() / builtin.NAME / "model.safetensors"
-    if name == SMOLLM2 and weights.is_file():
+    if name == SMOLLM2 and has_smollm2():
         found = builtin.NAME
         student = load_model(found, torch.float32, device)
     else:

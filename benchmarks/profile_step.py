@@ -3,6 +3,7 @@
     python -m benchmarks.profile_step                     # all models, prints the tables
     python -m benchmarks.profile_step --model qwen2.5-1.5b
     python -m benchmarks.profile_step --save NAME         # keeps results/profile-NAME.json
+    python -m benchmarks.profile_step --json FILE         # or any file
 
 The steps are those of `bench_step.py` (ours), under torch.profiler, which slows the host: shares
 and gaps say where to look, times are for the benchmark. Of each rollout only `ROLLOUT_TOKENS` are
@@ -85,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=[p.model for p in PROBLEMS], help="default: all")
     parser.add_argument("--save", metavar="NAME", help="keep the tables in results/")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep them elsewhere")
     arguments = parser.parse_args()
     rows = []
     for problem in PROBLEMS:
@@ -98,8 +100,8 @@ def main() -> None:
         rows.append(facts | {phase: rounded(found) for phase, found in phases.items()})
         del host, work
         free(DEVICE)
-    if arguments.save:
-        file = RESULTS / f"profile-{arguments.save}.json"
+    file = RESULTS / f"profile-{arguments.save}.json" if arguments.save else arguments.json
+    if file:
         shared = origin()
         write(({**shared, **row} for row in rows), file)
         print(f"written: {file}")

@@ -1,24 +1,26 @@
 """What a benchmark found, as rows: one flat dictionary a provider and problem.
 
 A row holds where it was measured (`device`, versions, `commit`, `date`), the `question` and the
-`provider`, the seconds of its rounds, and the benchmark's own facts (`extra_info`). Of those a
-float, whatever carries a unit, and CHOSEN was found; the rest, and GIVEN, says which problem was
-solved.
+`provider`, the seconds of its rounds, and the benchmark's own facts. Of those a float, whatever
+carries a unit, and CHOSEN was found; the rest, and GIVEN, says which problem was solved.
 """
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn")
 WHERE = ("device", "python", *PACKAGES, "commit", "date", "question", "provider", "rounds")
 TIMES = ("median", "min", "q1", "q3", "max")
@@ -55,24 +57,33 @@ def machine() -> dict[str, str]:
     return {"device": device_name(), "python": platform.python_version(), **versions()}
 
 
-def source(commit_info: dict, date: str) -> dict[str, str]:
-    """What every row says of the code that was measured, and when; pytest-benchmark's words."""
-    changed = "+changes" if commit_info["dirty"] else ""
-    return {"commit": commit_info["id"] + changed, "date": date[:10]}
+def commit() -> str:
+    """Of the code that is measured: of git, or where there is none as OPCD_COMMIT says."""
+    if named := os.environ.get("OPCD_COMMIT"):
+        return named
+    try:
+        found, changes = (
+            subprocess.run(
+                ["git", "-C", str(HERE), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{found}+changes" if changes else found
 
 
+@functools.cache
 def origin() -> dict[str, str]:
-    """`machine` and `source` of what is measured now, outside of pytest."""
-    from pytest_benchmark.utils import get_commit_info  # tables do without
-
-    return {**machine(), **source(get_commit_info(), datetime.date.today().isoformat())}
+    """The machine and the code of what is measured now."""
+    return {**machine(), "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def read(file: Path) -> list[Row]:
-    """Rows of a run (`pytest --benchmark-json`) or of a stored file; none of any other JSON."""
+    """Rows of a run or of a stored file; none of any other JSON."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict):
-        return _from_run(content) if "benchmarks" in content else []
+        return []
     return [{"question": file.stem.split("-")[0], **row} for row in content]
 
 
@@ -89,17 +100,6 @@ def write(rows: Iterable[Row], file: Path) -> None:
     """A row a line, so that a change to one is a change of one line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-
-def _from_run(run: dict) -> list[Row]:
-    shared = {**run["machine_info"]["opcd"], **source(run["commit_info"], run["datetime"])}
-    rows = []
-    for benchmark in run["benchmarks"]:
-        stats = benchmark["stats"]
-        times = {f"{key}_s": float(f"{stats[key]:.4g}") for key in TIMES}
-        facts = {"question": benchmark["name"], **benchmark["extra_info"]}
-        rows.append({**shared, **facts, **times, "rounds": stats["rounds"]})
-    return rows
 
 
 def facts(row: Row) -> dict[str, float | str | None]:
@@ -136,7 +136,8 @@ def case(row: Row) -> str:
 def words(problem: dict[str, object]) -> str:
     """`N 1024, trained head` of {"N": 1024, "head": "trained"}."""
     phrases = {"head": "{} head", "lengths": "{} lengths", "new_tokens": "{} new tokens"}
-    phrases |= {"model": "{}", "dtype": "{}"}
+    phrases |= {"model": "{}", "dtype": "{}", "divergence": "{}", "call": "{}"}
+    phrases |= {"hidden": "{} hidden states"}
     return ", ".join(phrases.get(k, k + " {}").format(v) for k, v in problem.items())
 
 

@@ -46,9 +46,9 @@ def _json(name: str) -> Path:
 
 
 def _pytest(file: Path, arguments: list[str]) -> list[str]:
-    options = ["--benchmark-only", "--benchmark-quiet", "--timeout=900", "-p", "no:cacheprovider"]
-    json = f"--benchmark-json={_json(file.stem)}"
-    return [sys.executable, "-m", "pytest", str(file), *options, json, *arguments]
+    options = ["-q", "--timeout=900", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    rows = f"--rows={_json(file.stem)}"
+    return [sys.executable, "-m", "pytest", str(file), *options, rows, *arguments]
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def save(rows: list[Row], name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=rows_of, nargs="*", help="from pytest --benchmark-json")
+    parser.add_argument("runs", type=rows_of, nargs="*", help="the rows of a run")
     parser.add_argument("--save", metavar="NAME", help="keep rows and plots")
     parser.add_argument("--plots", action="store_true", help="draw every stored result again")
     arguments = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
         return
     rows = [row for rows in arguments.runs for row in rows]
     if not rows:
-        parser.exit(1, "nothing was measured: give the JSON of a run that measured something\n")
+        parser.exit(1, "nothing was measured: give the rows of a run that measured something\n")
     print(table(rows))
     if arguments.save:
         save(rows, arguments.save)

@@ -22,11 +22,13 @@ from benchmarks.problems import (
     Problem,
     TokenIds,
     models,
+    sizes_of,
     tokens,
 )
 from benchmarks.providers import Unavailable
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
+from opcd.models.head import head_of
 from opcd.models.lm import autocast
 from opcd.passes.plan import find_plan
 from opcd.rollouts.choice import build_engine
@@ -118,7 +120,9 @@ def distiller(
         engine = build_engine(config.rollout_engine, student, config.rollout_batch_size, plan)
     recorder = Recorder(engine)
     source = SamePrompts([Prompt(ids, ids, ONLY) for ids in prompt_ids], config)
-    loss = StudentLoss(student, plan)
+    # As a run has it; its head is measured here, before weights are cast for a pass.
+    trained = head_of(student).weight.requires_grad
+    loss = StudentLoss(student, plan, add_weight_grad=trained)
     return name, Distiller(loss, teacher, recorder, source, config, dtype), recorder
 
 
@@ -147,6 +151,7 @@ def ours(
         [s["update_time_s"] for s in steps],
         problem.micro_batch,
         f"{made.teacher.plan.mode}, {made.teacher.plan.backend}",
+        sizes_of(made.student),
     )
 
 

@@ -216,4 +216,5 @@ def measure(
         phases.update_s[timed],
         problem.micro_batch,
         "in full",
+        problems.sizes_of(student),
     )

@@ -205,6 +205,32 @@ def test_a_recipe_of_the_guide_in_two_processes(recipe: str, tmp_path: Path) -> 
         torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
 
 
+GPU = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+# Where code asks for its device, uses CUDA, or is another under Triton's interpreter.
+ONLY_CUDA = re.compile(r"""\.type [!=]= ["'](?:cuda|cpu)|torch\.cuda\.|INTERPRETED""")
+
+
+def test_every_branch_that_only_cuda_takes_is_listed() -> None:
+    files = [*(ROOT / "opcd").rglob("*.py"), *(ROOT / "opcd_kernels").glob("*.py")]
+    found = {
+        str(file.relative_to(ROOT))
+        for file in files
+        if ONLY_CUDA.search(file.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 15
+    table = GPU[GPU.index("## Branches") : GPU.index("## flash-attn")]
+    listed = set(re.findall(r"`(opcd\w*/[\w/]+\.py)`", table))
+    assert found <= listed, sorted(found - listed)
+    assert all((ROOT / file).is_file() for file in listed)
+
+
+def test_what_stands_in_for_a_gpu_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", GPU)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 batches      sequences to batches that hold little padding
 console      output that arrives on any terminal, and never ends a run
+device       what a person is told of the device that a run takes
 files        files and folders that are complete or absent
 interrupts   how Ctrl-C and the end of a job reach a run
 memory       how much a run has taken

@@ -8,6 +8,7 @@ from opcd.models.adapter import lora_coverage
 from opcd.preflight.budget import budget, budget_lines, check_memory
 from opcd.preflight.rendering import rendering, rendering_lines
 from opcd.preflight.sample import sample
+from opcd.runtime.device import in_words, unused_gpu
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
@@ -31,13 +32,15 @@ def run_plan(setup: Setup, distiller: Distiller) -> str:
         f"context   {several}{shared:.0f} tokens{stay} ({saved:.0f} saved), computed {often}; "
         f"sequences {plan.mode}, {plan.backend} ({plan.reason})",
         *setup.prompt_lines,
-        f"student   {config.model} on {config.device}, {config.dtype}, training {kind} "
+        f"student   {config.model} on {in_words(setup.device)}, {config.dtype}, training {kind} "
         f"({trained / 1e6:.1f} M), at a rate of {distiller.peak_rate:g}",
         f"rollouts  {distiller.engine.name} engine, {config.rollout_batch_size} at once",
         f"data      {_trained_on(setup)}, {len(task.validation)} validation, "
         f"{len(task.test)} test prompts",
         *setup.notes,
     ]
+    if reason := unused_gpu(setup.device):
+        lines.append(f"note      this machine's GPU is not used: {reason}; see docs/gpu.md")
     rows = len(task.recorded or task.conversations)
     if config.prompts_per_step > rows:
         kind = "prompts" if rows == len(task.train) and not task.recorded else "conversations"

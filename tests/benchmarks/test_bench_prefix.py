@@ -1,16 +1,15 @@
 """The teacher's benchmark on a shape that is as small as that on a GPU is large."""
 
-from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_prefix
+from benchmarks import bench_prefix, problems, rates
 from benchmarks.bench_prefix import CASES, COMPLETIONS, LLAMA, Case, random_llama, test_teacher
-from opcd.errors import InputError
+from benchmarks.rounds import Rounds
 
-test_teacher.__test__ = False  # needs pytest-benchmark
+test_teacher.__test__ = False  # a benchmark
 CASE = Case("llama", p=40, lengths="short", times=2)
 SMALL = {
     "hidden_size": 64,
@@ -20,20 +19,6 @@ SMALL = {
     "num_key_value_heads": 1,
     "vocab_size": 40_000,
 }
-
-
-class Benchmark:
-    """What the benchmark needs of pytest-benchmark's fixture."""
-
-    def __init__(self) -> None:
-        self.extra_info: dict = {}
-        self.rounds = 0
-        self.stats = SimpleNamespace(stats=SimpleNamespace(median=1.0))
-
-    def pedantic(self, call: Callable, setup: Callable, rounds: int) -> None:
-        self.rounds = rounds
-        setup()
-        call()
 
 
 @pytest.fixture
@@ -47,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     monkeypatch.setattr(bench_prefix, "random_llama", make)
     monkeypatch.setitem(COMPLETIONS, "short", [12, 30, 5])
+    monkeypatch.setattr(rates, "measured", lambda device: rates.Rates(1e12, 1e10))
     bench_prefix.load.cache_clear()
     bench_prefix.exact.clear()
     yield shapes
@@ -56,14 +42,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 @pytest.mark.parametrize("provider", bench_prefix.PROVIDERS)
 def test_every_way_of_the_large_shape(small: list[dict], provider: str) -> None:
-    benchmark = Benchmark()
+    benchmark = Rounds()
     test_teacher(benchmark, provider, CASE)
     assert small[0]["num_attention_heads"] == 4 * small[0]["num_key_value_heads"] == 32
-    row = benchmark.extra_info
+    row = benchmark.facts
     assert row["model"].startswith("4 layers of Llama-3.1-8B")
     assert (row["P"], row["B"], row["new_tokens"]) == (40, 6, 2 * 47 + 6 * 20)
     assert 0 <= row["divergence"] < 0.02
-    assert benchmark.rounds == bench_prefix.ROUNDS
+    assert len(benchmark.seconds) == bench_prefix.ROUNDS
+    assert row["rates_floor_share"] > 0
 
 
 def test_a_way_that_is_wrong_is_not_timed(
@@ -72,22 +59,23 @@ def test_a_way_that_is_wrong_is_not_timed(
     monkeypatch.setattr(
         bench_prefix, "dynamic_cache", lambda *_: torch.randn_like(bench_prefix.exact[CASE])
     )
-    benchmark = Benchmark()
+    benchmark = Rounds()
     with pytest.raises(AssertionError, match="not timed"):
         test_teacher(benchmark, "dynamic-cache", CASE)
-    assert benchmark.rounds == 0
+    assert not benchmark.seconds
 
 
 def test_without_the_weights_the_shape_is_labelled(
-    small: list[dict], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(*_: object) -> None:
-        raise InputError("no network")
-
-    monkeypatch.setattr(bench_prefix, "load_model", absent)
-    name, _ = bench_prefix.smollm2()
+    """And nothing is fetched."""
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path))
+    monkeypatch.setitem(problems.SHAPES, problems.SMOLLM2, problems.SHAPES["qwen2.5-tiny"])
+    name, model = bench_prefix.smollm2()
     assert "random weights" in name
-    assert (small[0]["hidden_size"], small[0]["num_hidden_layers"]) == (576, 30)
+    assert model.config.vocab_size == 1000
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_sequences_of_the_large_shape() -> None:

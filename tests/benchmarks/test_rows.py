@@ -1,41 +1,56 @@
 """Rows from runs, and what is told of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import plots, summary
+from benchmarks import rows as rows_module
+from benchmarks.rounds import Rounds
 from benchmarks.rows import RESULTS, case, cases, facts, problem, read
 
-RUN = {
-    "machine_info": {"opcd": {"device": "a GPU", "python": "3.12.1", "torch": "2.11.0"}},
-    "commit_info": {"id": "0123", "dirty": True},
-    "datetime": "2026-01-02T03:04:05",
-    "benchmarks": [
-        {
-            "name": "test_step",
-            "stats": {"median": 1.25678, "min": 1, "q1": 1.1, "q3": 1.3, "max": 2, "rounds": 5},
-            "extra_info": {
-                "question": "step",
-                "provider": provider,
-                "model": "tiny",
-                "micro_batch": micro_batch,
-                "teacher": teacher,
-                "rollout_s": 2.125,
-                "teacher_s": 0.25,
-                "update_s": 1.0,
-                "B": 4,
-                "new_tokens": 64,
-                "tokens_per_s": 512,
-                "peak_mib": None,
-                "share_nobody_foresaw": 0.5,
-            },
-        }
-        for provider, micro_batch, teacher in (("ours", 16, "packed, sdpa"), ("peer", 8, "in full"))
-    ],
-}
+BENCHMARKS = """
+import os
+def test_times(benchmark):
+    benchmark.time(lambda: None, 2)
+    benchmark.facts |= {"N": 8}
+def test_times_nothing(benchmark): pass
+def test_dies(benchmark): os._exit(3)
+"""
+
+RUN = [
+    {
+        "device": "a GPU",
+        "python": "3.12.1",
+        "torch": "2.11.0",
+        "commit": "0123+changes",
+        "date": "2026-01-02",
+        "question": "step",
+        "provider": provider,
+        "model": "tiny",
+        "micro_batch": micro_batch,
+        "teacher": teacher,
+        "rollout_s": 2.125,
+        "teacher_s": 0.25,
+        "update_s": 1.0,
+        "B": 4,
+        "new_tokens": 64,
+        "tokens_per_s": 512,
+        "peak_mib": None,
+        "share_nobody_foresaw": 0.5,
+        "median_s": 1.257,
+        "min_s": 1.0,
+        "q1_s": 1.1,
+        "q3_s": 1.3,
+        "max_s": 2.0,
+        "rounds": 5,
+    }
+    for provider, micro_batch, teacher in (("ours", 16, "packed, sdpa"), ("peer", 8, "in full"))
+]
 
 
 @pytest.fixture
@@ -43,6 +58,39 @@ def rows(tmp_path: Path) -> list[dict]:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(RUN))
     return read(file)
+
+
+def test_rounds_become_a_row() -> None:
+    rounds, calls = Rounds(), []
+    rounds.time(lambda: calls.append("call"), 3, before=lambda: calls.append("before"))
+    assert calls == ["before", "call"] * 3
+    assert len(rounds.seconds) == 3
+    rounds = Rounds()
+    rounds.facts |= {"question": "step", "N": 8}
+    rounds.given([4.0, 1.0, 2.0, 3.0, 5.00004])
+    row = rounds.row()
+    assert (row["question"], row["N"], row["rounds"]) == ("step", 8, 5)
+    assert [row[f"{k}_s"] for k in ("min", "q1", "median", "q3", "max")] == [1, 2, 3, 4, 5]
+
+
+def test_a_row_says_whose_code_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPCD_COMMIT", "0123abc")
+    assert rows_module.commit() == "0123abc"
+    monkeypatch.delenv("OPCD_COMMIT")
+    monkeypatch.setenv("PATH", "")  # no git
+    assert rows_module.commit() == "unknown"
+
+
+def test_a_benchmark_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    """Each row is written when it is made."""
+    (tmp_path / "test_it.py").write_text(BENCHMARKS)
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.conftest", f"--rows={file}", str(tmp_path / "test_it.py")]
+    subprocess.run(command, cwd=RESULTS.parents[1], check=False, capture_output=True)
+    (row,) = read(file)
+    assert (row["question"], row["N"], row["rounds"]) == ("test_times", 8, 2)
+    assert {"device", "torch", "commit", "date"} <= row.keys()
 
 
 def test_a_run_becomes_rows(rows: list[dict]) -> None:

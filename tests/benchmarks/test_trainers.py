@@ -43,6 +43,14 @@ def test_every_phase_is_timed(ours: Measured) -> None:
     assert ours.seconds[1] == ours.teacher_s[1] + ours.update_s[1]
 
 
+def test_a_step_in_bf16_is_that_of_a_run() -> None:
+    """Weights are cast, and the head's gradient is added to what is there."""
+    _, made, _ = distiller(PROBLEM, CPU, torch.bfloat16)
+    assert made.step()["loss"] > 0
+    assert made.casts is not None
+    assert made.student_loss._options["add_weight_grad"]
+
+
 def test_what_was_sampled_is_given_again() -> None:
     _, made, recorder = distiller(PROBLEM, CPU, torch.float32)
     recorder.limit = 3

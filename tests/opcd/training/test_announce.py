@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from opcd.config import TrainConfig
 from opcd.tasks.prepare import prepare
 from opcd.training.announce import run_plan
@@ -53,3 +55,16 @@ def test_a_step_of_more_prompts_than_there_are_is_said(settings: dict) -> None:
     said = "note      a step takes 13 prompts, and there are 12: some come more than once"
     assert said in plan(settings, prompts_per_step=13)
     assert not [line for line in plan(settings, prompts_per_step=12) if "a step takes" in line]
+
+
+def test_the_device_is_told_and_a_gpu_that_stands_idle(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (student,) = (line for line in plan(settings) if line.startswith("student"))
+    assert " on cpu, float32, " in student
+    monkeypatch.setattr("opcd.training.announce.in_words", lambda device: f"{device} (named)")
+    monkeypatch.setattr("opcd.training.announce.unused_gpu", lambda _: "torch is built for CPUs")
+    lines = plan(settings)
+    assert any(" on cpu (named), float32, " in line for line in lines)
+    note = "note      this machine's GPU is not used: torch is built for CPUs; see docs/gpu.md"
+    assert note in lines
