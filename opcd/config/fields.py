@@ -164,6 +164,9 @@ class Run:
     """How many of the newest checkpoints a run keeps while it goes on, beside the best one. The
     newest alone holds the optimizer's state (--resume); the others are models to look at. Once
     final/ is written, one is left, or none with the schedule linear."""
+    without_texts: bool = False
+    """Leave what people and models wrote out of report.html and evidence.json, which may then be
+    shown; the other files of a run keep it."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """What follows an alarm, a sign that the run goes wrong: warn, or stop (save a checkpoint and
     end without a model, with status 3; --resume goes on all the same)."""
@@ -302,7 +305,7 @@ MEASURING = frozenset(
     {
         *(name for name, group in FIELDS.items() if group in ("data", "models")),
         *("max_completion_tokens", "temperature", "rollout_engine", "rollout_batch_size"),
-        *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
+        *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts", "without_texts"),
         *("max_tokens_per_pass", "prefix_cache_mib"),
     }
 ) - {"turns"}

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ INPUT_FILES = (
     *("chat_template", "guided_completions"),
 )
 MODELS = ("model", "teacher")
+CODE = ("scorer", "trackers")  # fields that may name a Python function
 REQUIRED = [
     f.name
     for f in dataclasses.fields(TrainConfig)
@@ -61,6 +62,21 @@ def gather(
             f"FOLDER` writes an example"
         )
     return TrainConfig(**values, origins=origins)
+
+
+def check_code(config: TrainConfig, given: Container[str], command: str) -> None:
+    """Raise InputError for a Python function that is named anywhere but among what was given.
+
+    The configuration in a run folder is not the user's own where a stranger made the folder.
+    """
+    for name in CODE:
+        parts = [part.strip() for part in getattr(config, name).split(",")]
+        if name not in given and any(part.startswith("python:") for part in parts):
+            raise InputError(
+                f"{command} runs no Python code that a file names, got {name} "
+                f"{getattr(config, name)!r}; look at it, then pass --allow-code, or name it "
+                f"yourself with --{name}"
+            )
 
 
 def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -150,7 +166,7 @@ def _converted(name: str, value: Any, source: str) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     try:
         return _as(kind, value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         if get_origin(kind) is Literal:
             options = get_args(kind)
             words = f"one of {', '.join(options)}"
@@ -206,7 +222,7 @@ def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in INPUT_FILES:
         if isinstance(path := values.get(name), str) and path.strip():
             found[name] = str((folder / Path(path).expanduser()).absolute())
-    for name in ("scorer", "trackers"):
+    for name in CODE:
         if name in values:
             found[name] = ",".join(_code(part, folder) for part in values[name].split(","))
     if values.get("output_dir", "").startswith("~"):

@@ -11,4 +11,8 @@ spikes      steps whose divergence stands out
 elsewhere   the distilled model on requests that have nothing to do with the context
 side_by_side  one message to the models before and after
 report      the scorecard for people: terminal, report.md, curve
+page        the scorecard for whoever decides: report.html
+plots       drawings of a page, as SVG in its own colours
+evidence    what figures and weights came from: evidence.json
+verify      a run held against its evidence
 """

@@ -1,6 +1,5 @@
 """A run's models before and after, without and with the context, on its test data."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +26,17 @@ from opcd.evaluation.contenders import (
     both_contenders,
 )
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
+from opcd.evaluation.evidence import write_evidence
 from opcd.evaluation.intervals import paired_difference
 from opcd.evaluation.measured import measured_by
+from opcd.evaluation.page import Record, write_page
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import internalised, more_right, scorecard
 from opcd.evaluation.verdict import reference_of, verdict
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
 from opcd.runtime.files import read_metrics, write_json, write_jsonl
 from opcd.runtime.progress import Progress
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case, spread
 from opcd.teacher import SharedPrefixTeacher, teacher_of
@@ -107,7 +109,8 @@ def evaluate(
     columns, rows = scorecard(contenders, answers, said, task.test, task.scorer)
     for when, (alone, _) in CONTENDERS.items():
         if when in names:
-            columns[alone] |= _agreement(gaps[when], apart[when])
+            columns[alone] |= agreement_of(gaps[when], apart[when])
+            _keep_nats(rows, task.test, held_out, alone, gaps[when], apart[when])
     reference = reference_of(columns)
     gain = [columns[c].get("accuracy") for c in ("base", reference, "distilled") if c in columns]
     card = {
@@ -117,7 +120,7 @@ def evaluate(
         "teacher": teacher_name,
         "contenders": columns,
         "internalised": internalised(*gain) if distilled is not None and None not in gain else None,
-        "differences": _differences(rows, columns, gaps),
+        "differences": differences_of(rows, columns, gaps),
         "divergence": {
             **{w: apart[w].reverse_kl.mean if w in apart else None for w in CONTENDERS},
             "unit": "nats per completion token, student || teacher",
@@ -145,7 +148,7 @@ def _who(teacher: str) -> str:
     return f"{Path(teacher).name}, with the context"
 
 
-def _differences(
+def differences_of(
     rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: dict[str, Gap]
 ) -> dict[str, Any]:
     """What was gained and lost, request by request: accuracy, and nats a token of the gap."""
@@ -187,7 +190,27 @@ def _teacher(models: Models, setup: Setup) -> SharedPrefixTeacher:
     return teacher_of(models.get(config.teacher or config.model).model, setup.task.prefixes, config)
 
 
-def _agreement(gap: Gap, apart: Divergences) -> dict[str, Any]:
+def _keep_nats(
+    rows: Sequence[dict[str, Any]],  # of the scorecard, one for each case
+    cases: Sequence[Case],
+    held_out: Sequence[Case],
+    name: str,
+    gap: Gap,
+    apart: Divergences,
+) -> None:
+    """Put into the rows of the held-out cases what `agreement_of` is made from, as NAME_nats."""
+    row_of = dict(zip(map(id, cases), rows, strict=True))
+    for i, case in enumerate(held_out):
+        row_of[id(case)][f"{name}_nats"] = {
+            "missed": gap.missed[i],  # of each token that the prompted teacher says
+            "likeliest": gap.likeliest.totals[i],
+            "reverse_kl": apart.reverse_kl.totals[i],
+            "forward_kl": apart.forward_kl.totals[i],
+            "tokens": apart.reverse_kl.counts[i],  # of the model's own completion
+        }
+
+
+def agreement_of(gap: Gap, apart: Divergences) -> dict[str, Any]:
     """How far a model without the context is from the prompted teacher, in nats over tokens."""
     return {
         "gap": gap.nats.summary(),
@@ -200,13 +223,15 @@ def _agreement(gap: Gap, apart: Divergences) -> dict[str, Any]:
 def read_scorecard(folder: Path) -> dict[str, Any] | None:
     """The scorecard in a folder; None where there is none that can be read."""
     try:
-        return json.loads((folder / "scorecard.json").read_text("utf-8"))
+        found = parse_json((folder / "scorecard.json").read_text("utf-8"))
+        return found if isinstance(found, dict) else None
     except (OSError, ValueError):
         return None
 
 
 def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
-    """scorecard.json, answers, report.md with its curve; settings where no run's are.
+    """scorecard.json, answers, report.md with its curve, the page and its evidence; settings where
+    no run's are.
 
     The scorecard comes last: where it is, the others are its own.
     """
@@ -217,6 +242,8 @@ def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
     if found.elsewhere:
         write_jsonl(folder / "elsewhere.jsonl", found.elsewhere)
     write_report(folder, found.card, found.answers, setup.config, metrics)
+    evidence = write_evidence(folder, setup, found.card, found.card["distilled"])
+    write_page(folder, Record(setup.config, metrics, evidence, *found))
     write_json(folder / "scorecard.json", found.card)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opcd.config import TrainConfig
@@ -19,7 +19,7 @@ OF_THE_FORM = {
     *("chat_template", "chat_template_args"),
 }
 DIGESTED = {"model", "teacher", "test_data", "elsewhere_data", "scorer"}
-NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data"}
+NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data", "without_texts"}
 PROBES: tuple[list[Message], ...] = (
     [user("What is zebra 7?")],
     [system("The customer is Ms Ng."), user("What is zebra 7?")],
@@ -35,17 +35,22 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
     """
     config, task = setup.config, setup.task
     form = {name: [_prompts(chat, probe) for probe in PROBES] for name, chat in setup.chats.items()}
-    rows = [[c.example.messages, sorted(c.example.answers), c.example.context] for c in task.test]
+    rows = [(c.example.messages, c.example.answers, c.example.context) for c in task.test]
     elsewhere = [[request.example.messages, request.kind] for request in setup.elsewhere]
     model = model_digest(config.model)
     return {
         "form": _digest([form, sorted(setup.stop_ids)]),
         "model": model,
         "teacher": model_digest(config.teacher) if config.teacher else model,
-        "test_data": _digest(rows) if rows else None,
+        "test_data": test_digest(rows) if rows else None,
         "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
     }
+
+
+def test_digest(rows: Sequence[tuple[Sequence[Message], Sequence[str], str]]) -> str:
+    """Of requests, each with its accepted answers and the name of its context."""
+    return _digest([[messages, sorted(answers), context] for messages, answers, context in rows])
 
 
 def other_fields(

@@ -9,6 +9,7 @@ from opcd.config.settings import gather, written_here
 from opcd.errors import InputError
 from opcd.runtime.files import make_folder
 from opcd.runtime.progress import Progress
+from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import list_checkpoints
 
@@ -16,7 +17,8 @@ CHANGES_FILE = "changes.jsonl"
 # Fields that may change when a run is continued; those of the second kind alter the steps to come,
 # for a run whose loss was not finite.
 HOUSEKEEPING = {
-    *("save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers", "on_alarm")
+    *("save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers", "on_alarm"),
+    "without_texts",
 }
 REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 
@@ -42,6 +44,7 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
             f"to resume there must be a run, got no {saved}; start one without resume, or name its "
             f"output_dir if it was moved"
         )
+    check_run_folder(folder)
     before = gather({}, saved)
     changed = set(before.differing_fields(config)) - HOUSEKEEPING
     if kept := changed - REMEDIES - {"steps"}:

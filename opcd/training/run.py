@@ -10,6 +10,8 @@ from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
+from opcd.evaluation.evidence import write_evidence
+from opcd.evaluation.page import Record, write_page
 from opcd.models.files import ModelFiles
 from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.memory import release_memory
@@ -76,6 +78,9 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         progress.say(f"this run was finished before: nothing is left to do{more}")
         return outcome
     if not setup.task.test:
+        evidence = write_evidence(folder, setup, None, str(folder / "final"))
+        metrics = read_metrics(folder / "metrics.jsonl")
+        write_page(folder, Record(setup.config, metrics, evidence, None, [], []))
         return outcome
     found = evaluate(setup, str(folder / "final"), progress, read_selection(folder))
     write_evaluation(folder, found, setup)
