@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED = SERIES
 
 
 class Plot(NamedTuple):
-    """A drawing, and what it says in words."""
+    """A drawing, and what it says in words; "" where a table beside it does."""
 
     title: str
     words: str
@@ -56,8 +56,7 @@ def accuracy_plot(columns: Mapping[str, Any]) -> Plot:
         axis.grid(axis="x")
 
     what = "Right answers" if judged else "Answers that are the prompted model's"
-    words = "; ".join(f"{n} {m:.1%} ({lo:.1%} – {hi:.1%})" for n, (m, (lo, hi)) in found.items())
-    return Plot(f"{what}, with 95 % intervals", words, _svg("accuracy", draw))
+    return Plot(f"{what}, with 95% intervals", "", _svg("accuracy", draw))
 
 
 def training_plots(metrics: Sequence[Mapping[str, Any]], forward_share: float) -> list[Plot]:
@@ -192,12 +191,13 @@ def _svg(name: str, draw: Callable[[Any], None]) -> str:
 
 def _inlined(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # of the whole page
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None, "matplotlib writes one"
     svg = re.sub(r"<svg[^>]*>", f'<svg {box[0]} aria-hidden="true">', svg, count=1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font: (\d+)px[^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font: (\d+)px[^;\"]*", r"font-size: \1px", svg)  # of matplotlib before 3.11
+    svg = re.sub(r"font-family: [^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", svg)
     for given, colour in (INK | SERIES).items():
         svg = svg.replace(given, colour)
     return re.sub(r"\n\s*", "\n", svg)

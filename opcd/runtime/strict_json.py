@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-MOST_DIGITS = 19  # of a whole number in 64 bits; longer ones take Python quadratic time
+MOST_DIGITS = 300  # a float holds that; much longer ones take Python quadratic time
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def no_constant(name: str) -> Any:
 
 
 def short_int(digits: str) -> int:
-    """A parse_int. Raises ValueError for a number that 64 bits do not hold."""
+    """A parse_int. Raises ValueError for a number with more digits than `MOST_DIGITS`."""
     if len(digits.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)

@@ -9,7 +9,6 @@ from opcd.config.settings import gather, written_here
 from opcd.errors import InputError
 from opcd.runtime.files import make_folder
 from opcd.runtime.progress import Progress
-from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import list_checkpoints
 
@@ -44,7 +43,6 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
             f"to resume there must be a run, got no {saved}; start one without resume, or name its "
             f"output_dir if it was moved"
         )
-    check_run_folder(folder)
     before = gather({}, saved)
     changed = set(before.differing_fields(config)) - HOUSEKEEPING
     if kept := changed - REMEDIES - {"steps"}:

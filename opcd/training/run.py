@@ -17,6 +17,7 @@ from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
+from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.alarms import Alarms
 from opcd.training.announce import (
@@ -56,6 +57,8 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
     Raises InputError for whatever a user gave that does not fit.
     """
     progress = progress or Progress()
+    if resume and Path(config.output_dir).is_dir():
+        check_run_folder(Path(config.output_dir))
     setup = prepare(config, for_training=True)
     folder = check_folder(setup.config, resume, progress)
     config, before = setup.config, read_selection(folder)
