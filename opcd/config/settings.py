@@ -69,14 +69,22 @@ def check_code(config: TrainConfig, given: Container[str], command: str) -> None
 
     The configuration in a run folder is not the user's own where a stranger made the folder.
     """
-    for name in CODE:
-        parts = [part.strip() for part in getattr(config, name).split(",")]
-        if name not in given and any(part.startswith("python:") for part in parts):
+    for name in names_code(config):
+        if name not in given:
             raise InputError(
                 f"{command} runs no Python code that a file names, got {name} "
                 f"{getattr(config, name)!r}; look at it, then pass --allow-code, or name it "
                 f"yourself with --{name}"
             )
+
+
+def names_code(config: TrainConfig) -> list[str]:
+    """The fields in which a configuration names a Python function."""
+    return [
+        name
+        for name in CODE
+        if any(part.strip().startswith("python:") for part in getattr(config, name).split(","))
+    ]
 
 
 def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -337,7 +337,10 @@ def test_a_windows_path_whose_backslash_became_a_tab(
 
 @pytest.mark.parametrize(
     ("command", "fields", "own"),
-    [("train", FIELDS, {"resume"}), ("eval", MEASURING, {"distilled", "save_to"})],
+    [
+        ("train", FIELDS, {"resume", "allow_code"}),
+        ("eval", MEASURING, {"distilled", "save_to", "allow_code"}),
+    ],
 )
 def test_help_explains_the_fields_of_a_command_and_no_others(
     command: str, fields: Collection[str], own: set[str], capsys: pytest.CaptureFixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from opcd.cli import main
 from opcd.config.settings import gather
 from opcd.evaluation.page import LONGEST, Record, write_page
 from opcd.evaluation.plots import _thinned, position_plot, training_plots
@@ -176,6 +177,17 @@ def test_a_run_without_test_data_has_a_page(copied_run: Path) -> None:
     assert "<strong>Not measured</strong>" in page
     assert page.count("<svg") == 3
     assert "Scorecard" not in page
+
+
+def test_scored_again_without_texts_a_run_is_still_verified(copied_run: Path) -> None:
+    config = str(copied_run / "config.yaml")
+    before = (copied_run / "scorecard.json").read_bytes()
+    assert "alert(1)" in (copied_run / "report.html").read_text(encoding="utf-8")
+    assert main(["eval", "--config", config, f"--output_dir={copied_run}", "--without-texts"]) == 0
+    assert json.loads(before)["contenders"] == record_of(copied_run).card["contenders"]  # type: ignore[index]
+    for name in ("report.html", "evidence.json"):
+        assert "alert(1)" not in (copied_run / name).read_text(encoding="utf-8")
+    assert main(["verify", str(copied_run)]) == 0
 
 
 def contrast(one: str, other: str) -> float:
