@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from opcd import __version__
 from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.config.settings import KINDS, gather
+from opcd.config.settings import KINDS, check_code, gather
 from opcd.errors import InputError, did_you_mean
 from opcd.experience.settings import ITS_OWN, Experience, read_settings
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
@@ -34,6 +34,7 @@ BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
   opcd train --config my-task/config.yaml       distil it, and score it
   opcd experience --config problems.yaml        let a model learn from its own attempts
   opcd chat my-task/run                         ask base, prompted and distilled side by side
+  opcd verify my-task/run                       hold its figures against its answers and files
   opcd --help                                   every command
 """
 
@@ -57,13 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
         command = f"opcd train --config {shlex.quote(str(written))}"
         print(f"written: a small task. Distil it:\n  {command}")
         return 0
-    if arguments.command == "chat":
-        return _chat(arguments)
     if arguments.command == "eval" and arguments.compare:
         return _compare(arguments)
-    if arguments.command == "experience":
-        return _experience(arguments)
+    alone = {"chat": _chat, "verify": _verify, "experience": _experience}
+    if arguments.command in alone:
+        return alone[arguments.command](arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
+    if arguments.command == "eval" or getattr(arguments, "resume", False):
+        _check_code(arguments, config)
     _load()
     commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
     return commands[arguments.command](arguments, config)
@@ -176,7 +178,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _chat(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
-    config = gather({}, run / "config.yaml")
+    config = _config_of(run, arguments)
     _load()
     from opcd.evaluation.side_by_side import SideBySide
     from opcd.terminal import converse
@@ -204,6 +206,36 @@ def _experience(arguments: argparse.Namespace) -> int:
         return 0
     caught = signal.Signals.__members__.get(outcome.stopped)
     return 128 + caught if caught else STOPPED_BY_ALARM
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.run)
+    config = _config_of(run, arguments)
+    _load()
+    from opcd.evaluation.verify import verify
+
+    with _scorecard_alone(arguments) as show:
+        found = verify(run, config)
+        print("\n".join(found.lines))
+    show(found.as_dict())
+    return 0 if found.agrees else 1
+
+
+def _config_of(run: Path, arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration of a run's folder, which may be a stranger's."""
+    from opcd.runtime.untrusted import check_run_folder
+
+    if run.is_dir():
+        check_run_folder(run)
+    given = {"scorer": arguments.scorer} if getattr(arguments, "scorer", None) else {}
+    config = gather(given, run / "config.yaml")
+    _check_code(arguments, config)
+    return config
+
+
+def _check_code(arguments: argparse.Namespace, config: TrainConfig) -> None:
+    if not arguments.allow_code:
+        check_code(config, vars(arguments), f"opcd {arguments.command}")
 
 
 @contextlib.contextmanager
@@ -277,6 +309,8 @@ def _parser() -> _Parser:
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
         printed = {"check": "what was found", "rivals": "the rows"}.get(name, "the scorecard")
         sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
+        if name != "check":
+            _add_allow_code(sub)
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
             _add_fields(sub, FIELDS)
@@ -327,6 +361,15 @@ def _parser() -> _Parser:
     chat.add_argument(
         "--context", dest="context_name", metavar="NAME", help="which, where the run has several"
     )
+    _add_allow_code(chat)
+    check = "Hold a run's scorecard, weights and data against its evidence.json and its answers."
+    verify = commands.add_parser("verify", help=check, description=check)
+    verify.add_argument("run", metavar="RUN", help="folder of the run")
+    verify.add_argument(
+        "--scorer", metavar="SPEC", default=argparse.SUPPRESS, help="in place of the one it names"
+    )
+    verify.add_argument("--json", action="store_true", help="print what was found, nothing else")
+    _add_allow_code(verify)
     init = commands.add_parser(
         "init",
         help="Write a small task that runs as it is.",
@@ -382,6 +425,15 @@ def _add_experience(commands: Any) -> None:
     )
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
     _add_fields(sub, {name: FIELDS[name] for name in FIELDS if name not in ITS_OWN})
+
+
+def _add_allow_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_code",
+        action="store_true",
+        help="run the Python functions that a file names as scorer or trackers; without it only "
+        "those that the command line names, and those of the --config of a new run",
+    )
 
 
 def _add_fields(parser: argparse.ArgumentParser, wanted: Container[str]) -> None:

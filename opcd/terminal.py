@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opcd.config import TrainConfig
+from opcd.config.settings import names_code
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
 from opcd.evaluation.facts import set_lines
 from opcd.evaluation.report import (
@@ -147,7 +148,8 @@ def _duration(seconds: float) -> str:
 def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     """How a run ended, and what to do next."""
     folder = Path(shown(str(outcome.folder)))
-    again = f"opcd train --config {_quoted(folder / 'config.yaml')} --resume"
+    code = " --allow-code" if names_code(config) else ""
+    again = f"opcd train --config {_quoted(folder / 'config.yaml')} --resume{code}"
     left = config.steps - outcome.steps_done
     if outcome.stopped:
         last = "" if left else ", the last: to export and score it"
@@ -167,10 +169,11 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     print(
         f"  model        {folder / 'final'}\n"
         f"{report}"
+        f"  page         {folder / 'report.html'}\n"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
         f"  try it       opcd chat {_quoted(folder)}\n"
         f"  {'score again' if report else 'score it   '}  opcd eval --config "
-        f"{_quoted(folder / 'config.yaml')}{'' if report else ' --test_data FILE'}"
+        f"{_quoted(folder / 'config.yaml')}{code}{'' if report else ' --test_data FILE'}"
     )
 
 
@@ -235,7 +238,8 @@ def show_learned(outcome: Learned, config: Path | None) -> None:
 def show_evaluated(folder: Path, found: Evaluation) -> None:
     """A scorecard and where it was written."""
     show_scorecard(found)
-    print(f"\nwritten: {folder / 'scorecard.json'}, {folder / 'report.md'}")
+    written = (folder / name for name in ("scorecard.json", "report.md", "report.html"))
+    print(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def show_scorecard(found: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,3 +131,27 @@ def in_groups(settings: dict) -> str:
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A run's folder, scored on requests with markup in them; tests that write take a copy."""
+    from opcd.config import TrainConfig
+    from opcd.training.run import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    settings = tiny_settings(folder, model_dir)
+    words = ("cat", "dog", "owl", "ant", "cow", "cod", "doe", "oryx", "auk", "crab")
+    rows = [{"prompt": f"<script>alert(1)</script> & {w}", "answer": w[0]} for w in words]
+    write_jsonl(folder / "test.jsonl", rows)
+    settings |= {"steps": 4, "validate_every": 2, "elsewhere_prompts": 6, "guided_share": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opcd.training.run.announce_budget", lambda *_: None)
+        train(TrainConfig(**settings))
+    return Path(settings["output_dir"])
+
+
+@pytest.fixture
+def copied_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed; its inputs stay where they were."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copied"))

@@ -1,6 +1,5 @@
 """What distilling and evaluating return: a folder, and what is read from it."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import read_scorecard
 from opcd.models.by_name import load_model, load_tokenizer
-from opcd.runtime.files import read_metrics
+from opcd.runtime.files import read_jsonl, read_metrics
+from opcd.runtime.untrusted import check_run_folder
 
 
 class Evaluated:
@@ -31,9 +31,7 @@ class Evaluated:
     @property
     def answers(self) -> list[dict[str, Any]]:
         """Every answer that the scorecard was made from, a test request each."""
-        file = self.folder / "answers.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_jsonl(self.folder / "answers.jsonl")
 
     def report(self) -> str:
         """The report as Markdown; "" where there was no test data."""
@@ -70,6 +68,8 @@ class Distilled(Evaluated):
                 f"the folder must be that of a run with a model, got {str(self.folder)!r}; a run "
                 f"that was interrupted goes on with resume=True"
             )
+
+        check_run_folder(self.folder)
 
     @property
     def model(self) -> PreTrainedModel:

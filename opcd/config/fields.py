@@ -196,6 +196,9 @@ class Run:
     """How many of the newest checkpoints a run keeps while it goes on, beside the best one. The
     newest alone holds the optimizer's state (--resume); the others are models to look at. Once
     final/ is written, one is left, or none with the schedule linear."""
+    without_texts: bool = False
+    """Leave what people and models wrote out of report.html and evidence.json, which may then be
+    shown; the other files of a run keep it."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """What follows an alarm, a sign that the run goes wrong: warn, or stop (save a checkpoint and
     end without a model, with status 3; --resume goes on all the same)."""
@@ -405,7 +408,7 @@ MEASURING = frozenset(
         *(name for name, group in FIELDS.items() if group in ("data", "models")),
         *(name for name, group in FIELDS.items() if group == "evaluation"),
         *("max_completion_tokens", "stop", "temperature", "rollout_engine", "rollout_batch_size"),
-        *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts"),
+        *("output_dir", "seed", "divergence_prompts", "elsewhere_prompts", "without_texts"),
         *("elsewhere_tasks", "leak_tokens"),
         *("max_tokens_per_pass", "prefix_cache_mib"),
     }

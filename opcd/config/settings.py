@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ INPUT_FILES = (
 )
 FILES_BY_NAME = ("test_sets",)
 MODELS = ("model", "teacher")
+CODE = ("scorer", "trackers")  # fields that may name a Python function
 REQUIRED = [
     f.name
     for f in dataclasses.fields(TrainConfig)
@@ -67,6 +68,29 @@ def gather(
             f"FOLDER` writes an example"
         )
     return TrainConfig(**values, origins=origins)
+
+
+def check_code(config: TrainConfig, given: Container[str], command: str) -> None:
+    """Raise InputError for a Python function that is named anywhere but among what was given.
+
+    The configuration in a run folder is not the user's own where a stranger made the folder.
+    """
+    for name in names_code(config):
+        if name not in given:
+            raise InputError(
+                f"{command} runs no Python code that a file names, got {name} "
+                f"{getattr(config, name)!r}; look at it, then pass --allow-code, or name it "
+                f"yourself with --{name}"
+            )
+
+
+def names_code(config: TrainConfig) -> list[str]:
+    """The fields in which a configuration names a Python function."""
+    return [
+        name
+        for name in CODE
+        if any(part.strip().startswith("python:") for part in getattr(config, name).split(","))
+    ]
 
 
 def read_config_file(path: Path, leave_out: str = "") -> tuple[str | None, dict[str, Any]]:
@@ -169,7 +193,7 @@ def converted_to(kind: Any, name: str, value: Any, source: str) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     try:
         return _as(kind, value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         if get_origin(kind) is Literal:
             options = get_args(kind)
             words = f"one of {', '.join(options)}"
@@ -237,7 +261,7 @@ def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             else path  # refused where it is checked
             for key, path in values[name].items()
         }
-    for name in ("scorer", "trackers"):
+    for name in CODE:
         if name in values:
             found[name] = ",".join(_code(part, folder) for part in values[name].split(","))
     if values.get("output_dir", "").startswith("~"):

@@ -5,7 +5,7 @@ requests of every other kind, both without the context: how many greedy answers 
 and how far apart the two are on the original's answers, token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opcd.episodes import Episode, Prompt
@@ -75,22 +75,43 @@ def _figures(
 
 
 def card_of(figures: dict[str, PerRequest], setup: Setup) -> dict[str, Any]:
-    """Means with their intervals, and the means of each kind of request."""
-    kinds: dict[str, list[int]] = {}
-    for i, request in enumerate(setup.elsewhere):
-        if request.kind:
-            kinds.setdefault(request.kind, []).append(i)
+    """What a scorecard has of it."""
     return {
-        "prompts": len(setup.elsewhere),
+        **means_of(figures, [request.kind for request in setup.elsewhere]),
+        "unit": "nats a token of the original's greedy answers; agreement: equal greedy answers",
+        "decoding": {"temperature": 0.0, "max_completion_tokens": ANSWER_TOKENS},
+        "file": setup.config.elsewhere_data,  # None: those that come with opcd
+    }
+
+
+def means_of(figures: dict[str, PerRequest], kinds: Sequence[str]) -> dict[str, Any]:
+    """Means with their intervals, and the means of each kind of request; a kind may be ""."""
+    members_of: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        if kind:
+            members_of.setdefault(kind, []).append(i)
+    return {
+        "prompts": len(kinds),
         **{name: figure.summary(share=name in SHARES) for name, figure in figures.items()},
         "by_kind": {
             kind: {"prompts": len(members)}
             | {name: _of(figure, members).mean for name, figure in figures.items()}
-            for kind, members in kinds.items()
+            for kind, members in members_of.items()
         },
-        "unit": "nats a token of the original's greedy answers; agreement: equal greedy answers",
-        "decoding": {"temperature": 0.0, "max_completion_tokens": ANSWER_TOKENS},
-        "file": setup.config.elsewhere_data,  # None: those that come with opcd
+    }
+
+
+def figures_in(rows: Sequence[Mapping[str, Any]]) -> dict[str, PerRequest]:
+    """The figures again, from the answers."""
+    each = [1.0] * len(rows)
+    tokens = [float(row["tokens"]) for row in rows]
+    return {
+        "agreement": PerRequest([float(row["same"]) for row in rows], each),
+        "common_prefix": PerRequest([row["common_prefix"] for row in rows], each),
+        **{
+            name: PerRequest([r[name] * n for r, n in zip(rows, tokens, strict=True)], tokens)
+            for name in ("reverse_kl", "forward_kl")
+        },
     }
 
 
@@ -111,6 +132,8 @@ def _rows(
             "original": setup.chat.decode(theirs),
             "distilled": setup.chat.decode(ours),
             "same": theirs == ours,
+            "tokens": figures["reverse_kl"].counts[i],
+            "common_prefix": figures["common_prefix"].totals[i],
             "reverse_kl": _of(figures["reverse_kl"], [i]).mean,
             "forward_kl": _of(figures["forward_kl"], [i]).mean,
         }

@@ -1,6 +1,5 @@
 """A run's models before and after, without and with the context, on its test data."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,9 +29,11 @@ from opcd.evaluation.contenders import (
 from opcd.evaluation.decoding import answer_params, decoding_of, rollout_params
 from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
 from opcd.evaluation.elsewhere_tasks import Results, compared, results_of, tasks_of
+from opcd.evaluation.evidence import write_evidence
 from opcd.evaluation.intervals import paired_difference
 from opcd.evaluation.leak import Revealed, context_grams, leak, leak_rows, revealed
 from opcd.evaluation.measured import measured_by
+from opcd.evaluation.page import Record, write_page
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import (
     internalised,
@@ -46,6 +47,8 @@ from opcd.models.adapter import check_adapter, is_adapter
 from opcd.models.by_name import check_same_tokenizer, load_config, load_tokenizer
 from opcd.runtime.files import read_metrics, write_json, write_jsonl
 from opcd.runtime.progress import Progress
+from opcd.runtime.strict_json import parse_json
+from opcd.scoring.scorers import Scorer
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case, spread
 from opcd.teacher import SharedPrefixTeacher, teacher_of
@@ -134,11 +137,12 @@ def evaluate(
     finally:
         progress.end()
         models.close()
-    found, rows = _reached(contenders, answers, said, task.test, setup, gaps)
+    found, rows = reached(contenders, answers, said, task.test, task.scorer, gaps)
     columns = found["contenders"]
     for when, (alone, _) in CONTENDERS.items():
         if when in names:
-            columns[alone] |= _agreement(gaps[when], apart[when])
+            columns[alone] |= agreement_of(gaps[when], apart[when])
+            _keep_nats(rows, task.test, held_out, alone, gaps[when], apart[when])
     card = {
         "context": config.context,
         "model": config.model,
@@ -163,7 +167,7 @@ def evaluate(
     for name, of_set in task.test_sets.items():
         here = slice(begin, begin := begin + len(of_set))
         own_answers = {who: given[here] for who, given in answers.items()}
-        found, more[name] = _reached(contenders, own_answers, said[here], of_set, setup)
+        found, more[name] = reached(contenders, own_answers, said[here], of_set, task.scorer)
         card.setdefault("test_sets", {})[name] = {"file": config.test_sets[name], **found}
     if selection is not None:
         card["selection"] = selection
@@ -181,16 +185,15 @@ def evaluate(
     )
 
 
-def _reached(
+def reached(
     contenders: Sequence[Contender],
     answers: Mapping[str, Sequence[Answer]],
     said: Sequence[Answer],
     cases: Sequence[Case],
-    setup: Setup,
+    scorer: Scorer,
     gaps: Mapping[str, Gap] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What contenders reached on one set of requests, for the scorecard, and every answer to it."""
-    scorer = setup.task.scorer
     given = {who: own[: len(cases)] for who, own in answers.items()}
     columns, rows = scorecard(contenders, given, said[: len(cases)], cases, scorer)
     reference = reference_of(columns)
@@ -207,14 +210,14 @@ def _reached(
         texts = [answer.text for answer in said[: len(cases)]]
         constant = best_constant(cases, scorer, texts, most)
         found |= {"constant": constant._asdict()} if constant is not None else {}
-    return found | {"differences": _differences(rows, columns, gaps)}, rows
+    return found | {"differences": differences_of(rows, columns, gaps)}, rows
 
 
 def _who(teacher: str) -> str:
     return f"{Path(teacher).name}, with the context"
 
 
-def _differences(
+def differences_of(
     rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: Mapping[str, Gap]
 ) -> dict[str, Any]:
     """What was gained and lost, request by request: accuracy, and nats a token of the gap."""
@@ -255,7 +258,27 @@ def _teacher(models: Models, setup: Setup) -> SharedPrefixTeacher:
     return teacher_of(models.get(config.teacher or config.model).model, setup.task.prefixes, config)
 
 
-def _agreement(gap: Gap, apart: Divergences) -> dict[str, Any]:
+def _keep_nats(
+    rows: Sequence[dict[str, Any]],  # of the scorecard, one for each case
+    cases: Sequence[Case],
+    held_out: Sequence[Case],
+    name: str,
+    gap: Gap,
+    apart: Divergences,
+) -> None:
+    """Put into the rows of the held-out cases what `agreement_of` is made from, as NAME_nats."""
+    row_of = dict(zip(map(id, cases), rows, strict=True))
+    for i, case in enumerate(held_out):
+        row_of[id(case)][f"{name}_nats"] = {
+            "missed": gap.missed[i],  # of each token that the prompted teacher says
+            "likeliest": gap.likeliest.totals[i],
+            "reverse_kl": apart.reverse_kl.totals[i],
+            "forward_kl": apart.forward_kl.totals[i],
+            "tokens": apart.reverse_kl.counts[i],  # of the model's own completion
+        }
+
+
+def agreement_of(gap: Gap, apart: Divergences) -> dict[str, Any]:
     """How far a model without the context is from the prompted teacher, in nats over tokens."""
     return {
         "gap": gap.nats.summary(),
@@ -268,13 +291,15 @@ def _agreement(gap: Gap, apart: Divergences) -> dict[str, Any]:
 def read_scorecard(folder: Path) -> dict[str, Any] | None:
     """The scorecard in a folder; None where there is none that can be read."""
     try:
-        return json.loads((folder / "scorecard.json").read_text("utf-8"))
+        found = parse_json((folder / "scorecard.json").read_text("utf-8"))
+        return found if isinstance(found, dict) else None
     except (OSError, ValueError):
         return None
 
 
 def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
-    """scorecard.json, answers, report.md with its curve; settings where no run's are.
+    """scorecard.json, answers, report.md with its curve, the page and its evidence; settings where
+    no run's are.
 
     The scorecard comes last: where it is, the others are its own.
     """
@@ -289,6 +314,10 @@ def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
     answers = {"test": found.answers, **found.test_sets}
     write_table(folder, list(found.card["contenders"]), answers, found.elsewhere)
     write_report(folder, found.card, found.answers, setup.config, metrics)
+    evidence = write_evidence(folder, setup, found.card, found.card["distilled"])
+    write_page(
+        folder, Record(setup.config, metrics, evidence, found.card, found.answers, found.elsewhere)
+    )
     write_json(folder / "scorecard.json", found.card)
 
 

@@ -21,7 +21,7 @@ OF_THE_FORM = {
     *("chat_template", "chat_template_args"),
 }
 DIGESTED = {"model", "teacher", "test_data", "test_sets", "elsewhere_data", "scorer"}
-NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data"}
+NOT_MEASURED_BY = {"output_dir", "prompts", "validation_data", "without_texts"}
 PROBES: tuple[list[Message], ...] = (
     [user("What is zebra 7?")],
     [system("The customer is Ms Ng."), user("What is zebra 7?")],
@@ -45,12 +45,19 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
         "form": _digest([form, sorted(setup.stop_ids)]),
         "model": model,
         "teacher": model_digest(config.teacher) if config.teacher else model,
-        "test_data": _digest(rows) if rows else None,
-        "test_sets": _digest(sets) if sets else None,
+        "test_data": test_digest(rows) if rows else None,
+        "test_sets": _digest({name: test_digest(of) for name, of in sets.items()})
+        if sets
+        else None,
         "elsewhere_data": _digest(elsewhere) if elsewhere else None,
         "scorer": task.scorer.identity,
         "decoding": _digest(decoding_of(setup)),
     }
+
+
+def test_digest(rows: Sequence[tuple[Sequence[Message], Sequence[str], str]]) -> str:
+    """Of requests, each with its accepted answers and the name of its context."""
+    return _digest([[messages, sorted(answers), context] for messages, answers, context in rows])
 
 
 def other_fields(
@@ -73,9 +80,9 @@ def _prompts(chat: Chat, request: list[Message]) -> list[list[int]] | None:
         return None
 
 
-def _rows(cases: Sequence[Case]) -> list[Any]:
-    """Requests with their accepted answers."""
-    return [[c.example.messages, sorted(c.example.answers), c.example.context] for c in cases]
+def _rows(cases: Sequence[Case]) -> list[tuple[Sequence[Message], Sequence[str], str]]:
+    """Requests with their accepted answers and the names of their contexts."""
+    return [(c.example.messages, c.example.answers, c.example.context) for c in cases]
 
 
 def _digest(value: Any) -> str:

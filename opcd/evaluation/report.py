@@ -1,8 +1,7 @@
 """The scorecard as people read it: in the terminal, and as report.md with its training curve."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from opcd.evaluation.facts import constant_facts, harm_facts, lost_facts, set_li
 from opcd.evaluation.intervals import CHANCE
 from opcd.evaluation.spikes import spikes
 from opcd.evaluation.verdict import Verdict, reference_of
-from opcd.runtime.files import shown
+from opcd.runtime.files import shown, write_text
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.messages import asked
 
 SPIKES_SHOWN = 5
+MINIMISED = {0.0: "reverse KL", 1.0: "forward KL"}  # by the share of the latter
 
 
 def scorecard_table(card: dict[str, Any]) -> str:
@@ -227,17 +228,18 @@ def write_report(
     text = [f"# {shown(config.context)} → {config.model}\n"]
     if "verdict" in card:
         text.append(f"**{Verdict(**card['verdict'])}.**\n")
-    if found := [*raised_alarms(metrics), *_spike_lines(metrics)]:
+    if found := [*raised_alarms(metrics), *spike_lines(metrics)]:
         text += ["## Alarms\n", *(f"- {line}" for line in found), ""]
     text += ["## Scorecard\n", "```", scorecard_table(card), "```\n"]
     text += [f"- {fact}" for fact in scorecard_facts(card)]
     for name, found in card.get("test_sets", {}).items():
         text += [f"\n### {name}\n", "```", scorecard_table(found), "```\n"]
         text += [f"- {line}" for line in set_lines(found)]
-    text += _check_section(folder, card)
+    if checked := check_lines(folder, card):
+        text += ["\n## Before training\n", "```", *checked, "```"]
     steps = [m for m in metrics if "loss" in m]
     if steps:
-        minimised = {0.0: "reverse KL", 1.0: "forward KL"}.get(config.forward_share, "mixture")
+        minimised = MINIMISED.get(config.forward_share, "mixture")
         draw_curve(metrics, folder / "curve.png", minimised)
         seconds = sum(m["step_time_s"] for m in steps)
         text += [
@@ -262,25 +264,25 @@ def write_report(
     there = [f"{what}: `{name}`." for what, name in files.items() if (folder / name).is_file()]
     text.append(" ".join(there))
     text.append(f"\nopcd {__version__}, {date.today().isoformat()}.\n")
-    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(text))
 
 
-def _check_section(folder: Path, card: dict[str, Any]) -> list[str]:
+def check_lines(folder: Path, card: Mapping[str, Any]) -> list[str]:
     """What `opcd check` found before training, where it is in the folder and of the same prompt."""
     file = folder / "check.json"
     if not file.is_file():
         return []
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
     except ValueError:
         return []
     before, now = found.get("measured_by", {}), card["measured_by"]
     if any(before.get(what) != now[what] for what in ("form", "model", "teacher")):
-        return ["\n## Before training\n", "`check.json` is of another prompt, or of other models."]
-    return ["\n## Before training\n", "```", *found["summary"], "```"]
+        return ["other     check.json is of another prompt, or of other models"]
+    return [str(line) for line in found["summary"]]
 
 
-def raised_alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
+def raised_alarms(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The alarms of a run, each with the step that it was raised after."""
     return [
         f"step {row['step']}, {alarm}"
@@ -289,7 +291,7 @@ def raised_alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _spike_lines(metrics: Sequence[dict[str, Any]]) -> list[str]:
+def spike_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The steps whose divergence stood out, the highest ones, if there are any."""
     found = spikes(metrics)
     highest = sorted(found, key=lambda spike: -spike.divergence)[:SPIKES_SHOWN]

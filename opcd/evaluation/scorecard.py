@@ -52,7 +52,7 @@ def scorecard(
         given = answers[contender.name]
         column = _column(given, said)
         for row, answer in zip(rows, given, strict=True):
-            row[contender.name] = answer.text
+            row |= _as_row(contender.name, answer, scorer)
         if judged:
             scores = _scores(given, cases, scorer, [answer.text for answer in said])
             rates = [score.rates for score in scores]
@@ -84,6 +84,16 @@ def _harm(
     if judged:
         return harm(*([float(row[f"{name}_right"]) for row in rows] for name in names))
     return disagreement(*([row[name] for row in rows] for name in names))
+
+
+def _as_row(name: str, answer: Answer, scorer: Scorer) -> dict[str, Any]:
+    """An answer, and whatever else of it a scorecard is made from."""
+    row: dict[str, Any] = {name: answer.text, f"{name}_tokens": answer.tokens}
+    if answer.finish == "length":
+        row[f"{name}_cut"] = True
+    if scorer.reads_raw:
+        row[f"{name}_raw"] = answer.raw
+    return row
 
 
 def more_right(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> Difference:

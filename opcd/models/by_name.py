@@ -160,7 +160,8 @@ def load_model(
 
 def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(resolve_model(name), **options)
+        # False, since None asks at a terminal whether a model's own code may run.
+        return kind.from_pretrained(resolve_model(name), trust_remote_code=False, **options)
     except ImportError as error:
         raise InputError(
             f"the packages that {name!r} needs must be installed, got "
@@ -169,6 +170,11 @@ def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     except _UNLOADABLE as error:
         if isinstance(error, InputError):
             raise
+        if "custom code" in str(error):
+            raise InputError(
+                f"model must be one that transformers has the code of, got {name!r}, which brings "
+                f"its own, and that is not run; name a model without it"
+            ) from error
         raise InputError(
             f"model must be a Hugging Face name, a local folder or {builtin.NAME!r}, got "
             f"{name!r}: {' '.join(str(error).split())[:300]}"

@@ -1,6 +1,5 @@
 """A model as it is stored: its own files, and where each of its tensors lies in them."""
 
-import json
 import logging
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from transformers.utils import cached_file
 from opcd.errors import InputError
 from opcd.models.by_name import resolve_model
 from opcd.models.lm import causal_lm
+from opcd.runtime.strict_json import parse_json
+from opcd.runtime.untrusted import check_header, check_index
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class ModelFiles:
             index = self.folder / f"{stem}.{suffix}.index.json"
             if index.is_file():
                 self.index = _read_json(index)
+                check_index(self.index, index)
                 for shard in sorted(set(self.index["weight_map"].values())):
                     renamed = shard if suffix == "safetensors" else _as_safetensors(shard)
                     yield renamed, self.folder / shard
@@ -206,6 +208,7 @@ def _slots(file: str, source: Path) -> dict[str, Slot]:
     if source.suffix == ".bin":
         tensors = _read_bin(source)
         return {name: Slot(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    check_header(source)
     with safe_open(source, "pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         return {
@@ -240,5 +243,11 @@ def _once_each(state: dict[str, Tensor], on_meta: bool) -> dict[str, Tensor]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    """An object. Raises InputError where there is none."""
+    try:
+        found = parse_json(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} must be JSON, got {error}; fetch the model again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} must be a JSON object, got another value; fetch the model again")
     return found

@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, whenever the process is killed."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.errors import InputError
+from opcd.runtime.strict_json import parse_json
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -102,12 +104,53 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, value: Any) -> None:
     """Write JSON, indented for people."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(target, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that a run wrote, a line each; [] where there is none.
+
+    Raises InputError, with the line, for anything else.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: must be JSON, got {error}; restore it") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, ended by line feeds alone: texts hold other ends of lines."""
+    if not path.is_file():
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8, got {error}; restore it") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -116,8 +159,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                row = parse_json(line)
+            except ValueError:
                 continue
             if not isinstance(row, dict) or "step" not in row:  # nobody's that trains here
                 continue

@@ -1,6 +1,10 @@
-"""YAML in which nothing is lost or guessed: keys stand once, 1e-4 is a number, a date is text."""
+"""YAML in which nothing is lost or guessed: keys stand once, 1e-4 is a number, a date is text.
+
+Nor is anything written that grows when it is read: a text has a size, and no aliases.
+"""
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ BACKSLASH = (
 )
 
 
+MOST_BYTES = 1 << 20  # of a file: a configuration has some thousand
 TAG = "tag:yaml.org,2002:"
 SPELLED = "!spelled"  # what older YAML takes for true and false, and JSON and YAML 1.2 do not
 RESOLVERS = (
@@ -35,14 +40,25 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # yaml's own, per class
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            # A few of them, each of the one before, stand for more than any memory holds.
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor}: write out what it names", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
+        seen = set()
+        for name, _ in node.value:
+            key = self.construct_object(name, deep=True)
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} for the second time", mark
+                    None, None, f"{key!r} for the second time", name.start_mark
                 )
+            if isinstance(key, Hashable):  # yaml itself refuses others
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -66,6 +82,8 @@ _Loader.add_constructor(SPELLED, _refuse_spelled)
 
 def parse_yaml(text: str) -> Any:
     """What a YAML text holds. Raises ValueError, in words, for one that holds none."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB, which no configuration has")
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
@@ -80,7 +98,8 @@ def dump_yaml(value: Any) -> str:
 def read_yaml(path: Path, what: str) -> Any:
     """What a YAML file holds. Raises InputError where it cannot be read as `what` it should be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error)
         if isinstance(error, UnicodeDecodeError):

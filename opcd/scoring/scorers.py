@@ -54,6 +54,11 @@ class Scorer:
     _rates: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     @property
+    def reads_raw(self) -> bool:
+        """Whether special tokens matter to it."""
+        return self.judges_raw or self.spec == "calls"
+
+    @property
     def identity(self) -> str:
         """What tells scorers apart: of a user's function its name and the text of its file."""
         if not self.source:

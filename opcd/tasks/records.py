@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from opcd.runtime.strict_json import NO_JSON, strict_decoder
 
 Record = dict[str, Any]
 
+MOST_UNPACKED = 2 << 30
 JSONL = 'JSONL: one {"prompt": "..."} a line'
 # Columns of one row: an object with nothing else is no list of rows.
 ROW_LISTS = {"messages", "conversations", "conversation", "prompt"}
@@ -88,7 +90,7 @@ def read_text(path: str, kind: str) -> str:
         )
     try:
         data = file.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        data = _unpacked(data, path) if data.startswith(b"\x1f\x8b") else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path}: {kind} must be a whole gzip file, got {error}; copy it again"
@@ -107,6 +109,18 @@ def read_text(path: str, kind: str) -> str:
     if not text.strip():
         raise InputError(f"{path}: {kind} must not be empty, got {len(text)} blank characters")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unpacked(data: bytes, path: str) -> bytes:
+    """What gzip packed. Raises InputError for more than any data has: a bomb is small."""
+    with gzip.open(io.BytesIO(data)) as packed:
+        found = packed.read(MOST_UNPACKED + 1)
+    if len(found) > MOST_UNPACKED:
+        raise InputError(
+            f"{path}: must unpack to at most {MOST_UNPACKED >> 30} GiB, got more; unpack it "
+            f"yourself, if you know what it is, and name a part of it"
+        )
+    return found
 
 
 def parse_json(text: str, path: str, kind: str) -> Any:

@@ -26,17 +26,18 @@ from opcd.runtime.files import (
     shown_size,
     write_folder,
 )
+from opcd.runtime.untrusted import OPTIMIZER
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
 
-STATE_FILE = "trainer.pt"
+STATE_FILE = OPTIMIZER
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DAMAGED = (SafetensorError, pickle.UnpicklingError)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(f for f in folder.glob("step-*") if f.name.removeprefix("step-").isdecimal())
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -158,5 +159,7 @@ def _load_student(student: torch.nn.Module, folder: Path) -> None:
     if isinstance(student, PeftModel):
         set_peft_model_state_dict(student, load_file(folder / ADAPTER_WEIGHTS))
         return
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     student.load_state_dict(saved.state_dict())

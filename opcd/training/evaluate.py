@@ -16,6 +16,7 @@ from opcd.evaluation.named import named_contenders
 from opcd.models.by_name import resolve_model
 from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
+from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.export import read_selection
 
@@ -42,6 +43,8 @@ def evaluate_run(
             f"pass --output_dir if the run was moved, "
             f"name one with --distilled, or pass --distilled none to measure base and prompted only"
         )
+    if distilled is None:
+        check_run_folder(run)
     if path != "none" and not Path(path).is_dir():
         resolve_model(path, "distilled")
     saved = gather({}, run / "config.yaml") if distilled is None else config

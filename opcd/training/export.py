@@ -1,6 +1,5 @@
 """The chosen checkpoint as a model of its own."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from opcd.errors import InputError
 from opcd.evaluation.measured import measured_by
 from opcd.models.by_name import ADAPTER_CONFIG, load_model
 from opcd.models.files import ModelFiles
+from opcd.runtime.environment import environment
 from opcd.runtime.files import read_metrics, write_folder, write_json
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import ADAPTER_WEIGHTS, checkpoint_of
 from opcd.training.model_writer import ModelWriter
@@ -36,6 +37,7 @@ def export(
         "fingerprint": setup.fingerprint,
         "measured_by": measured_by(setup),
         "selection_fingerprint": setup.selection_fingerprint,
+        "trained_by": environment(setup.device),
         "data": config.validation_data,
         "validation": best,
     }
@@ -85,7 +87,7 @@ def read_selection(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{file} must say how the model was chosen, got {error}; restore it, or name the model "
@@ -97,7 +99,7 @@ def read_selection(folder: Path) -> dict[str, Any]:
 def _copy_adapter(checkpoint: Path, target: Path, base: str) -> None:
     """An adapter for PeftModel.from_pretrained on `base`."""
     target.mkdir()
-    settings = json.loads((checkpoint / ADAPTER_CONFIG).read_text("utf-8"))
+    settings = parse_json((checkpoint / ADAPTER_CONFIG).read_text("utf-8"))
     settings |= {"base_model_name_or_path": base, "inference_mode": True}
     write_json(target / ADAPTER_CONFIG, settings)
     shutil.copyfile(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)

@@ -19,6 +19,7 @@ from opcd.models.digest import model_digest
 from opcd.models.lm import causal_lm
 from opcd.rollouts.noise import GUIDED, streams
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 
@@ -159,4 +160,4 @@ def _whole_lines(file: Path) -> list[Any]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [parse_json(line) for line in whole.splitlines()]

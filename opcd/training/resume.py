@@ -16,7 +16,8 @@ CHANGES_FILE = "changes.jsonl"
 # Fields that may change when a run is continued; those of the second kind alter the steps to come,
 # for a run whose loss was not finite.
 HOUSEKEEPING = {
-    *("save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers", "on_alarm")
+    *("save_every", "keep_checkpoints", "output_dir", "max_minutes", "trackers", "on_alarm"),
+    "without_texts",
 }
 REMEDIES = {"learning_rate", "max_grad_norm", "dtype"}
 

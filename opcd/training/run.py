@@ -11,12 +11,15 @@ from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.evaluation.elsewhere_tasks import tasks_of
 from opcd.evaluation.evaluate import Evaluation, evaluate, read_scorecard, write_evaluation
+from opcd.evaluation.evidence import write_evidence
+from opcd.evaluation.page import Record, write_page
 from opcd.models.files import ModelFiles
 from opcd.objective import Divergence, head_divergence
 from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
+from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.alarms import Alarms
 from opcd.training.announce import (
@@ -62,6 +65,8 @@ def train(
     Raises InputError for whatever a user gave that does not fit.
     """
     progress = progress or Progress()
+    if resume and Path(config.output_dir).is_dir():
+        check_run_folder(Path(config.output_dir))
     setup = prepare(config, for_training=True)
     tasks_of(config)  # what the scorecard will ask for must be there before the first step
     folder = check_folder(setup.config, resume, progress)
@@ -85,6 +90,9 @@ def train(
         progress.say(f"this run was finished before: nothing is left to do{more}")
         return outcome
     if not setup.task.test:
+        evidence = write_evidence(folder, setup, None, str(folder / "final"))
+        metrics = read_metrics(folder / "metrics.jsonl")
+        write_page(folder, Record(setup.config, metrics, evidence, None, [], []))
         return outcome
     found = evaluate(setup, str(folder / "final"), progress, read_selection(folder))
     write_evaluation(folder, found, setup)

@@ -338,11 +338,14 @@ def test_a_windows_path_whose_backslash_became_a_tab(
 @pytest.mark.parametrize(
     ("command", "fields", "own"),
     [
-        ("train", FIELDS, {"resume"}),
-        ("rivals", FIELDS, {"rival", "other_context"}),
+        ("train", FIELDS, {"resume", "allow_code"}),
+        ("rivals", FIELDS, {"rival", "other_context", "allow_code"}),
         (
             *("eval", MEASURING),
-            {"distilled", "save_to", "contender", "base_url", "served_model", "compare"},
+            {
+                *("distilled", "save_to", "contender", "base_url", "served_model", "compare"),
+                "allow_code",
+            },
         ),
     ],
 )

@@ -15,7 +15,7 @@ from opcd.cli import main
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation import contenders
-from opcd.evaluation.report import _check_section
+from opcd.evaluation.report import check_lines
 from opcd.preflight.budget import Budget, Needs, Remedy, budget
 from opcd.preflight.check import Checked, check
 from opcd.preflight.disk import Disk
@@ -329,10 +329,10 @@ def test_the_report_of_a_run_repeats_it(settings: dict, monkeypatch: pytest.Monk
     assert "rendering the ids of 3 requests" in heard.said[3]
     assert outcome.evaluation is not None
     card = outcome.evaluation.card
-    assert _check_section(folder, card)[2] == found.summary[0]
+    assert check_lines(folder, card) == found.summary
     card["measured_by"]["form"] = "of another prompt"
-    assert _check_section(folder, card)[1:] == [
-        "`check.json` is of another prompt, or of other models."
+    assert check_lines(folder, card) == [
+        "other     check.json is of another prompt, or of other models"
     ]
     (folder / "check.json").write_text("{")
-    assert _check_section(folder, card) == []
+    assert check_lines(folder, card) == []
