@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from opcd_kernels.backends import chosen_backend
 from opcd_kernels.chunks import Gradients, Inputs, Result, Work, empty_result, loss_and_gradients
 from opcd_kernels.options import Options
+from opcd_kernels.tuned import tuned_to
 from opcd_kernels.weight_grad import check_unscaled, grad_of
 
 _SCALED_BYTES = 8 * 2**20  # of a gradient scaled at once
@@ -71,12 +72,13 @@ def _solved(
     inputs: Inputs, options: Options, work: Work, weight_grad: Tensor | None = None
 ) -> Result:
     device = inputs.student_hidden.device
+    shape = options.vocab_size, inputs.student_hidden.shape[1]
+    head = "trained" if work.need.weight else "frozen"
     if work.backend == "auto":  # here, where torch.compile does not trace
-        shape = options.vocab_size, inputs.student_hidden.shape[1]
-        head = "trained" if work.need.weight else "frozen"
         plain = inputs.plain and options.plain
         backend = chosen_backend(device, work.compute_dtype, plain, shape, head)
         work = work._replace(backend=backend)
+    work = work._replace(tuned=tuned_to(device, shape, head))
     with torch.autocast(device.type, enabled=False):
         return loss_and_gradients(inputs, options, work, weight_grad)
 

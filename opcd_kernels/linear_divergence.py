@@ -92,11 +92,13 @@ def linear_divergence(
     in fp64 throughout. Gradients are formed during the forward pass, so a second derivative is not
     available.
 
-    ``chunk_tokens`` tokens at a time hold logits, 8 bytes a token and vocabulary entry; by default
-    as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` names who computes
-    (`backends.py`): "torch", "triton" or "triton_dual", which keeps no logits at all, takes half
-    the memory and needs bf16 without bias, softcap, mixture and targets; "auto" is "torch" on a CPU
-    and on a GPU whichever of the other two was measured to be faster.
+    ``chunk_tokens`` tokens at a time hold the gradient in the logits, 2 bytes a token and entry of
+    the vocabulary in 16 bits, and on a GPU some hundred of them both models' logits, 8 bytes an
+    entry; by default as many as fit max(3 %, min(5 %, 1.3 GB)) of the GPU's memory. On a CPU all of
+    them hold logits, by default 128 MiB. ``backend`` names who computes (`backends.py`): "torch",
+    "triton" or "triton_dual", which keeps no logits at all and needs bf16 without bias, softcap,
+    mixture and targets; "auto" is "torch" on a CPU and on a GPU whichever of the other two was
+    measured to be faster, by ``python -m opcd_kernels.tune`` there or by ``make bench``.
 
     ``add_weight_grad`` adds the head's gradient to ``student_weight.grad`` while the forward pass
     forms it, and leaves nothing of it to backward: one buffer of the head's size and two passes
@@ -177,7 +179,7 @@ def linear_divergence(
     if adds:
         result = Result(*AddingWeightGrad.apply(*inputs[:3], inputs, options, work))
     else:
-        result = Result(*operator(*inputs, *options, *work[:-1], list(work.need)))
+        result = Result(*operator(*inputs, *options, *work[:3], list(work.need)))
     per_token, entropy, reverse_kl, forward_kl, logprobs = (x.detach() for x in result[1:6])
     return LinearDivergence(
         result.loss,
