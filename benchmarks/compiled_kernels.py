@@ -45,6 +45,7 @@ class Build(NamedTuple):
     threads: int
     stages: int = 3
     architectures: tuple[str, ...] = ARCHITECTURES
+    aligned: tuple[str, ...] = ("V", "width", "D_s", "D_t")  # beside pointers and strides
 
 
 def divergence_builds() -> Iterator[Build]:
@@ -83,6 +84,14 @@ def divergence_builds() -> Iterator[Build]:
             rows_triton.THREADS,
             architectures=(*ARCHITECTURES, *(SMALL if largest else ())),
         )
+
+
+def odd_vocabulary_builds() -> Iterator[Build]:
+    """V as in GPT-2, 50257: nothing is known of it but that rows are padded to `row_width`."""
+    for build in divergence_builds():
+        if build.facts["gradient"] and build.facts["divergence"] == "reverse_kl":
+            facts = build.facts | {"divergence": "reverse_kl, odd V"}
+            yield build._replace(facts=facts, aligned=("width",), architectures=("sm_80", "sm_90"))
 
 
 def attention_builds() -> Iterator[Build]:
@@ -182,7 +191,7 @@ def compiled(build: Build, architecture: str) -> dict:
     aligned = [
         (i,)
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith("stride") or name in ("V", "width", "D_s", "D_t")
+        if kind.startswith("*") or name.startswith("stride") or name in build.aligned
     ]
     source = ASTSource(
         fn=build.kernel,
@@ -204,6 +213,7 @@ def compiled(build: Build, architecture: str) -> dict:
         **build.facts,
         "threads": build.threads,
         "shared_bytes": binary.metadata.shared,
+        "asked_barriers": len(re.findall(r"\bbarrier\b", binary.asm["ttgir"])),
     }
     return report | (_nvidia(binary.asm["cubin"]) if nvidia else _amd(binary.asm["amdgcn"]))
 
@@ -227,6 +237,9 @@ def _nvidia(cubin: bytes) -> dict:
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", sass)),
         "products": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
         "barriers": len(re.findall(r"\bBAR\.SYNC", sass)),
+        "exponentials": len(re.findall(r"\bMUFU\.EX2\b", sass)),
+        "half_stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.U?16\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.(?:64|128)\b", sass)),
     }
 
 
@@ -241,6 +254,11 @@ def _amd(assembly: str) -> dict:
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "products": len(re.findall(r"\bv_mfma_", assembly)),
         "barriers": len(re.findall(r"\bs_barrier\b", assembly)),
+        "exponentials": len(re.findall(r"\bv_exp_f32\b", assembly)),
+        "half_stores": len(re.findall(r"\b(?:global|buffer)_store_(?:short|b16)\b", assembly)),
+        "wide_stores": len(
+            re.findall(r"\b(?:global|buffer)_store_(?:dwordx[24]|b64|b128)\b", assembly)
+        ),
     }
 
 
@@ -294,7 +312,10 @@ def main() -> None:
             print(line, flush=True)
         return
     as_json = args.json
-    kinds = (divergence_builds, dual_product_builds, dual_rows_builds, attention_builds)
+    kinds = (
+        *(divergence_builds, odd_vocabulary_builds),
+        *(dual_product_builds, dual_rows_builds, attention_builds),
+    )
     for builds in kinds:
         widths = None
         for architecture, build in itertools.product((*ARCHITECTURES, *SMALL), builds()):

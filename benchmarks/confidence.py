@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 from opcd_kernels.options import Options
-from opcd_kernels.rows import Rows
+from opcd_kernels.rows import Rows, empty_found
 
 BETA, SHARE = 0.3, 0.4
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixture")
@@ -76,9 +76,9 @@ def ours(
     shares = torch.full((n,), SHARE, device=device) if divergence == "mixture" else None
     rows = Rows(torch.ones(n, device=device), shares)
     options = Options(divergence, BETA, 1.0, None, None, v)
-    found = backend.divergence_rows_(
-        padded(z_s), padded(z_t), None, None, rows, options, True, dtype
-    )
+    dz = torch.empty(n, backend.row_width(v), device=device, dtype=dtype)[:, :v]
+    found = empty_found(dz, rows)
+    backend.divergence_rows_(padded(z_s), padded(z_t), None, None, rows, found, options, True)
     return found.dz.float().cpu()
 
 

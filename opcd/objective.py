@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opcd.models.head import Head
 from opcd.runtime.upload import uploaded
-from opcd_kernels import LinearDivergence, chunks, linear_divergence, reference
+from opcd_kernels import LinearDivergence, linear_divergence, reference, sizes
 
 ROWS, BLOCK = 1024, 16_384  # tokens, and entries of the vocabulary, whose logits are there at once
 
@@ -37,7 +37,7 @@ class Targets(NamedTuple):
 
 def scratch_bytes(tokens: int, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> int:
     """Memory that `head_divergence` takes while it works, of that many tokens in `dtype`."""
-    return chunks.scratch_bytes(tokens, student, teacher, dtype)
+    return sizes.scratch_bytes(tokens, student, teacher, dtype)
 
 
 def head_divergence(

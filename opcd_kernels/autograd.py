@@ -13,9 +13,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from opcd_kernels.backends import and_slower, chosen_backend
-from opcd_kernels.chunks import Gradients, Inputs, Result, Work, empty_result, loss_and_gradients
+from opcd_kernels.chunks import (
+    Gradients,
+    Inputs,
+    Result,
+    Work,
+    empty_result,
+    is_plain,
+    loss_and_gradients,
+)
 from opcd_kernels.options import Options
 from opcd_kernels.trial import agrees
+from opcd_kernels.tuned import tuned_to
 from opcd_kernels.weight_grad import check_unscaled, grad_of
 
 _SCALED_BYTES = 8 * 2**20  # of a gradient scaled at once
@@ -72,6 +81,9 @@ def _solved(
     inputs: Inputs, options: Options, work: Work, weight_grad: Tensor | None = None
 ) -> Result:
     device = inputs.student_hidden.device
+    shape = options.vocab_size, inputs.student_hidden.shape[1]
+    head = "trained" if work.need.weight else "frozen"
+    work = work._replace(tuned=tuned_to(device, shape, head))
     with torch.autocast(device.type, enabled=False):
         if work.backend == "auto":  # here, where torch.compile does not trace
             work = work._replace(backend=_auto(inputs, options, work))
@@ -81,7 +93,7 @@ def _solved(
 def _auto(inputs: Inputs, options: Options, work: Work) -> str:
     shape = options.vocab_size, inputs.student_hidden.shape[1]
     head = "trained" if work.need.weight else "frozen"
-    plain = inputs.plain and options.plain
+    plain = is_plain(inputs, options)
     device = inputs.student_hidden.device
     chosen = chosen_backend(device, work.compute_dtype, plain, shape, head)
     return next(x for x in and_slower(chosen) if agrees(x, inputs, options, work))

@@ -6,21 +6,23 @@
                   a divergence alone (no bias, softcap, mixture, targets), compute capability 9 or
                   10 with the shared memory of a data centre's GPU
 
-Which of the last two is faster depends on shape and device. `measured_designs.json` holds what
-`make bench` found, a row a device and shape, with the seconds of both (`python -m
-benchmarks.designs` writes it); "auto" takes the winner at the nearest measured shape, and "triton"
-on a device that is not in it. Before "auto" uses one it has computed 64 tokens (`trial.py`); where
-that fails, the next of these takes the call.
+Which of the last two is faster depends on shape and device. `python -m opcd_kernels.tune` measures
+it where it stands (`tuned.py`), and `measured_designs.json` holds what `make bench` found, a row a
+device and shape, with the seconds of both (`python -m benchmarks.designs` writes it). "auto" takes
+the winner at the nearest shape of the first, or of the second, and "triton" on a device that is in
+neither. Before "auto" uses one it has computed 64 tokens (`trial.py`); where that fails, the next of
+these takes the call.
 """
 
 import functools
 import importlib.util
 import json
-import math
 from importlib import resources
 from typing import Any
 
 import torch
+
+from opcd_kernels import tuned
 
 BACKENDS = ("auto", "torch", "triton", "triton_dual")
 DESIGNS = BACKENDS[2:]
@@ -60,7 +62,8 @@ def chosen_backend(
         return "torch"
     if not _suits_dual(device, compute_dtype, plain):
         return "triton"
-    return fastest(measurements(), torch.cuda.get_device_name(device), shape, head)
+    rows = tuned.rows_on(device) or measurements()
+    return fastest(rows, torch.cuda.get_device_name(device), shape, head)
 
 
 def and_slower(backend: str) -> tuple[str, ...]:
@@ -115,12 +118,6 @@ def fastest(
 
     `head` is "trained" (two matrices, four products) or "frozen" (one for both models, three).
     """
-    own = [row for row in rows if row["device"] == device and row["head"] == head]
-    if not own:
-        return "triton"
-
-    def distance(row: dict[str, Any]) -> float:
-        return math.hypot(*(math.log(row[k] / x) for k, x in zip("VD", shape, strict=True)))
-
-    seconds: dict[str, float] = min(own, key=distance)["seconds"]
-    return min(DESIGNS, key=lambda design: seconds[design])
+    own = tuple(row for row in rows if row["device"] == device)
+    row = tuned.nearest(own, shape, head)
+    return min(row["seconds"], key=row["seconds"].__getitem__) if row else "triton"

@@ -1,9 +1,9 @@
-"""Loss and gradients in chunks of tokens: the logits of one chunk are all that ever exists.
+"""Loss and gradients in chunks of tokens: the logits of one block are all that ever exists.
 
-For each chunk both models' logits are formed in buffers that all chunks share, one pass over their
-rows gives divergence, entropy and the gradient in the student's logits, and that gradient is
-multiplied back into the hidden states and the head at once: four products in all, three with a
-frozen head, two without gradients.
+For each block of a chunk both models' logits are formed in buffers that all blocks share, and one
+pass over their rows gives divergence, entropy and the gradient in the student's logits. That of the
+whole chunk is multiplied back into the hidden states and the head at once: four products in all,
+three with a frozen head, two without gradients. `sizes.py` says why there are blocks and chunks.
 
 The way from hidden states to the gradient in the logits has two forms: logits in fp32 from library
 products (`rows_torch.py`, `rows_triton.py`), or one kernel that keeps the logits on the chip
@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from opcd_kernels.options import Options
-from opcd_kernels.products import Products, products_for, tile_bytes
+from opcd_kernels.products import Products, products_for
 from opcd_kernels.rows import Found, Rows, empty_found
-from opcd_kernels.rows_torch import work_bytes
+from opcd_kernels.sizes import Sizes, default_sizes, gradient_dtype, sizes_for
 from opcd_kernels.tokens import counting_tokens
+from opcd_kernels.tuned import Tuned
 
-_CPU_BUFFER_BYTES = 128 * 2**20
-_GPU_BUFFER_SHARE = 0.03  # of the device's memory
-
-# h_s (C, D_s), h_t (C, D_t), what is asked of each row → what was found, and scratch of the size of
-# the gradient in the logits; the next call overwrites both of these.
+# h_s (C, D_s), h_t (C, D_t), what is asked of each row → what was found, and memory that is free
+# until the next call, which overwrites both.
 ChunkDivergence = Callable[[Tensor, Tensor, Rows], tuple[Found, Tensor]]
 
 
@@ -45,11 +43,16 @@ class Inputs(NamedTuple):
     target_ids: Tensor | None  # (N,) int64
     logprob_weights: Tensor | None  # (N,) of −log p_s(target)
 
-    @property
-    def plain(self) -> bool:
-        """Whether there is nothing but hidden states, heads and token weights."""
-        others = self.student_bias, self.teacher_bias, self.forward_shares, self.target_ids
-        return all(x is None for x in others)
+
+def is_plain(inputs: Inputs, options: Options) -> bool:
+    """Whether there is nothing but hidden states, heads, token weights and a temperature.
+
+    Not a property: torch.compile of torch 2.10 takes that of a tuple for data.
+    """
+    softcaps = options.student_softcap, options.teacher_softcap
+    biases = inputs.student_bias, inputs.teacher_bias
+    others = *softcaps, *biases, inputs.forward_shares, inputs.target_ids
+    return all(x is None for x in others)
 
 
 class Gradients(NamedTuple):
@@ -67,6 +70,7 @@ class Work(NamedTuple):
     compute_dtype: torch.dtype  # the operands of the products are rounded to it
     backend: str  # "torch", "triton" or "triton_dual"
     need: Gradients
+    tuned: Tuned = Tuned()  # to the device
 
 
 class Result(NamedTuple):
@@ -155,12 +159,11 @@ def loss_and_gradients(
     result.grad_weight[v if n else 0 :].zero_()  # the first chunk stores into the rows before
     grad_weight = result.grad_weight if weight_grad is None else weight_grad
 
-    chunk = _equal_chunks(n, work.chunk_tokens or default_chunk_tokens(device, v))
-    divergence = chunk_divergence(
-        products, (w_s, w_t), (b_s, b_t), min(chunk, n), options, any(need), work.backend
-    )
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
+    limit = default_sizes(device, v, work.compute_dtype, work.backend, work.tuned.block)
+    sizes = sizes_for(n, limit, work.chunk_tokens)
+    divergence = chunk_divergence(products, (w_s, w_t), (b_s, b_t), sizes, options, work)
+    for start in range(0, n, sizes.chunk):
+        part = slice(start, start + sizes.chunk)
         here = part if tokens.kept is None else tokens.kept[part]
         h_s, h_t = inputs.student_hidden[here], inputs.teacher_hidden[here]
         asked = rows.part(part)
@@ -179,7 +182,7 @@ def loss_and_gradients(
         if need.weight:
             # A dropped token must not even multiply 0 with infinity.
             h_s = h_s.masked_fill(asked.dropped[:, None], 0)
-            products.grad_weight_(grad_weight[:v], found.dz, h_s, adds or start > 0, scratch)
+            products.grad_weight_(grad_weight[:v], found.dz, h_s, adds or start > 0)
     result.loss.copy_(tokens.loss(result.per_token, result.logprobs))
     return result
 
@@ -195,74 +198,58 @@ def chunk_divergence(
     products: Products,
     heads: tuple[Tensor, Tensor],  # (V, D_s), (V, D_t)
     biases: tuple[Tensor | None, Tensor | None],  # (V,) each
-    tokens: int,  # of the largest chunk
+    sizes: Sizes,
     options: Options,
-    need_grad: bool,
-    backend: str,
+    work: Work,
 ) -> ChunkDivergence:
     """What turns hidden states into divergences and the gradient in the logits."""
-    if backend == "triton_dual":  # Triton has no build for some platforms: imported where needed
-        from opcd_kernels.dual_triton import DualProduct
-
-        dual = DualProduct(*heads, tokens, options, need_grad)
-
-        def without_logits(h_s: Tensor, h_t: Tensor, rows: Rows) -> tuple[Found, Tensor]:
-            per_token, entropy, dz, scratch = dual(h_s, h_t, rows.factors)
-            found = empty_found(dz, rows)._replace(per_token=per_token, entropy=entropy)
-            return found, scratch
-
-        return without_logits
-    if backend == "triton":
+    if work.backend == "triton_dual":  # Triton has no build for some platforms
+        return _without_logits(heads, sizes, options, work)
+    if work.backend == "triton":
         from opcd_kernels.rows_triton import divergence_rows_, row_width
     else:
         from opcd_kernels.rows_torch import divergence_rows_, row_width
-    v = options.vocab_size
+    v, need_grad = options.vocab_size, any(work.need)
     wide = torch.promote_types(products.dtype, torch.float32)
-    buffers = heads[0].new_empty(2, tokens, row_width(v), dtype=wide)
-    buffers[:, :, v:] = -torch.inf
+    dtype = gradient_dtype(work.backend, heads[0].device, products.dtype)
+
+    def rows_of(tokens: int, dtype: torch.dtype) -> Tensor:
+        return heads[0].new_empty(tokens, row_width(v), dtype=dtype)
+
+    over = need_grad and dtype == wide  # the gradient over the student's logits
+    dz = rows_of(sizes.chunk if need_grad else 0, dtype)
+    z_s, z_t = dz if over else rows_of(sizes.block, wide), rows_of(sizes.block, wide)
+    for logits in (z_s, z_t):
+        logits[:, v:] = -torch.inf
 
     def divergence(h_s: Tensor, h_t: Tensor, rows: Rows) -> tuple[Found, Tensor]:
-        z_s, z_t = buffers[:, : len(h_s), :v].unbind(0)
-        products.logits_(z_s, h_s, heads[0])
-        if options.divergence != "none":
-            products.logits_(z_t, h_t, heads[1])
-        found = divergence_rows_(z_s, z_t, *biases, rows, options, need_grad, products.dtype)
+        found = empty_found(dz[: len(h_s), :v], rows)
+        for start in range(0, len(h_s), sizes.block):
+            block = slice(start, start + sizes.block)
+            part = found.part(block)
+            teacher = z_t[: len(h_s[block]), :v]
+            student = part.dz if over else z_s[: len(teacher), :v]
+            products.logits_(student, h_s[block], heads[0])
+            if options.divergence != "none":
+                products.logits_(teacher, h_t[block], heads[1])
+            divergence_rows_(student, teacher, *biases, rows.part(block), part, options, need_grad)
         return found, z_t
 
     return divergence
 
 
-def default_chunk_tokens(device: torch.device, vocab_size: int) -> int:
-    """Tokens whose logits of both models fit the buffers' share of memory, a multiple of 128."""
-    if device.type == "cuda":
-        budget = _GPU_BUFFER_SHARE * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = _CPU_BUFFER_BYTES
-    tokens = int(budget / (2 * 4 * vocab_size))
-    return tokens // 128 * 128 if tokens >= 128 else max(1, tokens)
+def _without_logits(
+    heads: tuple[Tensor, Tensor], sizes: Sizes, options: Options, work: Work
+) -> ChunkDivergence:
+    """One kernel for both products, a chunk at a time."""
+    from opcd_kernels.dual_triton import DualProduct, Tile
 
+    tile = Tile(*work.tuned.tile)
+    dual = DualProduct(*heads, sizes.chunk, options, any(work.need), tile)
 
-def scratch_bytes(
-    tokens: int, student_weight: Tensor, teacher_weight: Tensor, compute_dtype: torch.dtype
-) -> int:
-    """Memory of a call in default chunks beside its inputs and its result, at most.
+    def divergence(h_s: Tensor, h_t: Tensor, rows: Rows) -> tuple[Found, Tensor]:
+        per_token, entropy, dz, scratch = dual(h_s, h_t, rows.factors)
+        found = empty_found(dz, rows)._replace(per_token=per_token, entropy=entropy)
+        return found, scratch
 
-    Of the backends "torch" and "triton"; of the heads only sizes and dtypes count.
-    """
-    heads = student_weight, teacher_weight
-    v, width, device = min(map(len, heads)), student_weight.shape[1], student_weight.device
-    wide = torch.promote_types(compute_dtype, torch.float32).itemsize
-    chunk = min(tokens, _equal_chunks(tokens, default_chunk_tokens(device, v)))
-    logits = 2 * chunk * v * wide
-    if device.type == "cuda":
-        copied = [w for w in heads if w.dtype != compute_dtype]
-        return logits + sum(v * w.shape[1] * compute_dtype.itemsize for w in copied)
-    product = 2 * chunk * width * wide + tile_bytes(student_weight, wide)
-    return logits + max(work_bytes(chunk, v, wide), product)
-
-
-def _equal_chunks(n: int, limit: int) -> int:
-    """Tokens a chunk: as few chunks as `limit` allows, all of one size, of 128 if that fits."""
-    size = -(-n // max(1, -(-n // limit)))
-    rounded = -(-size // 128) * 128
-    return max(1, rounded if rounded <= limit else size)
+    return divergence

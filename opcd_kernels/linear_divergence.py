@@ -30,7 +30,7 @@ from opcd_kernels.arguments import (
 )
 from opcd_kernels.autograd import AddingWeightGrad, operator
 from opcd_kernels.backends import BACKENDS, check_backend
-from opcd_kernels.chunks import Gradients, Inputs, Result, Work
+from opcd_kernels.chunks import Gradients, Inputs, Result, Work, is_plain
 from opcd_kernels.options import DIVERGENCES, Options
 from opcd_kernels.weight_grad import check_weight_grad
 
@@ -92,11 +92,13 @@ def linear_divergence(
     in fp64 throughout. Gradients are formed during the forward pass, so a second derivative is not
     available.
 
-    ``chunk_tokens`` tokens at a time hold logits, 8 bytes a token and vocabulary entry; by default
-    as many as fit 3 % of the GPU's memory, or 128 MiB on a CPU. ``backend`` names who computes
-    (`backends.py`): "torch", "triton" or "triton_dual", which keeps no logits at all, takes half
-    the memory and needs bf16 without bias, softcap, mixture and targets; "auto" is "torch" on a CPU
-    and on a GPU whichever of the other two was measured to be faster.
+    ``chunk_tokens`` tokens at a time hold the gradient in the logits, 2 bytes a token and entry of
+    the vocabulary in 16 bits, and on a GPU some hundred of them both models' logits, 8 bytes an
+    entry; by default as many as fit max(3 %, min(5 %, 1.3 GB)) of the GPU's memory. On a CPU all of
+    them hold logits, by default 128 MiB. ``backend`` names who computes (`backends.py`): "torch",
+    "triton" or "triton_dual", which keeps no logits at all and needs bf16 without bias, softcap,
+    mixture and targets; "auto" is "torch" on a CPU and on a GPU whichever of the other two was
+    measured to be faster, by ``python -m opcd_kernels.tune`` there or by ``make bench``.
 
     ``add_weight_grad`` adds the head's gradient to ``student_weight.grad`` while the forward pass
     forms it, and leaves nothing of it to backward: one buffer of the head's size and two passes
@@ -170,14 +172,14 @@ def linear_divergence(
         target_ids,
         logprob_weights,
     )
-    plain = inputs.plain and options.plain
+    plain = is_plain(inputs, options)
     check_backend(backend, student_hidden.device, compute_dtype, plain)
     wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
     work = Work(chunk_tokens, compute_dtype, backend, Gradients(*wanted))
     if adds:
         result = Result(*AddingWeightGrad.apply(*inputs[:3], inputs, options, work))
     else:
-        result = Result(*operator(*inputs, *options, *work[:-1], list(work.need)))
+        result = Result(*operator(*inputs, *options, *work[:3], list(work.need)))
     per_token, entropy, reverse_kl, forward_kl, logprobs = (x.detach() for x in result[1:6])
     return LinearDivergence(
         result.loss,

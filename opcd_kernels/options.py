@@ -16,8 +16,3 @@ class Options(NamedTuple):
     student_softcap: float | None
     teacher_softcap: float | None
     vocab_size: int  # V: the first rows of both heads
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing but a temperature stands between products and logits."""
-        return self.student_softcap is None and self.teacher_softcap is None

@@ -37,11 +37,9 @@ class Products(Protocol):
     def grad_hidden(
         self, dz: Tensor, weight: Tensor, dtype: torch.dtype, scratch: Tensor
     ) -> Tensor:
-        """dz (C, V) @ weight (V, D), rounded to `dtype` once. Scratch (C, V) may be overwritten."""
+        """dz (C, V) @ weight (V, D), rounded to `dtype` once. Scratch may be overwritten."""
 
-    def grad_weight_(
-        self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool, scratch: Tensor
-    ) -> None:
+    def grad_weight_(self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool) -> None:
         """out (V, D) = dz (C, V)ᵀ @ hidden (C, D), or += where `add`."""
 
 
@@ -59,7 +57,7 @@ def tile_bytes(weight: Tensor, itemsize: int) -> int:
 
 
 class GpuProducts:
-    """CUDA and ROCm: the operands are rounded to `dtype`, the library sums and writes fp32."""
+    """CUDA and ROCm: operands in `dtype`, dz among them; the library sums and writes fp32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -74,14 +72,11 @@ class GpuProducts:
         self, dz: Tensor, weight: Tensor, dtype: torch.dtype, scratch: Tensor
     ) -> Tensor:
         # Into fp32 also for a 16-bit result, whose partial sums would be rounded too.
-        dz = _rounded(dz, self.dtype, scratch)
         wide = torch.promote_types(dz.dtype, torch.float32)
         return self._mm(dz, weight, dz.new_empty(len(dz), weight.shape[1], dtype=wide)).to(dtype)
 
-    def grad_weight_(
-        self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool, scratch: Tensor
-    ) -> None:
-        dz_t, hidden = _rounded(dz, self.dtype, scratch).T, hidden.to(self.dtype)
+    def grad_weight_(self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool) -> None:
+        dz_t, hidden = dz.T, hidden.to(self.dtype)
         if not add:
             self._mm(dz_t, hidden, out)
         elif out.dtype == self.dtype:
@@ -119,6 +114,8 @@ class WideProducts:
         if dtype == weight.dtype == torch.bfloat16:  # sums are fp32 inside, and nothing is widened
             # Packed: oneDNN on AMX also multiplies what lies between the end of a strided row and
             # the next multiple of 32 columns, and 0 · NaN is NaN.
+            if dz.dtype == dtype or 2 * scratch.numel() < dz.numel():
+                return dz.to(dtype).contiguous() @ weight
             packed = scratch.view(dtype).as_strided(dz.shape, (dz.shape[1], 1))
             return packed.copy_(dz) @ weight
         dz = dz.to(self.wide)
@@ -128,9 +125,7 @@ class WideProducts:
                 out.addmm_(dz[:, rows], tile)
         return out.to(dtype)
 
-    def grad_weight_(
-        self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool, scratch: Tensor
-    ) -> None:
+    def grad_weight_(self, out: Tensor, dz: Tensor, hidden: Tensor, add: bool) -> None:
         dz_t, hidden = dz.to(self.wide).T, hidden.to(self.wide)
         with self._rounding():
             if add:
@@ -162,8 +157,3 @@ class WideProducts:
                 yield
             finally:
                 matmul.fp32_precision = before
-
-
-def _rounded(x: Tensor, dtype: torch.dtype, scratch: Tensor) -> Tensor:
-    """x in `dtype`, which is no wider than scratch's, in the memory of scratch."""
-    return x if x.dtype == dtype else scratch.view(dtype)[:, : x.shape[1]].copy_(x)

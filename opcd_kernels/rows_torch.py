@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from opcd_kernels.options import Options
-from opcd_kernels.rows import Found, Rows, empty_found, mixed
+from opcd_kernels.rows import Found, Rows, mixed
 
 _CPU_BLOCK = 2**19  # logits of one model handled at once: four buffers of 2 MiB
 _BLOCK = 2**24
@@ -34,23 +34,24 @@ def work_bytes(tokens: int, v: int, itemsize: int) -> int:
 
 
 def divergence_rows_(
-    student_logits: Tensor,  # (C, V) fp32 or fp64, without bias; its memory takes the gradient
-    teacher_logits: Tensor,  # (C, V); its memory is used up
+    student_logits: Tensor,  # (C, V) fp32 or fp64, without bias; its memory is used up
+    teacher_logits: Tensor,  # (C, V), likewise
     student_bias: Tensor | None,  # (V,)
     teacher_bias: Tensor | None,  # (V,)
     rows: Rows,
+    found: Found,  # filled; its dz may be the student's logits, or memory of its own
     options: Options,
     need_grad: bool,
-    compute_dtype: torch.dtype,  # the products round the gradient themselves
-) -> Found:
-    """Everything that happens to a chunk's logits; dz lies in the student's, unrounded."""
+) -> None:
+    """Everything that happens to a block's logits."""
     c, v = student_logits.shape
     block = max(1, (_CPU_BLOCK if student_logits.device.type == "cpu" else _BLOCK) // v)
     work = student_logits.new_empty(_BUFFERS, min(block, c), v)
-    found = empty_found(student_logits, rows)
+    in_place = found.dz.data_ptr() == student_logits.data_ptr()
     for start in range(0, c, block):
         here = slice(start, start + block)
-        asked, part, t = rows.part(here), found.part(here), teacher_logits[here]
+        asked, t = rows.part(here), teacher_logits[here]
+        part = found.part(here)._replace(dz=student_logits[here])
         buffers = work[:, : len(t)].unbind(0)
         slope = _finish_(part.dz, student_bias, options.student_softcap, options, buffers[3])
         if options.divergence != "none":
@@ -60,13 +61,14 @@ def divergence_rows_(
             _sum_(part.dz, terms, slope)
             if asked.target_ids is not None and asked.target_factors is not None:
                 _subtract_(part.dz, asked.target_ids, asked.target_factors, slope)
+            if not in_place:
+                found.dz[here] = part.dz
     if rows.forward_shares is not None:
         found.per_token.copy_(mixed(found.reverse_kl, found.forward_kl, rows.forward_shares))
     for x in (found.per_token, found.reverse_kl, found.forward_kl):
         x.masked_fill_(rows.factors == 0, 0)
     for x in (found.entropy, found.logprobs):
         x.masked_fill_(rows.dropped, 0)
-    return found
 
 
 def _finish_(

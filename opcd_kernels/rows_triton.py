@@ -1,10 +1,11 @@
-"""Divergence of rows of logits in one Triton kernel, the gradient written over the logits.
+"""Divergence of rows of logits in one Triton kernel, and the gradient in the student's.
 
 One program takes one token. Its first pass over both rows keeps running statistics in every lane
 (maximum and, beside that one, sum of exponentials of both models: of a confident token the sum less
 1 has the digits that count; for the reverse KL the centred moment below) and merges the lanes once
-at the end, so that no loop holds a reduction across threads. The second pass forms divergence,
-entropy and gradient. A JSD takes one pass more: what centres its gradient needs both normalisers.
+at the end, so that no loop holds a reduction across threads; a logit takes one exponential there,
+as either the maximum or the logit is the new maximum. The second pass forms divergence, entropy and
+gradient. A JSD takes one pass more: what centres its gradient needs both normalisers.
 
     A = Σ e^{z_s − m_s} [(z_s − m_s) − (z_t − m_t)]         centred on the maxima m
     moved to new maxima  A' = e^{m_s − m_s'} {A + l_s [(m_s − m_t) − (m_s' − m_t')]}
@@ -13,8 +14,10 @@ entropy and gradient. A JSD takes one pass more: what centres its gradient needs
 The reported divergence is summed from terms that are never negative, p (e^{−r} − 1 + r), for small
 r by the series r² (1/2 − r/6 + r²/24 − …), so no digit is lost where both models nearly agree.
 
-Memory traffic a token and vocabulary entry, in bytes: 8 read in each pass, 2 written by the last
-(a 16-bit gradient, into the first half of the student's fp32 row: no third buffer).
+Memory traffic a token and vocabulary entry, in bytes: 8 read in each pass, 2 written by the last (a
+16-bit gradient into memory of its own; one in fp32 over the logits, where each thread overwrites
+what it read itself). Rows are `row_width` wide, and written to their end: no mask cuts through a
+16-byte access.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -26,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opcd_kernels.options import KINDS, Options
-from opcd_kernels.rows import Found, Rows, empty_found
+from opcd_kernels.rows import Found, Rows
 from opcd_kernels.terms_triton import (
     FORWARD_KL,
     INTERPRETED,
@@ -87,15 +90,17 @@ def _both(
 def _online(z_s, z_t, m_s, x_s, m_t, x_t, moment, MOMENT):
     """Fold one block into every lane's running statistics."""
     n_s, n_t = tl.maximum(m_s, z_s), tl.maximum(m_t, z_t)
-    move_s = tl.exp(m_s - n_s)
-    e_s = tl.exp(z_s - n_s)
+    above_s, above_t = z_s > m_s, z_t > m_t
+    # What moves the sum to a new maximum, or else what the logit adds to it; the other one is 1.
+    a_s, a_t = tl.exp(-tl.abs(z_s - m_s)), tl.exp(-tl.abs(z_t - m_t))
     if MOMENT:
+        move_s, e_s = tl.where(above_s, a_s, 1.0), tl.where(above_s, 1.0, a_s)
         moved = move_s * (moment + (1 + x_s) * ((m_s - m_t) - (n_s - n_t)))
         gap = (z_s - n_s) - (z_t - n_t)
         # Guarded: 0 · inf is not a number, and a term of weight 0 counts for nothing.
         moment = tl.where(move_s > 0, moved, 0.0) + tl.where(e_s > 0, e_s * gap, 0.0)
-    x_s = tl.where(z_s > m_s, (1 + x_s) * move_s, x_s + e_s)
-    x_t = tl.where(z_t > m_t, (1 + x_t) * tl.exp(m_t - n_t), x_t + tl.exp(z_t - n_t))
+    x_s = tl.where(above_s, (1 + x_s) * a_s, x_s + a_s)
+    x_t = tl.where(above_t, (1 + x_t) * a_t, x_t + a_t)
     return n_s, x_s, n_t, x_t, moment
 
 
@@ -138,7 +143,7 @@ def _forward_terms(p_s, p_t, r):
 def divergence_rows_kernel(
     zs_ptr,  # (C, width) fp32 logits of the student, without bias; −inf from column V on
     zt_ptr,  # (C, width) fp32 logits of the teacher, likewise
-    dz_ptr,  # (C, V) the gradient, over the student's logits
+    dz_ptr,  # (C, width) the gradient; in fp32 it may be over the student's logits
     bs_ptr,  # (V,) biases; read where BIAS_S, BIAS_T
     bt_ptr,
     factors_ptr,  # (C,) fp32; 0 drops the row, unless its target has a factor
@@ -152,7 +157,7 @@ def divergence_rows_kernel(
     logprobs_ptr,  # (C,) fp32
     stride_dz,
     V,
-    width,  # stride of the logits: V rounded up, so that no mask cuts through a 16-byte load
+    width,  # stride of the logits: V rounded up, so that no mask cuts through a 16-byte access
     beta,
     rest,  # 1 − β
     softcap_s,
@@ -219,11 +224,15 @@ def divergence_rows_kernel(
             terms += tl.where(p_s > 0, p_s * _log_mixture(r, beta, log_beta), 0.0)
         center = tl.sum(terms, axis=0)
 
+    # Beyond V: what a next block's logits need, or what a product may touch.
+    WIDE: tl.constexpr = dz_ptr.dtype.element_ty == tl.float32
+    BEYOND: tl.constexpr = float("-inf") if WIDE else 0.0
     if TARGETS:  # before the gradient lies over it
         z, _ = _logits(
             zs_ptr, bs_ptr, target, width, V, softcap_s, inv_temperature, BIAS_S, SOFTCAP_S
         )
         tl.store(logprobs_ptr + row, tl.where(dropped, 0.0, (z - max_s) - log_s))
+        tl.debug_barrier()  # of all warps, whichever stores its part of the gradient first
 
     # Last pass: divergence, entropy, gradient.
     value = tl.zeros([BLOCK_V], tl.float32)
@@ -259,14 +268,13 @@ def divergence_rows_kernel(
             value += beta * kl_terms(p_t, p_m, of_t)
             dz = tl.where(p_s > 0, rest * p_s * (center - u), 0.0)
         if GRADIENT:
-            # A 16-bit gradient lies over logits that other warps may still have to read.
-            tl.debug_barrier()
             if TARGETS:
                 dz = tl.where(factor == 0, 0.0, dz) * factor
                 dz = (dz + tl.where(v == target, p_s - 1, p_s) * target_factor) * slope
             else:
                 dz = dz * slope * factor
-            tl.store(dz_ptr + v, rounded(dz, dz_ptr.dtype.element_ty), mask=v < V)
+            dz = tl.where(v < V, dz, BEYOND)
+            tl.store(dz_ptr + v, rounded(dz, dz_ptr.dtype.element_ty), mask=v < width)
     found = tl.sum(value, axis=0)
     if DIVERGENCE == MIXTURE:
         found_forward = tl.sum(forward, axis=0)
@@ -277,30 +285,30 @@ def divergence_rows_kernel(
     tl.store(value_ptr + row, tl.where(factor == 0, 0.0, found))
     tl.store(entropy_ptr + row, tl.sum(entropy, axis=0))
     if GRADIENT:
-        for start in range(0, tl.where(dropped, V, 0), BLOCK_V):
+        for start in range(0, tl.where(dropped, width, 0), BLOCK_V):
             v = start + lanes
-            tl.store(dz_ptr + v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=v < V)
+            nothing = tl.where(v < V, 0.0, BEYOND)
+            tl.store(dz_ptr + v, nothing.to(dz_ptr.dtype.element_ty), mask=v < width)
 
 
 def row_width(v: int) -> int:
-    """Columns of a row of logits, V of them used: no mask cuts through a 16-byte load."""
+    """Columns of a row, V of them used: no mask cuts through a 16-byte access."""
     return -(-v // 64) * 64
 
 
 def divergence_rows_(
-    student_logits: Tensor,  # (C, V) fp32 without bias; its memory takes the gradient
+    student_logits: Tensor,  # (C, V) fp32 without bias
     teacher_logits: Tensor,  # (C, V) of the same strides
     student_bias: Tensor | None,  # (V,)
     teacher_bias: Tensor | None,  # (V,)
     rows: Rows,
+    found: Found,  # filled; its dz is the student's logits, or memory of its own as wide
     options: Options,
     need_grad: bool,
-    compute_dtype: torch.dtype,  # of the gradient
-) -> Found:
-    """One launch. Rows of logits are `stride(0)` wide and −inf from column V on."""
+) -> None:
+    """One launch. Rows are `row_width` wide, logits −inf from column V on."""
     c, v = student_logits.shape
-    width = student_logits.stride(0)
-    found = empty_found(student_logits.view(compute_dtype)[:, :v], rows)
+    width = row_width(v)
     target_factors = rows.target_factors
     if target_factors is None and rows.target_ids is not None:
         target_factors = torch.zeros_like(rows.factors)
@@ -343,4 +351,3 @@ def divergence_rows_(
             BLOCK_V=BLOCK_V,
             num_warps=THREADS // (64 if torch.version.hip else 32),
         )
-    return found

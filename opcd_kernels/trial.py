@@ -107,7 +107,7 @@ def _key(backend: str, inputs: Inputs, options: Options, work: Work) -> tuple[ob
     widths = inputs.student_hidden.shape[1] % 16, inputs.teacher_hidden.shape[1] % 16
     one_head = inputs.student_weight.data_ptr() == inputs.teacher_weight.data_ptr()
     return (
-        *(backend, device, work.compute_dtype, work.need),
+        *(backend, device, work.compute_dtype, work.need, work.tuned),
         *(tensors, kinds, v % 16, v > ENTRIES, widths, one_head),
     )
 

@@ -21,8 +21,9 @@ HERE = Path(__file__).parents[2]  # this code, whatever else is installed
 
 @pytest.fixture(scope="module")
 def reports(everything: list[dict]) -> list[dict]:
-    """Of the kernel of the loss."""
-    return [r for r in everything if r["kernel"] == "divergence_rows_kernel"]
+    """Of the kernel of the loss, where V is a multiple of 16."""
+    rows = [r for r in everything if r["kernel"] == "divergence_rows_kernel"]
+    return [r for r in rows if "odd V" not in r["divergence"]]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,13 @@ def test_every_configuration_is_compiled_for_every_architecture(reports: list[di
 
 def test_nothing_is_spilled(everything: list[dict]) -> None:
     measured = [r for r in everything if r["architecture"] in ("sm_80", "sm_90")]
-    assert not [r for r in measured if r["local_bytes"] != 0]
+    odd = [r for r in measured if "odd V" in r.get("divergence", "")]
+    assert not [r for r in measured if r["local_bytes"] != 0 and r not in odd]
     of_the_loss = [r for r in everything if r["kernel"] != "prefix_attention_kernel"]
-    assert not [r for r in of_the_loss if r["local_bytes"] != 0]
+    assert not [r for r in of_the_loss if r["local_bytes"] != 0 and r not in odd]
+    # Every option and an odd vocabulary: two numbers of a thread, on sm_90.
+    assert max(r["local_bytes"] for r in odd) <= 8
+    assert not [r for r in odd if r["local_bytes"] != 0 and not r["options"]]
 
 
 def test_every_kernel_fits_the_shared_memory(everything: list[dict]) -> None:
@@ -99,19 +104,30 @@ def test_a_thread_loads_16_bytes_at_once(reports: list[dict]) -> None:
         assert r["wide_loads"] >= 2 * passes, r
 
 
-def test_a_16_bit_gradient_waits_for_the_logits_it_overwrites(reports: list[dict]) -> None:
-    def barriers(architecture: str, divergence: str, gradient: bool) -> int:
-        (count,) = (
-            r["barriers"]
-            for r in reports
-            if r["dz"] == "bf16"
-            and not r["options"]
-            and not r["targets"]
-            and (r["architecture"], r["divergence"], r["gradient"])
-            == (architecture, divergence, gradient)
-        )
-        return count
+def test_a_logit_takes_one_exponential_in_each_pass(reports: list[dict]) -> None:
+    """Four entries of two models a thread, two passes; what is left belongs to no loop."""
+    plain = [
+        r
+        for r in reports
+        if (r["divergence"], r["options"], r["targets"]) == ("reverse_kl", False, False)
+        and r["architecture"] in ("sm_80", "sm_90")
+    ]
+    assert len(plain) == 4
+    for r in plain:
+        assert 2 * 4 * 2 <= r["exponentials"] < 3 * 4 * 2, r
 
-    for architecture in {r["architecture"] for r in reports}.difference(SMALL):
-        with_gradient = barriers(architecture, "forward_kl", True)
-        assert with_gradient == barriers(architecture, "forward_kl", False) + 1
+
+def test_no_gradient_is_stored_two_bytes_at_a_time(everything: list[dict]) -> None:
+    rows = [r for r in everything if r["kernel"] == "divergence_rows_kernel" and r["gradient"]]
+    nvidia = [r for r in rows if r["architecture"].startswith("sm_")]
+    odd = [r for r in nvidia if "odd V" in r["divergence"]]
+    assert len(odd) == 2 * 5
+    for r in nvidia:
+        assert r["half_stores"] == 0, r
+        assert r["wide_stores"] >= 2, r  # of rows that count, and of those that do not
+
+
+def test_only_a_target_waits_for_other_warps(reports: list[dict]) -> None:
+    """Its logit may be overwritten by another warp's gradient; other logits are a thread's own."""
+    for r in reports:
+        assert r["asked_barriers"] == (1 if r["targets"] else 0), r
