@@ -23,7 +23,8 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".
 MOST_HEADER = 64 << 20
 MOST_JSON = 256 << 20
 MOST_LINES = 1 << 30  # of a .jsonl
-READ_ELSEWHERE = {"tokenizer.json", "vocab.json"}  # by tokenizers, whose reader has its own bounds
+# By tokenizers, whose reader has its own bounds, and by opcd, which says what it needs of it.
+READ_ELSEWHERE = {"tokenizer.json", "vocab.json", "selection.json"}
 
 
 def check_run_folder(folder: Path) -> None:

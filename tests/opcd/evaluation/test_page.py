@@ -23,7 +23,7 @@ MOST_BYTES = 300_000
 class Tags(HTMLParser):
     """Every tag of a page with its attributes; raises for one that is not closed."""
 
-    VOID = frozenset({"meta", "br", "use", "path", "rect", "circle"})
+    VOID = frozenset({"meta", "br", "use", "wbr", "path", "rect", "circle"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
