@@ -64,7 +64,8 @@ test-export: $(call READY,test) $(ELSEWHERE)/export.ok
 	$(BIN)/python -m tests.export_elsewhere write build/exported
 	$(ELSEWHERE)/bin/python tests/export_elsewhere.py read build/exported
 
-# TORCH=torch==2.8.0 takes the oldest one too, and its gigabytes
+# TORCH='torch==2.10.0 "numpy<2.4"' takes the oldest one too, and its gigabytes; Triton's interpreter
+# takes no newer NumPy before Triton 3.7
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(PYTHON) tests/versions.py > $(OLDEST)/lowest.txt

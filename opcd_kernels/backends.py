@@ -10,8 +10,8 @@ Which of the last two is faster depends on shape and device. `python -m opcd_ker
 it where it stands (`tuned.py`), and `measured_designs.json` holds what `make bench` found, a row a
 device and shape, with the seconds of both (`python -m benchmarks.designs` writes it). "auto" takes
 the winner at the nearest shape of the first, or of the second, and "triton" on a device that is in
-neither. Before "auto" uses one it has computed 64 tokens (`trial.py`); where that fails, the next of
-these takes the call.
+neither. Before "auto" uses one it has computed 64 tokens (`trial.py`); where that fails, the next
+of these takes the call.
 """
 
 import functools

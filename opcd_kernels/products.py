@@ -19,8 +19,6 @@ from torch import Tensor
 
 _TILE_BYTES = 16 * 2**20  # of a widened head: small enough for a CPU's last cache
 _SETTING = threading.Lock()  # of oneDNN's precision, which is one for the whole process
-# Before, some releases refuse to add 16-bit products to an fp32 matrix.
-_ADDS_TO_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 class Products(Protocol):
@@ -81,8 +79,6 @@ class GpuProducts:
             self._mm(dz_t, hidden, out)
         elif out.dtype == self.dtype:
             out.addmm_(dz_t, hidden)
-        elif not _ADDS_TO_FP32:
-            out += torch.mm(dz_t, hidden, out_dtype=out.dtype)
         else:
             torch.addmm(out, dz_t, hidden, out_dtype=out.dtype, out=out)
 
