@@ -191,8 +191,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _experience(arguments: argparse.Namespace) -> int:
     file = Path(arguments.config) if arguments.config else None
     fields = {k: v for k, v in vars(arguments).items() if k in FIELDS or k in EXPERIENCE_FIELDS}
-    log, hidden = arguments.log, arguments.without_texts
-    settings = read_settings(fields, file, arguments.preset, log, hidden)
+    settings = read_settings(fields, file, arguments.preset, arguments.log)
     _load()
     from opcd.experience.rounds import learn
     from opcd.terminal import Terminal, show_learned
@@ -418,11 +417,6 @@ def _add_experience(commands: Any) -> None:
         "them: they take the place of attempts, for one round",
     )
     sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
-    sub.add_argument(
-        "--without_texts",
-        action="store_true",
-        help="leave the texts of contexts out of the report",
-    )
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
     _add_fields(sub, {name: FIELDS[name] for name in FIELDS if name not in ITS_OWN})
 

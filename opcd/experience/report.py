@@ -30,7 +30,7 @@ def write_report(
         text += ["## Rounds\n", "![accuracy on validation problems by round](curve.png)\n"]
         text += round_lines(rounds)
     for row in rounds:
-        for path in contexts[row["round"]] if not settings.without_texts else ():
+        for path in contexts[row["round"]] if not settings.training.without_texts else ():
             lines = path.read_text(encoding="utf-8").splitlines()
             more = ["..."] if len(lines) > SHOWN_LINES else []
             text += [

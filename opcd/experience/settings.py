@@ -79,7 +79,6 @@ class Settings(NamedTuple):
     training: TrainConfig  # its context is a stand-in
     experience: Experience
     log: str | None = None  # conversations that take the place of attempts
-    without_texts: bool = False
 
 
 KINDS = get_type_hints(Experience)
@@ -91,7 +90,6 @@ def read_settings(
     file: Path | None,
     preset: str | None = None,
     log: str | None = None,
-    without_texts: bool = False,
 ) -> Settings:
     """The settings of a file, overridden by the command line. Raises InputError for wrong ones."""
     own: dict[str, Any] = {}
@@ -116,7 +114,7 @@ def read_settings(
             f"attempts are those of one model; set rounds to 1, and give the next model's log to a "
             f"loop of its own"
         )
-    return Settings(training, experience, log, without_texts)
+    return Settings(training, experience, log)
 
 
 def _converted(group: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:

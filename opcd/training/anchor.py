@@ -74,8 +74,7 @@ class ReturnAnchor:
 
     def _with_context(self, episodes: Sequence[Episode]) -> Tensor:  # (N, D)
         rows = [Row(e.teacher_ids, e.teacher_spans, self._prefixes[e.context]) for e in episodes]
-        # As in `planned_hidden`: with gradients, packed attention has a kernel on CPUs alone.
-        if self._plan.packed and causal_lm(self._student).device.type == "cpu":
+        if self._plan.packs(causal_lm(self._student).device.type, grad=True):
             return scored_hidden(self._student, rows, packed=True)
         by_context: dict[str, list[int]] = {}
         for i, episode in enumerate(episodes):

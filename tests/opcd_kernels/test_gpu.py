@@ -8,8 +8,9 @@ from torch import Tensor
 
 from opcd_kernels import linear_divergence
 from opcd_kernels.backends import DESIGNS
-from opcd_kernels.chunks import Gradients, Inputs, Work, default_chunk_tokens
+from opcd_kernels.chunks import Gradients, Inputs, Work
 from opcd_kernels.options import KINDS, Options
+from opcd_kernels.sizes import default_sizes, entry, gpu_bytes
 from opcd_kernels.trial import why_not
 from tests.opcd_kernels.problems import error, no_dual_product
 
@@ -69,9 +70,11 @@ def strict_synchronisation() -> Iterator[None]:
 
 
 def test_the_default_chunk_is_sized_by_memory() -> None:
-    tokens = default_chunk_tokens(torch.device("cuda"), V)
-    total = torch.cuda.get_device_properties(0).total_memory
-    assert 0.025 * total < 8 * tokens * V <= 0.03 * total
+    device = torch.device("cuda")
+    budget = gpu_bytes(torch.cuda.get_device_properties(0).total_memory)
+    for name in ("triton", "triton_dual"):
+        sizes = default_sizes(device, V, torch.bfloat16, name)
+        assert 0.8 * budget < entry(name, device, torch.bfloat16).bytes(sizes, V) <= budget
 
 
 def test_scratch_does_not_grow_with_the_number_of_tokens(backend: str) -> None:

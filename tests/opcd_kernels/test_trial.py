@@ -106,12 +106,15 @@ def test_a_kernel_that_differs_leaves_the_call_to_torch(
     """And the one behind it too."""
     right, product = rows_triton.divergence_rows_, dual_triton.DualProduct.product
 
-    def rows(*arguments: Any) -> Found:
-        found = right(*arguments)
+    def rows(*arguments: Any) -> None:
+        right(*arguments)
+        (found,) = (x for x in arguments if isinstance(x, Found))
         if what == "value":
-            return found._replace(per_token=found.per_token * 1.02)
-        found.dz.mul_(1.02) if what == "gradient" else found.dz[0].fill_(torch.nan)
-        return found
+            found.per_token.mul_(1.02)
+        elif what == "gradient":
+            found.dz.mul_(1.02)
+        else:
+            found.dz[0].fill_(torch.nan)
 
     monkeypatch.setattr(rows_triton, "divergence_rows_", rows)
     monkeypatch.setattr(dual_triton.DualProduct, "product", lambda *a: product(*a).mul_(1.1))

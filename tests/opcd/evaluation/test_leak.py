@@ -8,6 +8,7 @@ import pytest
 
 from opcd.config import TrainConfig
 from opcd.evaluation.contenders import LoadedModel
+from opcd.evaluation.decoding import greedy_params
 from opcd.evaluation.evaluate import evaluate
 from opcd.evaluation.leak import REQUESTS, context_grams, grams, leak, leak_rows, revealed
 from opcd.passes.plan import WHOLE
@@ -40,7 +41,7 @@ def a_setup(settings: dict, context: str = SECRET, **change: Any) -> Setup:
 
 def parrot(setup: Setup, text: str) -> LoadedModel:
     engine: Any = Parrot(text)
-    return LoadedModel(tiny_llama(), WHOLE, engine, setup)
+    return LoadedModel(tiny_llama(), WHOLE, engine, setup, greedy_params(setup))
 
 
 def test_runs_of_eight_words_whatever_their_case_and_marks() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +85,9 @@ class Until(Progress):
 
 
 def run(task: dict, resume: bool = False, stop_after: int = 0, **changed: object) -> Outcome:
-    names = {"log", "without_texts"}
-    options = {k: v for k, v in (task | changed).items() if k in names}
-    fields = {k: v for k, v in (task | changed).items() if k not in names}
-    settings = read_settings(fields, None, **options)
+    fields: dict[str, Any] = task | changed
+    log = fields.pop("log", None)
+    settings = read_settings(fields, None, log=log)
     said: list[str] = []
     return learn(settings, resume, said.append, lambda: contextlib.nullcontext(Until(stop_after)))
 

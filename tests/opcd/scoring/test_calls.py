@@ -147,5 +147,5 @@ def test_accepted_answers_that_are_no_calls_are_refused(text: str) -> None:
 
 
 def test_the_scorer_is_offered() -> None:
-    with pytest.raises(InputError, match="json, calls, regex:PATTERN"):
+    with pytest.raises(InputError, match="json, math, calls, regex:PATTERN"):
         load_scorer("call")
