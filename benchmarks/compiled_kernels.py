@@ -254,7 +254,7 @@ def _amd(assembly: str) -> dict:
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "products": len(re.findall(r"\bv_mfma_", assembly)),
         "barriers": len(re.findall(r"\bs_barrier\b", assembly)),
-        "exponentials": len(re.findall(r"\bv_exp_f32\b", assembly)),
+        "exponentials": len(re.findall(r"\bv_exp_f32", assembly)),
         "half_stores": len(re.findall(r"\b(?:global|buffer)_store_(?:short|b16)\b", assembly)),
         "wide_stores": len(
             re.findall(r"\b(?:global|buffer)_store_(?:dwordx[24]|b64|b128)\b", assembly)

@@ -15,9 +15,7 @@ RECORD_BYTES = 270  # of a tensor in trainer.pt beside its numbers
 HEADER_BYTES = 100  # of a tensor in a safetensors file
 STEP_BYTES = 570  # of a step in metrics.jsonl
 CASE_BYTES = 340  # of a test request in answers.jsonl
-REPORT_BYTES = (
-    141_000  # of config.yaml, scorecard.json, evidence.json, report.md and .html, the curve
-)
+REPORT_BYTES = 141_000  # of settings, scorecard, evidence, report.md with its curve, report.html
 
 
 class Disk(NamedTuple):

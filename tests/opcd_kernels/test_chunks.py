@@ -56,3 +56,12 @@ def test_whatever_is_asked_of_a_row(kind: str, dtype: torch.dtype, where: Where)
         t["target_ids"] = torch.randint(51, (13,), generator=generator)
         t["logprob_weights"] = torch.rand(13, generator=generator, dtype=torch.float64)
     assert_as_exact_as_plain(t, dtype, where, **options)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_in_pytorch_round_into_memory_of_its_own_as_on_a_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "gradient_dtype", lambda *_: dtype)
+    assert_as_exact_as_plain(problem(n=13), dtype, Where("torch", "cpu"))

@@ -60,14 +60,15 @@ def test_every_configuration_is_compiled_for_every_architecture(reports: list[di
 
 
 def test_nothing_is_spilled(everything: list[dict]) -> None:
-    measured = [r for r in everything if r["architecture"] in ("sm_80", "sm_90")]
-    odd = [r for r in measured if "odd V" in r.get("divergence", "")]
-    assert not [r for r in measured if r["local_bytes"] != 0 and r not in odd]
-    of_the_loss = [r for r in everything if r["kernel"] != "prefix_attention_kernel"]
-    assert not [r for r in of_the_loss if r["local_bytes"] != 0 and r not in odd]
-    # Every option and an odd vocabulary: two numbers of a thread, on sm_90.
-    assert max(r["local_bytes"] for r in odd) <= 8
-    assert not [r for r in odd if r["local_bytes"] != 0 and not r["options"]]
+    attention = [r for r in everything if r["kernel"] == "prefix_attention_kernel"]
+    assert not [
+        r for r in attention if r["local_bytes"] != 0 and r["architecture"] in ("sm_80", "sm_90")
+    ]
+    of_the_loss = [r for r in everything if r not in attention]
+    spilled = [r for r in of_the_loss if r["local_bytes"] != 0]
+    # With biases and softcaps, two numbers of a thread: a mixture on sm_100, an odd V on sm_90.
+    assert all(r["options"] and r["local_bytes"] <= 8 for r in spilled), spilled
+    assert len(spilled) <= 2
 
 
 def test_every_kernel_fits_the_shared_memory(everything: list[dict]) -> None:
@@ -105,7 +106,7 @@ def test_a_thread_loads_16_bytes_at_once(reports: list[dict]) -> None:
 
 
 def test_a_logit_takes_one_exponential_in_each_pass(reports: list[dict]) -> None:
-    """Four entries of two models a thread, two passes; what is left belongs to no loop."""
+    """Four entries of two models a thread, in two passes and where lanes merge; one for the row."""
     plain = [
         r
         for r in reports
@@ -114,7 +115,7 @@ def test_a_logit_takes_one_exponential_in_each_pass(reports: list[dict]) -> None
     ]
     assert len(plain) == 4
     for r in plain:
-        assert 2 * 4 * 2 <= r["exponentials"] < 3 * 4 * 2, r
+        assert 3 * 4 * 2 <= r["exponentials"] <= 3 * 4 * 2 + 1, r
 
 
 def test_no_gradient_is_stored_two_bytes_at_a_time(everything: list[dict]) -> None:

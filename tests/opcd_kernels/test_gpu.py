@@ -69,18 +69,19 @@ def strict_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_default_chunk_is_sized_by_memory() -> None:
-    device = torch.device("cuda")
-    budget = gpu_bytes(torch.cuda.get_device_properties(0).total_memory)
-    for name in ("triton", "triton_dual"):
-        sizes = default_sizes(device, V, torch.bfloat16, name)
-        assert 0.8 * budget < entry(name, device, torch.bfloat16).bytes(sizes, V) <= budget
+def test_the_default_sizes_fit_the_memory(backend: str) -> None:
+    device, budget = (
+        torch.device("cuda"),
+        gpu_bytes(torch.cuda.get_device_properties(0).total_memory),
+    )
+    sizes = default_sizes(device, V, torch.bfloat16, backend)
+    assert 0.7 * budget < entry(backend, device, torch.bfloat16).bytes(sizes, V) <= budget
 
 
 def test_scratch_does_not_grow_with_the_number_of_tokens(backend: str) -> None:
     few = scratch(inputs(8192, 512), backend)
     many = scratch(inputs(65536, 512), backend)
-    assert few <= (1.4 if backend == "triton_dual" else 2.6) * GB
+    assert few <= 1.4 * GB
     assert many <= few + 0.1 * GB
     assert many < 8192 * V * 4
 
@@ -142,8 +143,8 @@ def test_adding_the_heads_gradient_waits_for_nothing_either(backend: str) -> Non
     assert error(w.grad, expected) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_gradient_does_not_overtake_the_logits_it_overwrites(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_gradient_does_not_overtake_the_logits_it_comes_from(dtype: torch.dtype) -> None:
     h, w, h_t, w_t = (x.detach().to(dtype) for x in inputs(2048, 64))
     results = []
     for backend in ("torch", "triton", "triton", "triton"):
