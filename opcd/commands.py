@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from opcd import __version__
 from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.config.settings import KINDS, check_code, gather
+from opcd.config.settings import KINDS, check_code, gather, of_a_run
 from opcd.errors import InputError, did_you_mean
 from opcd.experience.settings import ITS_OWN, Experience, read_settings
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         from opcd.starter import write_starter
 
         written = write_starter(Path(arguments.folder))
-        command = f"opcd train --config {shlex.quote(str(written))}"
+        file = shlex.quote(str(written))
+        command = f"opcd check --config {file}\n  opcd train --config {file}"
         print(f"written: a small task. Distil it:\n  {command}")
         return 0
     if arguments.command == "eval" and arguments.compare:
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command in alone:
         return alone[arguments.command](arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
-    if arguments.command == "eval" or getattr(arguments, "resume", False):
+    resumes = arguments.command == "train" and arguments.resume
+    if (arguments.command == "eval" or resumes) and of_a_run(arguments.config):
         _check_code(arguments, config)
     _load()
     commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
@@ -200,7 +202,7 @@ def _experience(arguments: argparse.Namespace) -> int:
         print(text, flush=True)
 
     outcome = learn(settings, arguments.resume, say, Terminal)
-    show_learned(outcome, file)
+    show_learned(outcome)
     if not outcome.stopped:
         return 0
     caught = signal.Signals.__members__.get(outcome.stopped)
@@ -308,7 +310,7 @@ def _parser() -> _Parser:
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
         printed = {"check": "what was found", "rivals": "the rows"}.get(name, "the scorecard")
         sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
-        if name != "check":
+        if name in ("train", "eval"):
             _add_allow_code(sub)
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
@@ -386,7 +388,7 @@ def _add_contenders(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=WHAT",
         help="who answers as well: a model, the folder of an adapter or of a soft prompt, a prompt "
-        "(.md, .txt, .json) for the base; may be given several times",
+        "(.md, .txt, .json) for the base, a server's address; may be given several times",
     )
     parser.add_argument(
         "--base_url",

@@ -214,11 +214,10 @@ def converse(models: SideBySide, message: str | None, context: str | None = None
             return
 
 
-def show_learned(outcome: Learned, config: Path | None) -> None:
+def show_learned(outcome: Learned) -> None:
     """How a loop ended, and where its files are."""
     if outcome.stopped:
-        again = f" --config {_quoted(config)}" if config else ""
-        print(f"stopped by {outcome.stopped}. Continue:\n  opcd experience{again} --resume")
+        print(f"stopped by {outcome.stopped}. Continue: the same command with --resume")
         return
     print()
     for name, column in outcome.columns.items():

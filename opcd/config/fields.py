@@ -39,8 +39,9 @@ class Data:
     a text, to be counted under. Default: 300 that come with opcd."""
     scorer: str = "exact"
     """When an answer is right: exact, contains, number, choice (a letter), json, math (by the
-    package math-verify), regex:PATTERN (its first find), regex-last:PATTERN or
-    python:FILE.py:function. Reasoning in front of the answer is not judged."""
+    package math-verify), calls (of tools), regex:PATTERN (its first find), regex-last:PATTERN or
+    python:FILE.py:function (or python:module:function). Reasoning in front of the answer is not
+    judged."""
     context_placement: Literal["auto", "system", "user"] = "auto"
     """Where the context's system message goes: in a system message, or in front of the first user
     message; auto is system unless the chat template refuses, drops or alters it."""
@@ -153,7 +154,7 @@ class Optimizer:
     """Optimizer steps."""
     learning_rate: float | None = None
     """Peak rate of AdamW; by default one for the model's size, which a run prints: 1e-4 at 135
-    million parameters, 5e-6 at 8 billion, and ten times as much for LoRA."""
+    million parameters, 4.7e-6 at 8 billion, and ten times as much for LoRA."""
     warmup_steps: int = 5
     """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
     schedule: Literal["constant", "linear"] = "constant"

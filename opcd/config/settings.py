@@ -22,6 +22,8 @@ INPUT_FILES = (
 )
 FILES_BY_NAME = ("test_sets",)
 MODELS = ("model", "teacher")
+# What a run leaves beside its configuration.
+OF_A_RUN = ("metrics.jsonl", "checkpoints", "final", "answers.jsonl", "scorecard.json")
 CODE = ("scorer", "trackers")  # fields that may name a Python function
 REQUIRED = [
     f.name
@@ -82,6 +84,14 @@ def check_code(config: TrainConfig, given: Container[str], command: str) -> None
                 f"{getattr(config, name)!r}; look at it, then pass --allow-code, or name it "
                 f"yourself with --{name}"
             )
+
+
+def of_a_run(file: str | Path | None) -> bool:
+    """Whether a configuration file lies in the folder of a run, or was written for one."""
+    if file is None or not Path(file).is_file():
+        return False
+    folder = Path(file).parent
+    return written_here(Path(file)) or any((folder / name).exists() for name in OF_A_RUN)
 
 
 def names_code(config: TrainConfig) -> list[str]:

@@ -219,7 +219,8 @@ def _too_few(measured: Measured) -> Verdict | None:
         "too few requests",
         "they show neither that the prompt is worth a run nor that it is not",
         _gain(measured),
-        "give it more, or measure on all of them: opcd eval --distilled none",
+        "give it more, or score base and prompted model alone on all of them (opcd eval with "
+        "--distilled none)",
     )
 
 

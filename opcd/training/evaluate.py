@@ -56,7 +56,8 @@ def evaluate_run(
     data = Path(config.test_data).stem if config.test_data else "held-out"
     selection: dict[str, Any] | None = None
     changed = ""
-    target = run / f"eval-{path.strip('/.').replace('/', '-')}-{data}"
+    of = "-".join([path.strip("/.").replace("/", "-"), *contenders, data])
+    target = run / f"eval-{of}"
     if distilled is None:
         selection = read_selection(run) or None
         changed = _changed(selection or {}, setup, saved, run)
