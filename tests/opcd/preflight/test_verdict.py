@@ -103,7 +103,7 @@ def test_one_reason_at_a_time(change: dict, word: str, says: str) -> None:
         (judged(64, both=26, gained=20, lost=6), "go", "50% without it, 72% with it: +22 points"),
         (judged(64, both=6), "the prompt does not work", "gains little, if anything"),
         (judged(64, both=20, gained=6, lost=5), "the prompt does not work", "+2 points"),
-        (judged(12, both=2), "too few requests", "opcd eval --distilled none"),
+        (judged(12, both=2), "too few requests", "score base and prompted model alone"),
         (judged(24, both=4, gained=5, lost=1), "too few requests", "+17 points"),
         (judged(24, gained=16, constant=0.33), "go", ""),
         (judged(24, lost=12), "the prompt does not work", "answers are worse with it"),
