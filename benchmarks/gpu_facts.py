@@ -22,8 +22,12 @@ def driver() -> str:
     if program is None:
         return "unknown: no nvidia-smi"
     asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20)
-    return (done.stdout or done.stderr).strip().splitlines()[0]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    said = (done.stdout or done.stderr).strip().splitlines()
+    return said[0] if said else "unknown: nvidia-smi says nothing"
 
 
 def facts() -> dict[str, Any]:

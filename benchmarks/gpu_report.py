@@ -167,7 +167,12 @@ def run(part: Part, folder: Path, limit_s: float) -> dict[str, Any]:
     start = time.monotonic()
     with said.open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(part, folder),
         )
         try:
             status: int | None = process.wait(limit_s)
@@ -201,6 +206,11 @@ def _filled(word: str, places: dict[str, str]) -> str:
     for name, value in places.items():
         word = word.replace(name, value)
     return word
+
+
+def _environment(part: Part, folder: Path) -> dict[str, str]:
+    """What is tuned here is kept with the report: it must not change what runs use later."""
+    return {**os.environ, **({"XDG_CACHE_HOME": str(folder)} if part.command == TUNE else {})}
 
 
 def _end(process: subprocess.Popen) -> None:

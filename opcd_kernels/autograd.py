@@ -83,7 +83,8 @@ def _solved(
     device = inputs.student_hidden.device
     shape = options.vocab_size, inputs.student_hidden.shape[1]
     head = "trained" if work.need.weight else "frozen"
-    work = work._replace(tuned=tuned_to(device, shape, head))
+    if work.backend != "torch":
+        work = work._replace(tuned=tuned_to(device, shape, head))
     with torch.autocast(device.type, enabled=False):
         if work.backend == "auto":  # here, where torch.compile does not trace
             work = work._replace(backend=_auto(inputs, options, work))

@@ -9,7 +9,8 @@ says so.
 
 import functools
 import hashlib
-import importlib.metadata
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -43,7 +44,8 @@ def tuned_to(device: torch.device, shape: tuple[int, int], head: str) -> Tuned:
 
 def rows_on(device: torch.device) -> tuple[Row, ...]:
     """What was measured on a device, with the software that runs now."""
-    return () if device.type != "cuda" else _rows_of(torch.cuda.get_device_name(device))
+    known = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return _rows_of(torch.cuda.get_device_name(device)) if known else ()
 
 
 @functools.cache
@@ -67,8 +69,9 @@ def key_of(device_name: str) -> Key:
 
     return {
         "device": device_name,
-        "driver": str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
-        "triton": importlib.metadata.version("triton"),
+        "driver": str(getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()),
+        "triton": importlib.import_module("triton").__version__,
+        "torch": torch.__version__,  # and the products it brings
         "opcd_kernels": __version__,
     }
 
@@ -90,7 +93,7 @@ def read(file: Path, key: Key) -> tuple[Row, ...]:
         rows = tuple(_checked(row, key["device"]) for row in kept["rows"])
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(
             f"{file} must hold what `python -m opcd_kernels.tune` measured, got {error!r}; it is "
             "ignored: run that again",

@@ -96,11 +96,14 @@ def of_a_run(file: str | Path | None) -> bool:
 
 def names_code(config: TrainConfig) -> list[str]:
     """The fields in which a configuration names a Python function."""
-    return [
+    found = [
         name
         for name in CODE
         if any(part.strip().startswith("python:") for part in getattr(config, name).split(","))
     ]
+    # A task file of lm-eval may name functions, which it imports.
+    tasks = (part.strip() for part in config.elsewhere_tasks.split(","))
+    return [*found, *["elsewhere_tasks"] * any(x.endswith((".yaml", ".yml")) for x in tasks)]
 
 
 def read_config_file(path: Path, leave_out: str = "") -> tuple[str | None, dict[str, Any]]:

@@ -139,8 +139,9 @@ def _cautions(runs: Sequence[Scored]) -> list[str]:
     """Where lines are of other requests, models or scorers than the first one's."""
     lines = []
     first = runs[0].card["measured_by"]
-    for what in ("test_data", "model", "scorer", "elsewhere_data"):
-        other = [run.name for run in runs if run.card["measured_by"].get(what) != first.get(what)]
+    for what in ("test_data", "model", "teacher", "scorer", "elsewhere_data", "decoding"):
+        found = [(run.name, run.card["measured_by"].get(what, first.get(what))) for run in runs]
+        other = [name for name, value in found if value != first.get(what, value)]
         if other:
             lines.append(f"other {what} than the first: {', '.join(other)}")
     return lines

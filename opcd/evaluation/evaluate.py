@@ -307,10 +307,10 @@ def write_evaluation(folder: Path, found: Evaluation, setup: Setup) -> None:
     if not metrics:
         write_config(setup.config, folder / "config.yaml")
     write_jsonl(folder / "answers.jsonl", found.answers)
-    if found.elsewhere:
-        write_jsonl(folder / "elsewhere.jsonl", found.elsewhere)
-    if found.leak:
-        write_jsonl(folder / "leak.jsonl", found.leak)
+    for name, rows in (("elsewhere.jsonl", found.elsewhere), ("leak.jsonl", found.leak)):
+        (folder / name).unlink(missing_ok=True)  # of a scorecard before, which may have had some
+        if rows:
+            write_jsonl(folder / name, rows)
     answers = {"test": found.answers, **found.test_sets}
     write_table(folder, list(found.card["contenders"]), answers, found.elsewhere)
     write_report(folder, found.card, found.answers, setup.config, metrics)

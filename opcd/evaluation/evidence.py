@@ -96,6 +96,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     found = {name: getattr(config, name) for name in FIELDS}
     if config.without_texts and config.without_context not in ("default", "none"):
         found["without_context"] = {"sha256": text_digest(config.without_context)}
+    if config.without_texts and config.stop:
+        found["stop"] = {"sha256": text_digest("\0".join(config.stop))}
     return found
 
 

@@ -7,20 +7,23 @@ from opcd.evaluation.verdict import reference_of
 from opcd.runtime.files import shown
 
 
-def constant_facts(card: dict[str, Any]) -> list[str]:
-    """What one answer for all reaches, and who gives one; nothing where answers are many."""
+def constant_facts(card: dict[str, Any], texts: bool = True) -> list[str]:
+    """What one answer for all reaches, and who gives one; nothing where answers are many.
+
+    texts: whether the answer may be quoted.
+    """
     columns, constant = card["contenders"], card.get("constant")
     facts = []
     if constant is not None and "balanced_accuracy" in columns["base"]:
-        facts.append(
-            f"one answer for all ({constant['answer']!r}) reaches {constant['accuracy']:.1%}"
-        )
+        of = f" ({constant['answer']!r})" if texts else ""
+        facts.append(f"one answer for all{of} reaches {constant['accuracy']:.1%}")
     reference = columns[reference_of(columns)].get("commonest_answer", {"share": 0.0})
     for name, column in columns.items():
         found = column.get("commonest_answer")
         if found is not None and found["share"] >= ALWAYS > reference["share"]:
             facts.append(
-                f"{name} says {found['answer']!r} to {found['share']:.0%} of requests: its "
+                f"{name} says {repr(found['answer']) if texts else 'the same'} to "
+                f"{found['share']:.0%} of requests: its "
                 f"accuracy of {column['accuracy']:.1%} is that of one answer for all, balanced "
                 f"over classes {column['balanced_accuracy']:.1%}"
             )

@@ -22,7 +22,8 @@ from opcd.tasks.task import Case, rendered
 
 OF_A_RUN = ("base", "prompted", "teacher", "distilled", "distilled_prompted")
 OF_A_ROW = ("context", "prompt", "accepted", "data")  # what else a row of answers.jsonl has
-ENDS = ("_right", "_rates")  # of names that stand beside a contender's there
+# Of names that stand beside a contender's there.
+ENDS = ("_right", "_rates", "_tokens", "_cut", "_raw", "_nats")
 Named = Callable[[Models], Sequence[Contender]]
 
 
@@ -92,7 +93,7 @@ def _check_name(name: str) -> None:
     if not name.isidentifier() or taken or name.endswith((*ENDS, "_prompted")):
         raise InputError(
             f"a contender's name must be one word of its own (letters, digits, _), not "
-            f"{', '.join(OF_A_RUN)}, nor end with _right, _rates or _prompted, got {name!r}; "
+            f"{', '.join(OF_A_RUN)}, nor end with {', '.join(ENDS)} or _prompted, got {name!r}; "
             f"write NAME=WHAT with another name"
         )
 

@@ -89,7 +89,7 @@ def _view(folder: Path, record: Record) -> dict[str, Any]:
     named = _class_names(columns, record.answers) if not texts else {}
     found |= {
         "columns": columns,
-        "facts": scorecard_facts(card),
+        "facts": scorecard_facts(card, texts),
         "rates": _rates(columns, named),
         "accuracy": _drawn(accuracy_plot(columns)),
         "checked": _checked(folder, card, texts),

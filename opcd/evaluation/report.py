@@ -72,8 +72,8 @@ def aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
     return "\n".join(lines)
 
 
-def scorecard_facts(card: dict[str, Any]) -> list[str]:
-    """What the table does not say, a sentence each."""
+def scorecard_facts(card: dict[str, Any], texts: bool = True) -> list[str]:
+    """What the table does not say, a sentence each; with answers quoted, or without texts."""
     columns = card["contenders"]
     judged = "accuracy" in columns["base"]
     facts = [_gain(card)] if judged else []
@@ -94,7 +94,7 @@ def scorecard_facts(card: dict[str, Any]) -> list[str]:
             f"answers that hold the right label and others of the data, which contains finds "
             f"right ({several}): the scorers exact, choice and regex do not"
         )
-    facts += [*constant_facts(card), *harm_facts(columns)]
+    facts += [*constant_facts(card, texts), *harm_facts(columns)]
     facts.append(_gap(columns))
     before, after = card["divergence"]["before"], card["divergence"]["after"]
     facts.append(

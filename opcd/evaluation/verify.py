@@ -186,8 +186,9 @@ def _inputs(config: TrainConfig, inputs: Mapping[str, Any]) -> list[Check]:
 def _settings(config: TrainConfig, settings: Mapping[str, Any]) -> Check:
     now = comparable_settings(config)
     before = {name: settings.get(name) for name in now}
-    if isinstance(before["without_context"], dict):  # left out of what is shown
-        before["without_context"] = now["without_context"]
+    for name in ("without_context", "stop"):
+        if isinstance(before[name], dict):  # left out of what is shown
+            before[name] = now[name]
     resolved = {"device", "dtype", "today"}  # which the run itself finds
     other = [name for name in now if now[name] != before[name] and name not in resolved]
     if other:
@@ -306,7 +307,9 @@ def recomputed(
 def _without(name: str) -> str:
     """The contender that is the same model without the context, if this is one with it."""
     of_a_run = {both: alone for alone, both in CONTENDERS.values()}
-    return of_a_run.get(name) or (name.removesuffix("_prompted") if "_prompted" in name else "")
+    return of_a_run.get(name) or (
+        name.removesuffix("_prompted") if name.endswith("_prompted") else ""
+    )
 
 
 def _requests(

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.evaluation.contenders import LoadedModel
+from opcd.evaluation.contenders import LoadedModel, answer
+from opcd.evaluation.decoding import rollout_params
 from opcd.experience.checking import Asked, Checkers, dropped
 from opcd.rollouts.noise import ATTEMPTS, streams
-from opcd.rollouts.protocol import SamplingParams
 from opcd.tasks.data import Example
 from opcd.tasks.formats import read_row
 from opcd.tasks.messages import Message, split_system
@@ -56,14 +56,15 @@ def sampled_attempts(
     config, chat = model.setup.config, model.setup.chat
     prompts = [case.prompt for case in cases]
     ids = [prompt.student_ids for prompt in prompts for _ in range(n)]
-    params = SamplingParams(config.max_completion_tokens, config.temperature)
+    params = rollout_params(model.setup)
     numbers = streams(config.seed, ATTEMPTS - round_number, prompts, n)
     rollouts = model.engine.generate(ids, params, numbers)
-    texts = [chat.decode(rollout.completion_token_ids) for rollout in rollouts]
+    said_of = [answer(r.completion_token_ids, r.finish_reason, params, chat) for r in rollouts]
+    texts = [said.text for said in said_of]
     problems = [list(case.example.messages) for case in cases]
     asked = [
-        Asked(text, answers[i // n], chat.decode_raw(r.completion_token_ids), problems[i // n])
-        for i, (text, r) in enumerate(zip(texts, rollouts, strict=True))
+        Asked(said.text, answers[i // n], said.raw, problems[i // n])
+        for i, said in enumerate(said_of)
     ]
     checked = checkers.check(asked)
     lost = [said for said in checked if said.value is None]

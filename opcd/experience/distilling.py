@@ -56,6 +56,7 @@ class Distilling:
             prompts=str(prompts),
             validation_data=None,
             test_data=None,
+            test_sets={},
             held_out_share=0.0,
             elsewhere_prompts=0,
             scorer="exact",

@@ -74,6 +74,7 @@ class Bench:
             prompts=str(requests),
             validation_data=None,
             test_data=None,
+            test_sets={},
             held_out_share=0.0,
             scorer="exact",  # never asked: a user's own judges in a process that can be ended
             **{"elsewhere_prompts": 0, **changed},

@@ -28,6 +28,9 @@ TRIAL_PREFIXES = (7, 40, 0)  # so many tokens
 BOUND = {torch.float16: 0.01, torch.bfloat16: 0.03}
 
 
+_FOUND: dict[tuple[str, "Kind"], bool] = {}  # what was tried in this process
+
+
 class Kind(NamedTuple):
     """What a backend must be able to do."""
 
@@ -56,8 +59,10 @@ class Kind(NamedTuple):
 def choose_backend(kind: Kind) -> str:
     """The fastest of what computes this: a name for `Plan.backend`."""
     names = candidates(kind)
-    if kind.device.type == "cpu" or capturing(kind.device):
+    if kind.device.type == "cpu":
         return names[0]
+    if capturing(kind.device):  # nothing can be tried: what is known counts
+        return next(name for name in names if _FOUND.get((name, kind), True))
     return next(name for name in names if name == "plain" or works(name, kind))
 
 
@@ -89,15 +94,21 @@ def _is_there(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-@functools.cache
 def works(name: str, kind: Kind) -> bool:
     """Whether a backend computes a small problem of this kind as plain attention does.
 
-    Where it does not, that is said, once.
+    It is tried once; where it does not, that is said.
     """
+    if (name, kind) not in _FOUND:
+        _FOUND[name, kind] = _works(name, kind)
+    return _FOUND[name, kind]
+
+
+def _works(name: str, kind: Kind) -> bool:
     try:
         with (
             waiting_is_allowed(kind.device),
+            torch.autocast(kind.device.type, enabled=False),
             torch.inference_mode(False),
             torch.set_grad_enabled(kind.grad),
         ):

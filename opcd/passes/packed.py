@@ -161,12 +161,12 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> Backends:
     room = (max_positions(lm.config) or 2**31) - len(prefix)
     ids = torch.tensor([prefix.token_ids[: min(8, room)]], device=lm.device)
     _, kinds = packed_pass(model, ids, Packing([[ids.shape[1]]], lm.device), [prefix])
-    return Backends(
-        *(
-            " and ".join(sorted({choose_backend(kind._replace(grad=grad)) for kind in kinds}))
-            for grad in (False, True)
-        )
-    )
+    # A window that hides nothing of so few tokens will hide some in a step's passes, of which the
+    # gradient has no fused kernel there.
+    windows = any(prefix.window(layer) for layer in prefix.attention_layers)
+    hides = lm.device.type == "cuda" and windows
+    trained = {kind._replace(grad=True, window=kind.window or hides) for kind in kinds}
+    return Backends(*(" and ".join(sorted(map(choose_backend, some))) for some in (kinds, trained)))
 
 
 @contextlib.contextmanager

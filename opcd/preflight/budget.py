@@ -99,6 +99,8 @@ def _remedies(setup: Setup, room: Room) -> list[Remedy]:
         current = getattr(setup.config, name)
         if current <= value if name in LOWERED else current:
             continue
+        if name == "gradient_checkpointing" and setup.config.return_anchor:
+            continue  # which it must go without
         settings = {**settings, name: value}
         if name == "lora_rank" and (rate := setup.config.learning_rate) is not None:
             # At the rate of all weights an adapter learns next to nothing.

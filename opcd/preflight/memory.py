@@ -133,7 +133,8 @@ class Models:
         if self.prefix is None or not self.plan.shares_prefix:
             return 0
         sizes = [prefix_bytes(self.prefix, len(ids)) for ids in self.setup.task.prefixes.values()]
-        return min(sum(sizes), self.config.prefix_cache_mib * 2**20 + max(sizes))
+        anchors = sum(sizes) if self.config.return_anchor else 0  # the student's own, all of them
+        return min(sum(sizes), self.config.prefix_cache_mib * 2**20 + max(sizes)) + anchors
 
     # ---- passes ----
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opcd.models.lm import causal_lm
+from opcd.models.lm import causal_lm, rope_differs
 from opcd.passes.attention import Shape, cached_attention
 from opcd.passes.packed import Behind, packed_attention, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
-from opcd.rollouts.histories import branches
+from opcd.rollouts.histories import Branch, branches
 from opcd.rollouts.noise import drawn, truncated, uniforms
 from opcd.rollouts.protocol import SamplingParams
 from opcd.rollouts.stops import StopStrings
@@ -269,17 +269,25 @@ class Decoder:
         sequences = sorted(rows_of, key=len, reverse=True)
         trunk_rows: dict[int, list[tuple[int, int]]] = {}
         rests: list[_Piece] = []
-        for i, branch in enumerate(branches(sequences, start)):
+        whole = self._rope_changes(max(map(len, prompts)))
+        each = [Branch(i, len(sequence)) for i, sequence in enumerate(sequences)]
+        for i, branch in enumerate(each if whole else branches(sequences, start)):
             rows = rows_of[sequences[i]]
             held = trunk_rows.setdefault(branch.trunk, [])
             held.extend((row, branch.length - start) for row in rows)
             if rest := sequences[i][branch.length :]:
                 rests.append(_Piece(rest, branch.length, [(row, len(rest)) for row in rows]))
         trunks = [_Piece(sequences[i][start:], start, held) for i, held in trunk_rows.items()]
-        self._compute(trunks, prefix)
+        self._compute(trunks, prefix, whole)
         self._compute(rests, prefix)
 
-    def _compute(self, new: Sequence[_Piece], prefix: SharedPrefix | None) -> None:
+    def _rope_changes(self, longest: int) -> bool:
+        """Whether the first tokens of a sequence alone are given other rotary frequencies."""
+        return rope_differs(causal_lm(self._model).config, 1, longest)
+
+    def _compute(
+        self, new: Sequence[_Piece], prefix: SharedPrefix | None, whole: bool = False
+    ) -> None:
         """Put keys and values of new tokens into the cache, which holds what they stand behind.
 
         Tokens right behind the prefix (of none: the first of a row) attend it in place, together;
@@ -287,7 +295,8 @@ class Decoder:
         """
         start = len(prefix) if prefix is not None else 0
         lengths = [len(x.token_ids) for x in new]
-        for pieces in pieces_by_tokens(lengths, self._max_tokens_per_pass):
+        most = max([self._max_tokens_per_pass, *(lengths if whole else ())])
+        for pieces in pieces_by_tokens(lengths, most, whole):
             parts = [new[i].cut(begin, end) for i, begin, end in pieces]
             parts.sort(key=lambda x: -len(x.token_ids))
             fresh = [x for x in parts if x.first == start]

@@ -8,7 +8,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from opcd.errors import InputError
-from opcd.models.lm import cache_argument, cache_of, causal_lm, eos_token_ids, transformer
+from opcd.models.lm import (
+    cache_argument,
+    cache_of,
+    causal_lm,
+    eos_token_ids,
+    rope_differs,
+    transformer,
+)
 from opcd.models.sdpa import without_cudnn_attention
 from opcd.passes.prefix import MIN_TOKENS_SAVED, SharedPrefix, common_prefix
 from opcd.rollouts.fitting import BatchSize
@@ -121,7 +128,7 @@ class TransformersEngine:
     ) -> Iterator[list[int]]:
         """The batches, halved until what is computed behind the shared tokens fits a pass."""
         for batch in batches:
-            found = branches([prompts[i][:-1] for i in batch], shared)
+            found = self._branches([prompts[i] for i in batch], shared)
             trunks = [b.length - shared for i, b in enumerate(found) if b.trunk == i]
             rests = [len(prompts[i]) - b.length for i, b in zip(batch, found, strict=True)]
             if tokens_saved(found, shared) < MIN_TOKENS_SAVED:
@@ -144,7 +151,7 @@ class TransformersEngine:
         cache = prefix.expand(len(prompts)) if prefix is not None else None
         starts = [shared] * len(prompts)  # tokens of each prompt that the cache holds
         columns = shared
-        found = branches([prompt[:-1] for prompt in prompts], shared)
+        found = self._branches(prompts, shared)
         worth_a_pass = tokens_saved(found, shared) >= MIN_TOKENS_SAVED
         if worth_a_pass and allows_gaps(self._model, prompts[0], prefix):
             cache, columns = self._histories(prompts, found, prefix)
@@ -159,6 +166,15 @@ class TransformersEngine:
             kept[:start], kept[rest:] = 1, 1
         output = generated(self._model, ids, mask, cache, self._eos, params, streams)
         return [params.finished(row, self._eos) for row in output.sequences[:, width:].tolist()]
+
+    def _branches(self, prompts: Sequence[Sequence[int]], shared: int) -> list[Branch]:
+        """What prompts share; each for itself where nothing is assumed of the model's cache, or a
+        history alone would be given other rotary frequencies."""
+        sequences = [prompt[:-1] for prompt in prompts]
+        longest = max(map(len, prompts))
+        if self._share_prefix and not rope_differs(causal_lm(self._model).config, 1, longest):
+            return branches(sequences, shared)
+        return [Branch(i, len(sequence)) for i, sequence in enumerate(sequences)]
 
     def _histories(
         self, prompts: Sequence[Sequence[int]], found: Sequence[Branch], prefix: SharedPrefix | None

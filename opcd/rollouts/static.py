@@ -107,15 +107,13 @@ class StaticEngine:
         """See RolloutEngine.open. Memory of its own is held until they are closed."""
         if self._instead is None:
             try:
-                return self._batch.fitting(
-                    lambda: StaticConversations(
-                        self._model,
-                        prompts,
-                        self._batch.size,
-                        self._version,
-                        self._max_tokens_per_pass,
-                    ),
-                    lambda size: min(size, len(prompts)),
+                # All rows stay open together: fewer at once would save nothing.
+                return StaticConversations(
+                    self._model,
+                    prompts,
+                    self._batch.size,
+                    self._version,
+                    self._max_tokens_per_pass,
                 )
             except (torch.OutOfMemoryError, GraphError) as error:
                 reason = str(error).splitlines()[0]

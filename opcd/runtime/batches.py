@@ -32,14 +32,20 @@ class Piece(NamedTuple):
     end: int
 
 
-def pieces_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[Piece]]:
+def pieces_by_tokens(
+    lengths: Sequence[int], max_tokens: int, whole: bool = False
+) -> Iterator[list[Piece]]:
     """Every token of sequences, in order, in passes of at most `max_tokens`.
 
-    A sequence is cut where a pass is full, and goes on as the first piece of the next one.
+    A sequence is cut where a pass is full, and goes on as the first piece of the next one; unless
+    they must stay whole, of which none may be longer than a pass.
     """
     here: list[Piece] = []
     room = max_tokens
     for sequence, length in enumerate(lengths):
+        if whole and here and length > room:
+            yield here
+            here, room = [], max_tokens
         begin = 0
         while begin < length:
             end = min(length, begin + room)

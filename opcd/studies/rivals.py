@@ -369,13 +369,20 @@ def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: in
 def _checked(config: TrainConfig) -> Setup:
     """The task, before anything is trained. Raises InputError for one that rivals cannot share."""
     setup = prepare(config, for_training=True)
-    if not setup.task.test:
-        raise InputError("rivals need test data, got none; name a file as test_data")
     if len(setup.chats) > 1 or setup.task.tools or config.source == "recorded":
         raise InputError(
             "rivals need one context without tools, and sampled completions, got several contexts, "
             "tools or source recorded; take them apart"
         )
+    if config.eval_temperature:
+        raise InputError(
+            f"rivals are scored by their likeliest answers, got eval_temperature "
+            f"{config.eval_temperature}; set it to 0"
+        )
+    if config.teacher is not None:
+        raise InputError(f"rivals have one model, got the teacher {config.teacher!r}; leave it out")
+    if config.test_data is None:
+        raise InputError("rivals need test data of their own, got none; name a file as test_data")
     if config.guided_completions is not None:
         raise InputError(
             "rivals learn from the teacher's own completions, got guided_completions; leave it out"

@@ -89,12 +89,13 @@ class Distiller:
         rollout_s, teacher_s, update_s = watch.laps()
         step_s = rollout_s + teacher_s + update_s
         lengths = scored_tokens(episodes)
+        of_task = [e for e in episodes if e.origin != "replay"]
         return {
             "step": self.steps_done,
             **metrics,
             "mean_completion_tokens": sum(lengths) / len(lengths),
             "longest_completion": max(lengths),
-            "truncated_share": sum(e.finish == "length" for e in episodes) / len(episodes),
+            "truncated_share": sum(e.finish == "length" for e in of_task) / max(1, len(of_task)),
             "eos_share": sum(e.finish == "stop" for e in episodes) / len(episodes),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,

@@ -24,10 +24,10 @@ HERE = KIND._replace(device=CPU, dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
 def untried() -> Iterator[None]:
-    works.cache_clear()
+    backends._FOUND.clear()
     backends._is_there.cache_clear()
     yield
-    works.cache_clear()
+    backends._FOUND.clear()
     backends._is_there.cache_clear()
 
 
