@@ -166,7 +166,9 @@ def packing_backends(model: torch.nn.Module, prefix: SharedPrefix) -> Backends:
     windows = any(prefix.window(layer) for layer in prefix.attention_layers)
     hides = lm.device.type == "cuda" and windows
     trained = {kind._replace(grad=True, window=kind.window or hides) for kind in kinds}
-    return Backends(*(" and ".join(sorted(map(choose_backend, some))) for some in (kinds, trained)))
+    return Backends(
+        *(" and ".join(sorted(set(map(choose_backend, some)))) for some in (kinds, trained))
+    )
 
 
 @contextlib.contextmanager

@@ -382,7 +382,7 @@ def _checked(config: TrainConfig) -> Setup:
     if config.teacher is not None:
         raise InputError(f"rivals have one model, got the teacher {config.teacher!r}; leave it out")
     if config.test_data is None:
-        raise InputError("rivals need test data of their own, got none; name a file as test_data")
+        raise InputError("rivals need test data, got none; name a file as test_data")
     if config.guided_completions is not None:
         raise InputError(
             "rivals learn from the teacher's own completions, got guided_completions; leave it out"

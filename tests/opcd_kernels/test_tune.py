@@ -188,7 +188,7 @@ def test_a_key_names_all_that_a_time_depends_on(monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("triton")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
     key: Key = tuned.key_of(H100)
-    assert set(key) == {"device", "driver", "triton", "opcd_kernels"}
+    assert set(key) == {"device", "driver", "triton", "torch", "opcd_kernels"}
     assert key["device"] == H100
     assert key["driver"] == "12040"
 

@@ -198,7 +198,7 @@ def test_the_command_line_names_them(
     assert main([*command, "--contender", short]) == 0
     assert "before, with short.md" in capsys.readouterr().out
     written = list(Path(settings["output_dir"]).glob("*/scorecard.json"))
-    assert [file.parent.name for file in written] == ["eval-none-test"]
+    assert [file.parent.name for file in written] == ["eval-none-short-test"]
     for wrong in ("short.md", "=x", f"{short}|{short}"):
         given = [word for part in wrong.split("|") for word in ("--contender", part)]
         assert main([*command, *given]) == 2

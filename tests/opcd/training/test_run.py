@@ -23,7 +23,7 @@ from opcd.cli import main
 from opcd.commands import _let_waiting_threads_sleep
 from opcd.config import TrainConfig
 from opcd.objective import Targets
-from opcd.runtime.files import read_metrics
+from opcd.runtime.files import read_jsonl, read_metrics
 from opcd.runtime.progress import Progress
 from opcd.training.checkpoint import STATE_FILE, list_checkpoints
 from opcd.training.run import train
@@ -323,8 +323,13 @@ def test_an_adapter_alone_is_scored_on_its_base(settings: dict) -> None:
         where = run.parent / f"scored-{model.name}"
         command = ["eval", "--config", config, "--distilled", str(model), "--save_to", str(where)]
         assert main(command) == 0
-        answers.append((where / "answers.jsonl").read_text(encoding="utf-8"))
-    assert answers[0] == answers[1]
+        rows = read_jsonl(where / "answers.jsonl")
+        # The adapter is merged in one of both: nats differ by rounding.
+        missed = [row.pop("distilled_nats")["missed"] for row in rows]
+        answers.append((rows, [nats for of_row in missed for nats in of_row]))
+    (rows, nats), (same, near) = answers
+    assert rows == same
+    assert near == pytest.approx(nats, abs=1e-5)
 
 
 def limit_files(size: int) -> Callable[[], None]:
@@ -484,7 +489,9 @@ def test_a_damaged_checkpoint_is_named(
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[:length] or b"garbage")
         assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
-        assert f"{newest} must hold a checkpoint" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        of_the_file = f"{newest / name} must be a safetensors file"
+        assert f"{newest} must hold a checkpoint" in said or of_the_file in said
         (newest / name).write_bytes(whole)
     assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 0
 
