@@ -155,6 +155,7 @@ def on_gpu(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         "python -m opcd_kernels.tune", description=(__doc__ or "").split("\n")[0]
     )
