@@ -53,7 +53,7 @@ def tokens_saved(found: Sequence[Branch], start: int) -> int:
 def batches_by_history(sequences: Sequence[Tokens], start: int, size: int) -> Iterator[list[int]]:
     """Indices in batches of at most `size`: what shares a history together, the longest first.
 
-    Where nothing is shared these are the batches of `batches_by_length`.
+    Where nothing is shared, neighbours in length are together.
     """
     groups = [related[i : i + size] for related in _related(sequences, start)
               for i in range(0, len(related), size)]  # fmt: skip

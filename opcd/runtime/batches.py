@@ -4,13 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
-def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, neighbours in length together, longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches whose rows, padded to the longest, hold at most `max_tokens`.
 

@@ -12,7 +12,7 @@ from opcd.rollouts.generate import TransformersEngine
 from opcd.rollouts.histories import Branch, batches_by_history, branches
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine
-from opcd.runtime.batches import batches_by_length
+from opcd.runtime.batches import pieces_by_tokens
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
 
@@ -65,8 +65,23 @@ def test_batches_keep_a_history_together() -> None:
 def test_batches_of_what_shares_nothing_are_those_by_length() -> None:
     prompts = [[9, first, *[first] * (first % 5)] for first in range(20, 40)]
     lengths = [*map(len, prompts)]
-    assert list(batches_by_history(prompts, 1, 6)) == list(batches_by_length(lengths, 6))
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    assert list(batches_by_history(prompts, 1, 6)) == [order[i : i + 6] for i in range(0, 20, 6)]
     assert list(batches_by_history([], 0, 6)) == []
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_passes_hold_no_more_than_they_may_and_whole_sequences_where_those_are_asked_for(
+    whole: bool,
+) -> None:
+    lengths = [7, 4, 9, 1, 0, 10]
+    passes = [[tuple(piece) for piece in some] for some in pieces_by_tokens(lengths, 10, whole)]
+    assert all(sum(end - begin for _, begin, end in some) <= 10 for some in passes)
+    tokens = [(i, t) for some in passes for i, begin, end in some for t in range(begin, end)]
+    assert tokens == [(i, t) for i, length in enumerate(lengths) for t in range(length)]
+    assert len(passes) == 4
+    if whole:
+        assert all(end - begin == lengths[i] for some in passes for i, begin, end in some)
 
 
 def engines(model: torch.nn.Module) -> Iterator[RolloutEngine]:
