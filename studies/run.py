@@ -175,11 +175,12 @@ def line(row: dict[str, Any]) -> str:
 
 
 def device() -> str:
-    """The processor, and how many cores of it."""
+    """The processor, and how many of its cores may be used."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
     names = {text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")}
-    return f"{' '.join(sorted(names)) or platform.processor()}, {os.cpu_count()} cores"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{' '.join(sorted(names)) or platform.processor()}, {usable} cores"
 
 
 def _model_of(task: str) -> str:

@@ -9,6 +9,7 @@ from opcd.scoring.texts import bare, folded
 from opcd.tasks.task import Case
 
 TRIED = 10  # accepted answers, the commonest first
+LITTLE = 0.1  # of what one answer for all gets wrong
 ALWAYS = 0.95  # of the answers: a contender that says nothing else
 
 
@@ -39,6 +40,11 @@ def best_constant(
         key=lambda constant: constant.accuracy,
     )
     return best if best.accuracy < 1 else None
+
+
+def hardly_better(accuracy: float, constant: float) -> bool:
+    """Whether an accuracy is that of one answer for all, or little more."""
+    return accuracy - constant <= LITTLE * (1 - constant)
 
 
 def commonest(texts: Sequence[str]) -> tuple[str, float]:

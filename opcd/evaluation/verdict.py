@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from opcd.evaluation.constant import hardly_better
 from opcd.evaluation.intervals import CHANCE, wilson_interval
 
 NEAR = 0.97  # of the prompted model's accuracy: what is lost beyond chance, and yet of no matter
@@ -38,9 +39,9 @@ def verdict(card: dict[str, Any], guided_share: float = 0.0) -> Verdict:
     What was lost elsewhere does not change the word: a model for one task may lose the others. It
     is said with the advice.
     """
-    columns, differences = card["contenders"], card["differences"]
+    columns = card["contenders"]
     judge = _by_accuracy if "accuracy" in columns["base"] else _by_gap
-    found = judge(columns, differences, guided_share)
+    found = judge(card, guided_share)
     return found._replace(advice="; ".join(filter(None, (found.advice, _elsewhere(card)))))
 
 
@@ -49,9 +50,8 @@ def reference_of(columns: dict[str, Any]) -> str:
     return "teacher" if "teacher" in columns else "prompted"
 
 
-def _by_accuracy(
-    columns: dict[str, Any], differences: dict[str, Any], guided_share: float
-) -> Verdict:
+def _by_accuracy(card: dict[str, Any], guided_share: float) -> Verdict:
+    columns, differences = card["contenders"], card["differences"]
     base, prompted, distilled = (
         columns[name] for name in ("base", reference_of(columns), "distilled")
     )
@@ -63,6 +63,8 @@ def _by_accuracy(
     if _beyond_chance(learned):
         if d < b:
             return Verdict("worse than before", found, _harder(guided_share))
+        if of_a_constant := _of_a_constant(card, p, d, guided_share):
+            return of_a_constant._replace(reason=f"{found}; {of_a_constant.reason}")
         if lost := _lost_rates(prompted, distilled):
             return Verdict("learned in part", f"{found}, but {lost}", _more(guided_share))
         if d < NEAR * p and _beyond_chance(left):
@@ -81,7 +83,30 @@ def _by_accuracy(
     return Verdict("not learned", f"{found}, within what chance gives base", _harder(guided_share))
 
 
-def _by_gap(columns: dict[str, Any], differences: dict[str, Any], guided_share: float) -> Verdict:
+def _of_a_constant(
+    card: dict[str, Any], prompted: float, distilled: float, guided_share: float
+) -> Verdict | None:
+    """Of a model that has learned to say the same to everything, or little more."""
+    if "constant" not in card:
+        return None
+    constant = card["constant"]["accuracy"]
+    if hardly_better(prompted, constant):
+        return Verdict(
+            "nothing to learn",
+            f"one answer for everything has {constant:.1%}, and the prompt itself is hardly better",
+            "mend the prompt: demonstrations carry more than instructions",
+        )
+    if hardly_better(distilled, constant):
+        return Verdict(
+            "not learned",
+            f"one answer for everything has {constant:.1%}, and the model is hardly better",
+            _harder(guided_share),
+        )
+    return None
+
+
+def _by_gap(card: dict[str, Any], guided_share: float) -> Verdict:
+    columns, differences = card["contenders"], card["differences"]
     base, distilled = columns["base"], columns["distilled"]
     before, after, closed = base["gap"], distilled["gap"], differences["gap_closed"]
     agreed, agrees = (column["greedy_agreement"]["mean"] for column in (base, distilled))

@@ -6,6 +6,7 @@ that a prompt is worth a run nor that it is not, they are too few.
 
 from typing import NamedTuple
 
+from opcd.evaluation.constant import hardly_better
 from opcd.evaluation.intervals import Difference, wilson_interval
 
 Interval = tuple[float, float]  # 95 %
@@ -13,7 +14,6 @@ Interval = tuple[float, float]  # 95 %
 UNCHANGED = 0.1  # of the answers: so few changes are not worth a run
 SILENT = 0.05  # nats a token: the model says the same with the same confidence
 WORTH = 0.2  # of the requests: a prompt that is given to a model for its answers gains more
-LITTLE = 0.1  # of what one answer for everything gets wrong: hardly better than that
 BROKEN = 0.5  # of the prompted answers, cut or empty
 APART = 0.1  # of the gap: a difference of two passes that is not small beside what is learned
 # See `_needs_guidance`. At 135M plain runs learned 0.00 and 0.16 (voice_assistant, safety), and
@@ -188,7 +188,7 @@ def _gains_nothing(measured: Measured) -> Verdict | None:
             _gain(measured),
             "mend the prompt: demonstrations carry more than instructions",
         )
-    if gain.more and constant is not None and prompted - constant <= LITTLE * (1 - constant):
+    if gain.more and constant is not None and hardly_better(prompted, constant):
         return Verdict(
             "the prompt does not work",
             "the prompted model is hardly better than one answer for everything",

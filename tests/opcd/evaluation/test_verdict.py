@@ -19,6 +19,7 @@ def judged(
     n: int = 200,
     shift: int = 0,  # of the requests that base is right on
     reference: str = "prompted",
+    constant: float | None = None,  # accuracy of one answer for all
     **rates: tuple[float, float],
 ) -> dict:
     """A card of models that are right on the same requests, as far as they are right."""
@@ -46,7 +47,8 @@ def judged(
     differences = {
         name: paired_difference(values[a], values[b]).summary() for name, (a, b) in pairs.items()
     }
-    return {"contenders": columns, "differences": differences}
+    card: dict = {"contenders": columns, "differences": differences}
+    return card if constant is None else card | {"constant": {"answer": "a", "accuracy": constant}}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,11 @@ def judged(
         (judged(0.1, 0.9, 0.6, reference="teacher"), "learned in part"),
         (judged(0.1, 0.9, 0.11, reference="teacher"), "not learned"),
         (judged(0.1, 0.9, 0.9, reference="teacher"), "learned"),
+        (judged(0.0, 0.26, 0.315, constant=0.28), "nothing to learn"),  # the prompt says one thing
+        (judged(0.0, 0.85, 0.31, constant=0.28), "not learned"),
+        (judged(0.0, 0.85, 0.38, constant=0.28), "learned in part"),
+        (judged(0.0, 0.96, 0.955, constant=0.9), "learned"),
+        (judged(0.3, 0.85, 0.1, constant=0.28), "worse than before"),
     ],
 )
 def test_by_accuracy(card: dict, word: str) -> None:
