@@ -13,5 +13,6 @@ fitting     how many sequences at once, where memory runs out
 conversations           what is the same of them for every engine
 generate_conversations  in the cache of transformers.generate
 static_conversations    in static caches
+generate_histories      what several prompts begin with, once in a cache of transformers
 generate_call           one call of transformers.generate, for engine and conversations
 """

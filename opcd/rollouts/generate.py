@@ -1,27 +1,18 @@
 """Completions by `transformers.generate`."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from opcd.errors import InputError
-from opcd.models.lm import (
-    cache_argument,
-    cache_of,
-    causal_lm,
-    eos_token_ids,
-    rope_differs,
-    transformer,
-)
-from opcd.models.sdpa import without_cudnn_attention
-from opcd.passes.prefix import MIN_TOKENS_SAVED, SharedPrefix, common_prefix
+from opcd.models.lm import eos_token_ids
+from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.rollouts.fitting import BatchSize
 from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_conversations import GeneratedConversations
-from opcd.rollouts.histories import Branch, batches_by_history, branches, tokens_saved
+from opcd.rollouts.generate_histories import shared_branches, with_histories, worth_a_pass
+from opcd.rollouts.histories import Branch, batches_by_history
 from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
@@ -131,7 +122,7 @@ class TransformersEngine:
             found = self._branches([prompts[i] for i in batch], shared)
             trunks = [b.length - shared for i, b in enumerate(found) if b.trunk == i]
             rests = [len(prompts[i]) - b.length for i, b in zip(batch, found, strict=True)]
-            if tokens_saved(found, shared) < MIN_TOKENS_SAVED:
+            if not worth_a_pass(found, shared):
                 trunks, rests = [], [len(prompts[i]) - shared for i in batch]
             tokens = max(len(x) * max(x, default=0) for x in (trunks, rests))
             if len(batch) == 1 or tokens <= self._max_tokens_per_pass:
@@ -152,9 +143,8 @@ class TransformersEngine:
         starts = [shared] * len(prompts)  # tokens of each prompt that the cache holds
         columns = shared
         found = self._branches(prompts, shared)
-        worth_a_pass = tokens_saved(found, shared) >= MIN_TOKENS_SAVED
-        if worth_a_pass and allows_gaps(self._model, prompts[0], prefix):
-            cache, columns = self._histories(prompts, found, prefix)
+        if worth_a_pass(found, shared) and allows_gaps(self._model, prompts[0], prefix):
+            cache, columns = with_histories(self._model, prompts, found, prefix, self._eos[0])
             starts = [branch.length for branch in found]
         width = columns + max(len(p) - start for p, start in zip(prompts, starts, strict=True))
         pad = self._eos[0]
@@ -170,42 +160,9 @@ class TransformersEngine:
     def _branches(self, prompts: Sequence[Sequence[int]], shared: int) -> list[Branch]:
         """What prompts share; each for itself where nothing is assumed of the model's cache, or a
         history alone would be given other rotary frequencies."""
-        sequences = [prompt[:-1] for prompt in prompts]
-        longest = max(map(len, prompts))
-        if self._share_prefix and not rope_differs(causal_lm(self._model).config, 1, longest):
-            return branches(sequences, shared)
-        return [Branch(i, len(sequence)) for i, sequence in enumerate(sequences)]
-
-    def _histories(
-        self, prompts: Sequence[Sequence[int]], found: Sequence[Branch], prefix: SharedPrefix | None
-    ) -> tuple[Cache, int]:
-        """A cache with a row for each prompt, which holds its history, and how many columns it has.
-
-        Trunks are padded on the right: under causal attention no real position sees a pad.
-        """
-        start = len(prefix) if prefix is not None else 0
-        trunks = [i for i, branch in enumerate(found) if branch.trunk == i]
-        columns = max(found[i].length for i in trunks)
-        ids = torch.full((len(trunks), columns - start), self._eos[0])
-        for row, i in zip(ids, trunks, strict=True):
-            own = prompts[i][start : found[i].length]
-            row[: len(own)] = torch.tensor(own)
-        device = causal_lm(self._model).device
-        positions = torch.arange(start, columns, device=device)
-        body: Any = transformer(self._model)
-        held = prefix.expand(len(trunks)) if prefix is not None else None
-        with without_cudnn_attention():
-            output = body(
-                input_ids=ids.to(device),
-                position_ids=positions.expand(len(trunks), -1),
-                use_cache=True,
-                **cache_argument(body, held),
-            )
-        cache = cache_of(output)
-        place = {i: row for row, i in enumerate(trunks)}
-        rows = torch.tensor([place[branch.trunk] for branch in found], device=device)
-        cache.batch_select_indices(rows)
-        return cache, columns
+        if self._share_prefix:
+            return shared_branches(self._model, prompts, shared)
+        return [Branch(i, len(prompt) - 1) for i, prompt in enumerate(prompts)]
 
 
 def _of_one_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from opcd.models.lm import cache_of
 from opcd.passes.prefix import common_prefix
 from opcd.rollouts.conversations import GrowingRows
 from opcd.rollouts.generate_call import allows_gaps, generated
+from opcd.rollouts.generate_histories import shared_branches, with_histories, worth_a_pass
 from opcd.rollouts.protocol import SamplingParams
 
 
@@ -21,13 +22,16 @@ class _Rectangle:
         rows: list[int],  # their numbers among all
         prompts: Sequence[Sequence[int]],
         cache: Cache | None,
-        shared: int,  # tokens of each prompt that the cache holds
+        columns: int,  # of the cache
+        starts: Sequence[int],  # tokens of each prompt that it holds, in its first columns
     ) -> None:
         self.rows = rows
         self.cache = cache
-        self.ids = torch.tensor([list(p[:shared]) for p in prompts], dtype=torch.long)
-        self.mask = torch.ones_like(self.ids)
-        self.pending = [list(p[shared:]) for p in prompts]
+        self.ids = torch.zeros(len(rows), columns, dtype=torch.long)
+        self.mask = torch.zeros_like(self.ids)
+        for ids, mask, prompt, start in zip(self.ids, self.mask, prompts, starts, strict=True):
+            ids[:start], mask[:start] = torch.tensor(prompt[:start], dtype=torch.long), 1
+        self.pending = [list(p[start:]) for p, start in zip(prompts, starts, strict=True)]
 
     def widened(self, pad: int) -> None:
         """Put what is pending into columns, pads in front."""
@@ -72,11 +76,18 @@ class GeneratedConversations(GrowingRows):
         prefix = common_prefix(model, prompts) if share_prefix else None
         together = share_prefix and allows_gaps(model, prompts[0], prefix)
         size, shared = batch_size if together else 1, len(prefix) if prefix is not None else 0
-        self._batches = []
+        self._batches: list[_Rectangle] = []
         for start in range(0, len(prompts), size):
             rows = [*range(start, min(start + size, len(prompts)))]
-            cache = prefix.expand(len(rows)) if prefix is not None else None
-            self._batches.append(_Rectangle(rows, [prompts[i] for i in rows], cache, shared))
+            some = [prompts[i] for i in rows]
+            found = shared_branches(model, some, shared) if together else []
+            if worth_a_pass(found, shared):
+                cache, columns = with_histories(model, some, found, prefix, self._eos[0])
+                starts = [branch.length for branch in found]
+            else:
+                cache = prefix.expand(len(rows)) if prefix is not None else None
+                columns, starts = shared, [shared] * len(rows)
+            self._batches.append(_Rectangle(rows, some, cache, columns, starts))
 
     def close(self) -> None:
         """See Conversations.close."""

@@ -150,6 +150,24 @@ def test_no_token_is_computed_twice(engine: Engine) -> None:
     assert sum(found) < 0.2 * anew
 
 
+def test_equal_beginnings_are_computed_once(engine: Engine) -> None:
+    """Four conversations of each of 4 prompts: all that one begins with goes in once."""
+    model = tiny_llama(max_position_embeddings=1024)
+    shared = [(7 * i) % 200 + 20 for i in range(100)]
+    prompts = [[*shared, *(30 + (i * k) % 97 for k in range(60))] for i in range(4) for _ in "1234"]
+    made = engine(model, 16)
+    with counted(model) as found:
+        rows = made.open(prompts)
+        turns = [said(rows.complete(SAMPLED, [*range(16)]))]
+    # The start of all, four rests, and of each row its last token and what it says, or waits for.
+    assert sum(found) <= 1.05 * (100 + 4 * 59 + 16 * 6)
+    rows.append([[20, 21]] * 16)
+    held = rows.token_ids
+    turns.append(said(rows.complete(GREEDY)))
+    assert turns[0] == anew(made, prompts, SAMPLED, [*range(16)])
+    assert turns[1] == anew(made, held, GREEDY, [0] * 16)
+
+
 def test_memory_grows_with_conversations() -> None:
     model = tiny_llama()
     made = StaticEngine(model)
