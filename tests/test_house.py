@@ -84,10 +84,11 @@ def test_rooms_are_on_floors_and_in_the_readme() -> None:
 
 
 def test_a_rooms_docstring_names_its_files() -> None:
-    for init in [*OPCD.glob("*/__init__.py"), ROOT / "opcd_kernels" / "__init__.py"]:
+    for init in [*OPCD.rglob("*/__init__.py"), ROOT / "opcd_kernels" / "__init__.py"]:
         text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
         named = [line.split()[0] for line in text.splitlines()[2:] if line and line[0] != " "]
         there = [f.stem for f in init.parent.glob("*.py") if f != init]
+        there += [inner.parent.name for inner in init.parent.glob("*/__init__.py")]
         assert sorted(named) == sorted(there), init
 
 

@@ -114,9 +114,10 @@ class Evaluation:
 class Objective:
     """What is minimised."""
 
-    source: Literal["sampled", "recorded"] = "sampled"
+    source: Literal["sampled", "recorded", "played"] = "sampled"
     """What is trained on: completions that are sampled (the student's own, and guided ones), or the
-    assistant turns of the training rows as they were recorded, all of them, without sampling."""
+    assistant turns of the training rows as they were recorded, all of them, without sampling; or
+    played: games, which the experience loop brings."""
     replay_share: float = 0.0
     """Share of a step's prompts that have nothing to do with the context, on which the student is
     held to the original model without it: what keeps other abilities. At least one prompt a step

@@ -5,10 +5,12 @@ phases        one round: attempt, extract, accumulate, filter, distil, decide
 final         base and distilled models on problems that nothing was chosen by
 settings      the group `experience` of a configuration
 folder        what a loop was given and has found: a file a phase, complete or absent
+exercises     what a model is set: problems, or games
 problems      tasks with answers, in three parts that their words decide
+games         games of several turns, a room of their own
 checking      checkers in processes of their own, with a time limit
 check_worker  such a process
-attempts      sampled at problems, or left by a server in a log
+attempts      made by the model, or left by a server in a log
 items         extractor: lines that the model writes about its attempts
 successes     extractor: right attempts as demonstrations
 contexts      what experience becomes, within a number of tokens

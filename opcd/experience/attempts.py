@@ -1,21 +1,17 @@
-"""Attempts: sampled at problems by the model as it is, or left by a server in a log."""
+"""Attempts: made by the model as it is, or left by a server in a log."""
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.evaluation.contenders import LoadedModel, answer
-from opcd.evaluation.decoding import rollout_params
-from opcd.experience.checking import Asked, Checkers, dropped
-from opcd.rollouts.noise import ATTEMPTS, streams
 from opcd.tasks.data import Example
 from opcd.tasks.formats import read_row
-from opcd.tasks.messages import Message, split_system
+from opcd.tasks.messages import Message, assistant, split_system
 from opcd.tasks.records import parse_json, read_text
-from opcd.tasks.task import Case
 
 RIGHT = 1.0  # a value: anything less is in part right
 
@@ -25,66 +21,30 @@ class Attempt:
     """One attempt at a problem, and how right it is."""
 
     problem: list[Message]
-    text: str
+    turns: list[Message]  # the answer; of a game, moves and what was told behind them
     value: float | None  # from 0 to 1; None: nobody knows
-    finish: str = "stop"  # "length": it was cut
+    finish: str = "stop"  # "length": some of it was cut
     accepted: str = ""  # the first accepted answer, where one is known
+    counts: dict[str, float] = field(default_factory=dict)  # what else was found, by name
 
     @property
     def right(self) -> bool:
         """Whether it is known to be right, and whole."""
         return self.value is not None and self.value >= RIGHT and self.finish == "stop"
 
+    @property
+    def said(self) -> list[str]:
+        """What the model said, turn by turn."""
+        return [turn["content"] for turn in self.turns if turn["role"] == "assistant"]
+
+    @property
+    def text(self) -> str:
+        """All that it said."""
+        return "\n".join(self.said)
+
     def as_dict(self) -> dict[str, Any]:
         """As files hold it."""
         return asdict(self)
-
-
-def sampled_attempts(
-    model: LoadedModel,  # its setup is of the problems
-    cases: Sequence[Case],  # of the problems that are attempted
-    checkers: Checkers,
-    answers: Sequence[Sequence[str]],  # that are right, one list a problem
-    n: int,
-    round_number: int,
-) -> tuple[list[Attempt], dict[str, int]]:
-    """n attempts at each problem, and how many were dropped because nobody could judge them.
-
-    The draws are a function of seed, round, problem and the attempt's number. Raises InputError
-    where none of all attempts could be judged.
-    """
-    config, chat = model.setup.config, model.setup.chat
-    prompts = [case.prompt for case in cases]
-    ids = [prompt.student_ids for prompt in prompts for _ in range(n)]
-    params = rollout_params(model.setup)
-    numbers = streams(config.seed, ATTEMPTS - round_number, prompts, n)
-    rollouts = model.engine.generate(ids, params, numbers)
-    said_of = [answer(r.completion_token_ids, r.finish_reason, params, chat) for r in rollouts]
-    texts = [said.text for said in said_of]
-    problems = [list(case.example.messages) for case in cases]
-    asked = [
-        Asked(said.text, answers[i // n], said.raw, problems[i // n])
-        for i, said in enumerate(said_of)
-    ]
-    checked = checkers.check(asked)
-    lost = [said for said in checked if said.value is None]
-    if len(lost) == len(checked):
-        raise InputError(
-            f"the checker must judge attempts, but of {len(lost)} it judged none: the first "
-            f"{lost[0].why} {lost[0].detail}; correct it, or raise check_seconds"
-        )
-    found = [
-        Attempt(
-            problems[i // n],
-            text,
-            said.value,
-            rollout.finish_reason,
-            next(iter(answers[i // n]), ""),
-        )
-        for i, (text, rollout, said) in enumerate(zip(texts, rollouts, checked, strict=True))
-        if said.value is not None
-    ]
-    return found, dropped(checked)
 
 
 def read_log(path: str) -> tuple[list[Attempt], dict[str, int]]:
@@ -127,13 +87,22 @@ def _logged(line: str, path: str, number: int) -> Attempt:
     problem = split_system(row.messages)[1]
     if not row.completion or not problem or row.calls:
         raise InputError(f"{source}: the assistant's answer must be a text, got none")
-    return Attempt(problem, row.completion, None if outcome is None else float(outcome))
+    value = None if outcome is None else float(outcome)
+    return Attempt(problem, [assistant(row.completion)], value)
 
 
 def problems_of(attempts: Sequence[Attempt], source: str) -> list[Example]:
     """Each problem that was attempted, once."""
     distinct = {json.dumps(a.problem, sort_keys=True): a.problem for a in attempts}
     return [Example(tuple(problem), (), source) for problem in distinct.values()]
+
+
+def by_problem(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
+    """Attempts at the same problem together, in their order."""
+    found: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        found.setdefault(json.dumps(attempt.problem), []).append(attempt)
+    return [*found.values()]
 
 
 def read_attempts(rows: Sequence[dict[str, Any]]) -> list[Attempt]:
@@ -149,4 +118,11 @@ def summary(attempts: Sequence[Attempt], lost: dict[str, int]) -> dict[str, Any]
         "judged": len(known),
         "right": sum(a.right for a in attempts),
         "dropped": lost,
+        "counts": means([a.counts for a in attempts]),
     }
+
+
+def means(counts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each count, over those that have some."""
+    some = [it for it in counts if it]
+    return {name: fmean(it[name] for it in some) for name in (some[0] if some else {})}

@@ -31,7 +31,7 @@ class Distilling:
 
     def __init__(self, given: Given, bench: Bench, shown: Shown) -> None:
         self._config, self._folder = given.settings.training, given.folder
-        self._problems = given.parts.train
+        self._exercises = given.exercises
         self._bench, self._shown = bench, shown
 
     def run(
@@ -47,7 +47,7 @@ class Distilling:
         Raises Stopped where it was ended before, and Diverged.
         """
         self._bench.release()
-        context, prompts = self._files(number, contexts)
+        context, prompts, problems = self._files(number, contexts)
         config = replace(
             self._config,
             model=model,
@@ -62,24 +62,26 @@ class Distilling:
             scorer="exact",
             output_dir=str(run),
             seed=_seed(self._config.seed, number),
+            **self._exercises.changes,
             **changed,
         )
+        resume, source = (run / "config.yaml").is_file(), self._exercises.source(problems)
         with self._shown() as progress:
-            outcome = train(config, (run / "config.yaml").is_file(), progress)
+            outcome = train(config, resume, progress, source=source)
         if outcome.stopped:
             raise Stopped(outcome.stopped)
 
-    def _files(self, number: int, contexts: Sequence[Path]) -> tuple[Path, Path]:
-        """Contexts as one file, and the training prompts without those that a context shows.
+    def _files(self, number: int, contexts: Sequence[Path]) -> tuple[Path, Path, list[Example]]:
+        """Contexts as one file, and the training prompts without those that a context shows, as a
+        file and as they are.
 
         Of several contexts each prompt names one, drawn by its words.
         """
         folder = self._folder / f"round-{number}"
         shown = {_asked(text) for path in contexts for text in _users(path)}
-        rows = []
-        for problem in self._problems:
-            if _asked(problem.text) in shown:
-                continue
+        rows, train = [], self._exercises.parts.train
+        problems = [problem for problem in train if _asked(problem.text) not in shown]
+        for problem in problems:
             row: dict[str, Any] = {"messages": list(problem.messages)}
             if len(contexts) > 1:
                 drawn = random.Random(f"{self._config.seed} {number} {request_of(problem)}")
@@ -88,15 +90,15 @@ class Distilling:
         if not rows:
             raise InputError(
                 f"training prompts must be left beside those that the experience shows, got none "
-                f"of {len(self._problems)}; add problems, or lower context_tokens"
+                f"of {len(train)}; add problems, or lower context_tokens"
             )
         prompts = folder / "prompts.jsonl"
         write_jsonl(prompts, rows)
         if len(contexts) == 1:
-            return contexts[0], prompts
+            return contexts[0], prompts, problems
         several = folder / "experiences.json"
         write_json(several, {path.stem: _messages(path) for path in contexts})
-        return several, prompts
+        return several, prompts, problems
 
 
 def _seed(seed: int, number: int) -> int:

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
-from opcd.experience.attempts import Attempt, problems_of, read_log
-from opcd.experience.problems import read_problems
+from opcd.experience.exercises import Exercises
 from opcd.experience.settings import Settings, as_dict
 from opcd.models.digest import model_digest
 from opcd.runtime.files import make_folder, write_json
-from opcd.tasks.data import Example, request_of
-from opcd.tasks.held_out import Parts
 
 FILE = "settings.json"
 FIRST, LAST = "before.json", "test"  # what the first phase leaves, and where the last one does
@@ -26,27 +23,20 @@ class Given(NamedTuple):
 
     settings: Settings
     folder: Path
-    parts: Parts
-    logged: tuple[list[Attempt], dict[str, int]] | None  # with what was left out, by why
+    exercises: Exercises
 
 
-def begin(settings: Settings, resume: bool) -> Given:
-    """Read all that is given, in a folder that may be used for it.
+def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
+    """What is given, in a folder that may be used for it.
 
-    Raises InputError for whatever is wrong there, and for a loop that would go on with others.
+    Raises InputError for a loop that would go on with other exercises, settings or models.
     """
-    settings.training.check()
-    logged = read_log(settings.log) if settings.log is not None else None
-    source = settings.log or ""
-    parts = read_problems(settings.training, problems_of(logged[0], source) if logged else None)
-    if logged:
-        logged = _without_held_out(*logged, parts)
     folder = make_folder(Path(settings.training.output_dir))
     file = folder / FILE
     now: dict[str, Any] = {
         "settings": as_dict(settings),
         "rounds": settings.experience.rounds,
-        "data": _digest(parts, logged),
+        "data": _digest(exercises),
         "model": model_digest(settings.training.model),
         "today": settings.training.today or date.today().isoformat(),
     }
@@ -59,7 +49,7 @@ def begin(settings: Settings, resume: bool) -> Given:
         )
     write_json(file, now)
     training = replace(settings.training, today=now["today"])
-    return Given(settings._replace(training=training), folder, parts, logged)
+    return Given(settings._replace(training=training), folder, exercises)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -97,17 +87,7 @@ def _checked(file: Path, now: dict[str, Any]) -> dict[str, Any]:
     return before
 
 
-def _without_held_out(
-    attempts: list[Attempt], skipped: dict[str, int], parts: Parts
-) -> tuple[list[Attempt], dict[str, int]]:
-    """The attempts at problems that may be learned from."""
-    known = {request_of(problem) for problem in parts.train}
-    found = [a for a in attempts if request_of(Example(tuple(a.problem), (), "")) in known]
-    left_out = len(attempts) - len(found)
-    return found, skipped | ({"at validation or test problems": left_out} if left_out else {})
-
-
-def _digest(parts: Parts, logged: tuple[list[Attempt], dict[str, int]] | None) -> str:
-    rows = [[[p.messages, p.answers] for p in part] for part in parts]
-    attempts = [attempt.as_dict() for attempt in logged[0]] if logged else []
+def _digest(exercises: Exercises) -> str:
+    rows = [[[it.messages, it.answers] for it in part] for part in exercises.parts]
+    attempts = [attempt.as_dict() for attempt in exercises.logged[0]] if exercises.logged else []
     return hashlib.sha256(json.dumps([rows, attempts]).encode()).hexdigest()

@@ -5,7 +5,7 @@ The model sees a problem and one attempt, without the right answer, and is asked
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from opcd.episodes import Prompt
@@ -23,40 +23,29 @@ PROMPT = Path(__file__).parent / "prompts" / "items.md"
 ITEM_TOKENS = 256  # of what is written down about one attempt
 MARK = "- EXPERIENCE ITEM:"
 OUTCOMES = {True: " It was found right.", False: " It was found wrong."}
-PLACES = {"{problem}", "{attempt}"}
+PLACES = frozenset({"{problem}", "{attempt}"})
 
 
-def read_prompt(path: str | None) -> str:
-    """The request for items. Raises InputError for one that does not show problem and attempt."""
-    file = path or str(PROMPT)
-    text = read_text(file, "items_prompt").strip()
-    if missing := sorted(place for place in PLACES if place not in text):
+def read_prompt(path: str, places: Collection[str]) -> str:
+    """The request for items. Raises InputError for one that does not hold these places."""
+    text = read_text(path, "items_prompt").strip()
+    if missing := sorted(place for place in places if place not in text):
         raise InputError(
-            f"{file}: a request for items must show what it is about, got none of "
-            f"{', '.join(missing)}; write {' and '.join(sorted(PLACES))} where they belong"
+            f"{path}: a request for items must show what it is about, got none of "
+            f"{', '.join(missing)}; write {' and '.join(sorted(places))} where they belong"
         )
     return text
 
 
-def written_items(
-    model: LoadedModel,
-    attempts: Sequence[Attempt],
-    prompt: str,
-    reward: bool,  # whether the model is told which attempts were right
-    round_number: int,
-) -> list[str]:
-    """The items that the model writes about attempts, in their order; each of them once.
+def written_items(model: LoadedModel, requests: Sequence[str], round_number: int) -> list[str]:
+    """The items that the model writes on requests, in their order; each of them once.
 
-    An attempt that does not fit the model with the request, and an answer without an item, give
-    none.
+    A request that does not fit the model, and an answer without an item, give none.
     """
     config, chat = model.setup.config, model.setup.chat
     limit = max_positions(model.model.config)
-    requests = [
-        chat.template.ids([user(request_for_items(prompt, attempt, reward))])
-        for attempt in attempts
-    ]
-    fitting = [ids for ids in requests if limit is None or len(ids) + ITEM_TOKENS <= limit]
+    asked = [chat.template.ids([user(request)]) for request in requests]
+    fitting = [ids for ids in asked if limit is None or len(ids) + ITEM_TOKENS <= limit]
     if not fitting:
         return []
     numbers = streams(config.seed, ATTEMPTS - round_number, [Prompt(i, i) for i in fitting])
@@ -67,14 +56,21 @@ def written_items(
 
 
 def request_for_items(prompt: str, attempt: Attempt, reward: bool) -> str:
-    """The request, with the attempt in place: what one text holds is not searched for places."""
+    """The request, with the attempt in place."""
     known = reward and attempt.value is not None
-    filled = {
-        "{problem}": "\n\n".join(words_of(message) for message in attempt.problem),
-        "{attempt}": attempt.text,
-        "{outcome}": OUTCOMES[attempt.right] if known else "",
-    }
-    return re.sub("|".join(map(re.escape, filled)), lambda place: filled[place[0]], prompt)
+    return filled(
+        prompt,
+        {
+            "{problem}": "\n\n".join(words_of(message) for message in attempt.problem),
+            "{attempt}": attempt.text,
+            "{outcome}": OUTCOMES[attempt.right] if known else "",
+        },
+    )
+
+
+def filled(prompt: str, texts: Mapping[str, str]) -> str:
+    """A request with texts in its places: what one text holds is not searched for places."""
+    return re.sub("|".join(map(re.escape, texts)), lambda place: texts[place[0]], prompt)
 
 
 def items_in(text: str) -> list[str]:

@@ -7,27 +7,33 @@ from typing import Any, Literal, NamedTuple
 
 from opcd.config import TrainConfig
 from opcd.evaluation.contenders import LoadedModel, load_for_answers
+from opcd.evaluation.decoding import answer_params
 from opcd.evaluation.elsewhere import answers_elsewhere
 from opcd.evaluation.intervals import Difference, PerRequest, paired_difference, wilson_interval
-from opcd.experience.checking import Asked, Checkers, dropped
+from opcd.experience.attempts import means
 from opcd.experience.contexts import ITEMS, kind_of
+from opcd.experience.exercises import Ask, Exercises
+from opcd.rollouts.noise import HELD_OUT
 from opcd.runtime.files import write_jsonl, write_text
 from opcd.runtime.memory import release_memory
+from opcd.runtime.workers import Lost, dropped
 from opcd.tasks.data import Example
+from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup, prepare
 
 Placement = Literal["auto", "system", "user"]
 
 
 class Measured(NamedTuple):
-    """How right each answer is, from 0 to 1; None where the checker did not say."""
+    """How right each attempt is, from 0 to 1; None where nobody could say."""
 
     values: list[float | None]
     dropped: dict[str, int]
-    answers: list[str]
+    answers: list[str]  # all that was said
+    counts: list[dict[str, float]] = []  # noqa: RUF012  # of each that was judged; of a game
 
     def summary(self) -> dict[str, Any]:
-        """Accuracy over the answers that could be judged, with its interval, and no text."""
+        """Accuracy over what could be judged, with its interval, means of counts, and no text."""
         known = [v for v in self.values if v is not None]
         accuracy = sum(known) / len(known) if known else None
         interval = wilson_interval(sum(known), len(known)) if known else None
@@ -36,15 +42,16 @@ class Measured(NamedTuple):
             "interval_95": interval,
             "n": len(known),
             "dropped": self.dropped,
+            "counts": means(self.counts),
         }
 
 
 class Bench:
     """Models and what they are measured on; one model in memory at a time."""
 
-    def __init__(self, config: TrainConfig, folder: Path, checkers: Checkers) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, exercises: Exercises) -> None:
         self.config = config
-        self.checkers = checkers
+        self.exercises = exercises
         self._folder = folder
         self._held: tuple[str, LoadedModel] | None = None
         self._stand_in = folder / "no-experience.md"
@@ -85,7 +92,7 @@ class Bench:
         """The model of that name, for the requests of a setup; the one before is gone."""
         if self._held is None or self._held[0] != name:
             self.release()
-            self._held = name, load_for_answers(setup, name)
+            self._held = name, load_for_answers(setup, name, answer_params(setup))
         return self._held[1]._replace(setup=setup)
 
     def release(self) -> None:
@@ -102,22 +109,28 @@ class Bench:
         problems: Sequence[Example],
         context: Path | None = None,
     ) -> Measured:
-        """The likeliest answers, judged; behind a context where there is one."""
+        """What it says, as `evaluation` of the configuration draws it, judged; behind a context
+        where there is one."""
         setup = self.setup(requests, context)
-        model, cases = self.model(name, setup), setup.task.training
-        answers = (model.alone if context is None else model.prompted)(cases)
-        asked = [
-            Asked(answer.text, problem.answers, answer.raw, problem.messages)
-            for answer, problem in zip(answers, problems, strict=True)
-        ]
-        found = self.checkers.check(asked)
-        return Measured([c.value for c in found], dropped(found), [a.text for a in answers])
+        model = self.model(name, setup)
+        ask = Ask(model.params, HELD_OUT, prompted=context is not None)
+        tried = self.exercises.tried(model, setup.task.training, problems, ask)
+        return Measured(
+            [None if isinstance(it.value, Lost) else it.value for it in tried],
+            dropped([it.value for it in tried if isinstance(it.value, Lost)]),
+            [_said(it.turns) for it in tried],
+            [it.counts for it in tried if not isinstance(it.value, Lost)],
+        )
 
     def elsewhere(self, name: str, requests: Path) -> list[list[int]]:
         """The likeliest answers to unrelated requests, which see no instruction; [] for none."""
         wanted = self.config.elsewhere_prompts
         setup = self.setup(requests, without_context="default", elsewhere_prompts=wanted)
         return answers_elsewhere(self.model(name, setup)) if setup.elsewhere else []
+
+
+def _said(turns: Sequence[Message]) -> str:
+    return "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
 
 
 def placement(config: TrainConfig, kind: str) -> Placement:

@@ -1,13 +1,12 @@
 """The phases of one round, and what comes of them; each result is a file of the round's folder."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from opcd.evaluation.intervals import PerRequest
-from opcd.experience.attempts import Attempt, read_attempts, sampled_attempts, summary
+from opcd.experience.attempts import Attempt, read_attempts, summary
 from opcd.experience.contexts import (
     Candidate,
     context_tokens,
@@ -15,6 +14,7 @@ from opcd.experience.contexts import (
     success_candidates,
 )
 from opcd.experience.distilling import Distilling
+from opcd.experience.exercises import sampled_attempts
 from opcd.experience.filtering import ranked, scored
 from opcd.experience.folder import Given, kept
 from opcd.experience.gate import Decision, decide
@@ -51,8 +51,10 @@ class Phases:
     def __init__(self, given: Given, bench: Bench, distilling: Distilling, say: Say) -> None:
         self.given, self.bench, self.distilling, self.say = given, bench, distilling, say
         self.config, self.experience = given.settings.training, given.settings.experience
-        self.folder, self.parts = given.folder, given.parts
-        self.items_prompt = read_prompt(self.experience.items_prompt)
+        self.exercises = given.exercises
+        self.folder, self.parts = given.folder, given.exercises.parts
+        asks = self.experience.items_prompt or str(self.exercises.request)
+        self.items_prompt = read_prompt(asks, self.exercises.places)
         stays = self.config.without_context
         self.instruction = "" if stays in ("default", "none") else stays
         self.validation = bench.requests("validation", self.parts.validation)
@@ -117,34 +119,26 @@ class Phases:
 
     def attempts(self, number: int, weights: Weights, folder: Path) -> dict[str, Any]:
         """Attempt: at problems that this round draws, or what a log holds."""
-        if self.given.logged is not None:
-            found, lost = self.given.logged
+        if self.exercises.logged is not None:
+            found, lost = self.exercises.logged
         else:
             train, seed = self.parts.train, self.config.seed
             count = min(self.experience.problems_per_round, len(train))
             problems = random.Random(f"{seed} {number}").sample(train, count)
             requests = self.bench.requests(f"round-{number}/problems", problems)
-            setup = self.bench.setup(requests)
-            found, lost = sampled_attempts(
-                self.bench.model(weights.name, setup),
-                setup.task.training,
-                self.bench.checkers,
-                [p.answers for p in problems],
-                self.experience.attempts_per_problem,
-                number,
-            )
+            model = self.bench.model(weights.name, self.bench.setup(requests))
+            times = self.experience.attempts_per_problem
+            found, lost = sampled_attempts(self.exercises, model, problems, times, number)
         return {"attempts": [attempt.as_dict() for attempt in found], "dropped": lost}
 
     def items(self, number: int, weights: Weights, attempts: Sequence[Attempt]) -> list[str]:
-        """Extract: items, about one attempt at each problem, the newest problems of a log."""
+        """Extract: items, on requests that show attempts."""
         if self.experience.learn_from == "successes":
             return []
-        first: dict[str, Attempt] = {}
-        for attempt in attempts:
-            first.setdefault(json.dumps(attempt.problem), attempt)
-        chosen = [*first.values()][-self.experience.problems_per_round :]
+        reward = self.experience.reward
+        requests = self.exercises.item_requests(attempts, self.items_prompt, reward)
         model = self.bench.model(weights.name, self.bench.setup(self.validation))
-        return written_items(model, chosen, self.items_prompt, self.experience.reward, number)
+        return written_items(model, requests, number)
 
     def candidates(
         self, number: int, attempts: Sequence[Attempt], items: Sequence[str], folder: Path

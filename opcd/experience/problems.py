@@ -2,9 +2,18 @@
 
 import hashlib
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
+from opcd.evaluation.contenders import LoadedModel, answers_of
+from opcd.experience.attempts import Attempt, by_problem, problems_of, read_log
+from opcd.experience.checking import Asked, Checkers
+from opcd.experience.exercises import Ask, Tried
+from opcd.experience.items import PLACES, PROMPT, request_for_items
+from opcd.experience.settings import Settings
+from opcd.rollouts.noise import streams
 from opcd.scoring.scorers import load_scorer
 from opcd.tasks.data import (
     NO_CONTEXT,
@@ -15,6 +24,84 @@ from opcd.tasks.data import (
     request_of,
 )
 from opcd.tasks.held_out import Parts
+from opcd.tasks.messages import assistant
+from opcd.tasks.task import Case
+from opcd.training.sources import MakeSource
+
+
+class Problems:
+    """Problems that a checker judges; see `Exercises`. Of a log, those that it was asked.
+
+    Raises InputError for what `read_log` and `read_problems` refuse.
+    """
+
+    request, places = PROMPT, PLACES
+    logged: tuple[list[Attempt], dict[str, int]] | None
+
+    def __init__(self, settings: Settings) -> None:
+        training, experience = settings.training, settings.experience
+        logged = read_log(settings.log) if settings.log is not None else None
+        asked = problems_of(logged[0], settings.log or "") if logged else None
+        self.parts = read_problems(training, asked)
+        self.logged = _without_held_out(*logged, self.parts) if logged else None
+        self.changes: dict[str, Any] = {}
+        self._checkers = Checkers(training.scorer, experience.check_seconds)
+        self._most_requests = experience.problems_per_round
+
+    def __enter__(self) -> "Problems":
+        self._checkers.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._checkers.__exit__(kind, error, trace)
+
+    def tried(
+        self, model: LoadedModel, cases: Sequence[Case], exercises: Sequence[Example], ask: Ask
+    ) -> list[Tried]:
+        """See Exercises.tried."""
+        task, prompts = model.setup.task, [case.prompt for case in cases]
+        numbers = streams(model.setup.config.seed, ask.step, prompts, ask.times)
+        asked = [
+            task.prompted_ids(prompt) if ask.prompted else prompt.student_ids
+            for prompt in prompts
+            for _ in range(ask.times)
+        ]
+        said = answers_of(model.engine, asked, numbers, ask.params, model.setup)
+        problems = [problem for problem in exercises for _ in range(ask.times)]
+        values = self._checkers.check(
+            [
+                Asked(answer.text, problem.answers, answer.raw, problem.messages)
+                for answer, problem in zip(said, problems, strict=True)
+            ]
+        )
+        return [
+            Tried([assistant(answer.text)], value, answer.finish)
+            for answer, value in zip(said, values, strict=True)
+        ]
+
+    def item_requests(self, attempts: Sequence[Attempt], request: str, reward: bool) -> list[str]:
+        """See Exercises.item_requests. One attempt at each, the newest of a log."""
+        chosen = [of_one[0] for of_one in by_problem(attempts)][-self._most_requests :]
+        return [request_for_items(request, attempt, reward) for attempt in chosen]
+
+    def source(self, exercises: Sequence[Example]) -> MakeSource | None:
+        """See Exercises.source: completions."""
+        return None
+
+
+def _without_held_out(
+    attempts: list[Attempt], skipped: dict[str, int], parts: Parts
+) -> tuple[list[Attempt], dict[str, int]]:
+    """The attempts at problems that may be learned from."""
+    known = {request_of(problem) for problem in parts.train}
+    found = [a for a in attempts if request_of(Example(tuple(a.problem), (), "")) in known]
+    left_out = len(attempts) - len(found)
+    return found, skipped | ({"at validation or test problems": left_out} if left_out else {})
 
 
 def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) -> Parts:
@@ -80,7 +167,12 @@ def split(problems: Sequence[Example], held_out_share: float) -> Parts:
 
 def _place(problem: Example) -> float:
     """A number in [0, 1) that belongs to a problem's words."""
-    digest = hashlib.sha256(repr(request_of(problem)).encode()).digest()
+    return place_of(repr(request_of(problem)))
+
+
+def place_of(text: str) -> float:
+    """A number in [0, 1) that belongs to a text."""
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

@@ -46,15 +46,23 @@ def write_report(
 
 def table(columns: Mapping[str, Any]) -> list[str]:
     """The final test, a row a model."""
-    rows = ["| | right | 95 % interval | n | elsewhere as before | |", "|---|---|---|---|---|---|"]
+    counted = [*dict.fromkeys(name for column in columns.values() for name in column["counts"])]
+    heads = ["", "right", "95 % interval", "n", *counted, "elsewhere as before", ""]
+    rows = [heads, ["---"] * len(heads)]
     for name, column in columns.items():
         elsewhere = column["elsewhere"]
         rows.append(
-            f"| {name} | {_share(column['accuracy'])} | {_interval(column['interval_95'])} | "
-            f"{column['n']} | {_share(elsewhere['mean']) if elsewhere else '–'} | "
-            f"{column['meaning']} |"
+            [
+                name,
+                _share(column["accuracy"]),
+                _interval(column["interval_95"]),
+                str(column["n"]),
+                *(_count(column["counts"], what) for what in counted),
+                _share(elsewhere["mean"]) if elsewhere else "–",
+                column["meaning"],
+            ]
         )
-    return rows
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def differences(columns: Mapping[str, Any]) -> list[str]:
@@ -111,6 +119,16 @@ def round_lines(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rounds
         for why, count in row["attempts"]["dropped"].items()
     ]
+    for row in rounds:
+        told = [
+            ", ".join(f"{value:.2f} {what}" for what, value in found["counts"].items())
+            for found in (row["attempts"], row["without"], row["distilled"] or {"counts": {}})
+        ]
+        if told[0]:
+            lines.append(
+                f"- round {row['round']}, means: attempts {told[0]}; validation without {told[1]}"
+                + (f", distilled {told[2]}" if told[2] else "")
+            )
     return lines
 
 
@@ -163,6 +181,10 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _count(counts: Mapping[str, float], what: str) -> str:
+    return f"{counts[what]:.2f}" if what in counts else "–"
 
 
 def _share(value: float | None) -> str:

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opcd.experience.checking import Checkers
 from opcd.experience.distilling import Distilling, Shown, Stopped
+from opcd.experience.exercises import Exercises
 from opcd.experience.final import final_columns
 from opcd.experience.folder import Given, begin
+from opcd.experience.games.exercises import Games
 from opcd.experience.measuring import Bench
 from opcd.experience.phases import Phases, Round, Say
+from opcd.experience.problems import Problems
 from opcd.experience.report import write_report
 from opcd.experience.settings import Settings
 from opcd.runtime.files import write_jsonl
@@ -46,23 +48,29 @@ def learn(
     say: gets lines for people. shown: opens what a distillation tells, and may stop it.
     Raises InputError for whatever a user gave that does not fit.
     """
-    given = begin(settings, resume)
-    training, experience = given.settings.training, given.settings.experience
-    with Checkers(training.scorer, experience.check_seconds) as checkers:
-        bench = Bench(training, given.folder, checkers)
+    settings.training.check()
+    with exercises_of(settings) as exercises:
+        given = begin(settings, exercises, resume)
+        bench = Bench(given.settings.training, given.folder, exercises)
         try:
             return _learn(given, Phases(given, bench, Distilling(given, bench, shown), say))
         finally:
             bench.release()
 
 
+def exercises_of(settings: Settings) -> Exercises:
+    """Games where the settings name one, else problems."""
+    return Games(settings) if settings.experience.game else Problems(settings)
+
+
 def _learn(given: Given, phases: Phases) -> Outcome:
     rounds: list[Round] = []
     columns: dict[str, Any] = {}
     stopped = None
-    train, validation, test = map(len, given.parts)
+    train, validation, test = map(len, given.exercises.parts)
     phases.say(
-        f"problems  {train} to learn from, {validation} to choose by, {test} to be looked at once"
+        f"{given.settings.kind:<9} {train} to learn from, {validation} to choose by, {test} to be "
+        f"looked at once"
     )
     try:
         for one in _rounds(phases):

@@ -10,13 +10,15 @@ from opcd.config import TrainConfig
 from opcd.config.settings import converted_to, gather, read_config_file
 from opcd.errors import InputError, did_you_mean
 from opcd.runtime.strict_yaml import read_yaml
+from opcd.runtime.user_code import located
 
 GROUP = "experience"
+PYTHON = "python:"
 # Of a training run, and here the loop's to say.
 ITS_OWN = {
     "context": "the loop writes it; an instruction that stays goes into without_context",
     "teacher": "it is the model itself, as a round begins",
-    "source": "a round distils what is sampled; conversations go into --log",
+    "source": "a round distils what is sampled, or played; conversations go into --log",
     "guided_completions": "the prompted model makes them, a share guided_share",
     "turns": "a problem is one request",
 }
@@ -26,21 +28,33 @@ ITS_OWN = {
 class Experience:
     """The experience loop: attempts, what is learned from them, and when that is kept."""
 
+    game: str | None = None
+    """Games in place of problems, which are what their environments draw: frozen_lake, sokoban or
+    python:FILE.py:class (or python:module:class)."""
+    max_turns: int = 5
+    """Turns of the model in a game, which is not won where it is not over by then."""
+    training_games: int = 400
+    """Games to learn from."""
+    validation_games: int = 200
+    """Games to choose by."""
+    test_games: int = 200
+    """Games to be looked at once."""
     rounds: int = 1
     """Rounds of attempt, extract, filter, distil and measure."""
     problems_per_round: int = 64
-    """Training problems that are attempted in a round."""
+    """Training problems, or games, that are attempted in a round."""
     attempts_per_problem: int = 8
     """Attempts at each, sampled at the temperature of training."""
     learn_from: Literal["both", "items", "successes"] = "both"
-    """What becomes experience: items that the model writes down about its attempts, right attempts
-    as demonstrations (small models write poor rules), or both, of which validation chooses."""
+    """What becomes experience: items that the model writes down about its attempts (of games, as it
+    compares them), right attempts as demonstrations (small models write poor rules), or both, of
+    which validation chooses."""
     reward: bool = True
     """Whether the model is told which attempts were right when it writes items; demonstrations need
     to know it anyway."""
     items_prompt: str | None = None
     """Text file with the request for items, in place of the one that comes with opcd; {problem},
-    {attempt} and {outcome} are filled in."""
+    {attempt} and {outcome} are filled in, of games {episodes}."""
     context_tokens: int = 1024
     """Most tokens of an experience: whole items, of which the newest stay."""
     candidates: int = 4
@@ -49,7 +63,7 @@ class Experience:
     """How many of the best contexts are distilled; with several each training prompt names one,
     drawn once."""
     check_seconds: float = 5.0
-    """Time limit of one call of the checker."""
+    """Time limit of one call of the checker, or of a game."""
     elsewhere_loss: float = 0.03
     """A round is rolled back where the share of unrelated answers that are still the original
     model's falls by more, beyond its interval."""
@@ -61,7 +75,9 @@ class Experience:
         """Raise InputError for values out of range; returns self."""
         for name in ("rounds", "problems_per_round", "attempts_per_problem", "candidates"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("experiences", "context_tokens"):
+        for name in ("experiences", "context_tokens", "max_turns"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("training_games", "validation_games", "test_games"):
             _at_least(name, getattr(self, name), 1)
         if not 0 < self.check_seconds < float("inf"):
             raise InputError(f"check_seconds must be positive, got {self.check_seconds}")
@@ -80,9 +96,15 @@ class Settings(NamedTuple):
     experience: Experience
     log: str | None = None  # conversations that take the place of attempts
 
+    @property
+    def kind(self) -> str:
+        """What the exercises are called."""
+        return "games" if self.experience.game else "problems"
+
 
 KINDS = get_type_hints(Experience)
 STAND_IN = "no experience yet"
+OF_PROBLEMS = ("prompts", "validation_data", "test_data", "test_sets", "held_out_share", "scorer")
 
 
 def read_settings(
@@ -108,6 +130,13 @@ def read_settings(
             raise InputError(f"{name} must not be set in the experience loop: {why}; leave it out")
     training = gather(others | {"context": STAND_IN}, file, preset, leave_out=GROUP)
     experience = Experience(**own).check()
+    if experience.game is not None:
+        named = [name for name in OF_PROBLEMS if name in written or name in others]
+        if named or log is not None:
+            raise InputError(
+                f"{', '.join(named) or 'a log'} must not be given with a game, which draws its own "
+                f"and says itself what is won; leave that out, or the game"
+            )
     if log is not None and experience.rounds > 1:
         raise InputError(
             f"a log must be learned from in one round, got rounds {experience.rounds}: its "
@@ -118,13 +147,15 @@ def read_settings(
 
 
 def _converted(group: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
-    """Values in the kinds of their fields, with the file of the prompt as found from `folder`."""
+    """Values in the kinds of their fields, with files as they are found from `folder`."""
     for name in group:
         if name not in KINDS:
             raise InputError(f"{source}: there is no field {name!r}{did_you_mean(name, KINDS)}")
     found = {name: converted_to(KINDS[name], name, value, source) for name, value in group.items()}
     if found.get("items_prompt"):
         found["items_prompt"] = str((folder / Path(found["items_prompt"]).expanduser()).absolute())
+    if (found.get("game") or "").startswith(PYTHON):
+        found["game"] = PYTHON + located(found["game"].removeprefix(PYTHON), folder)
     return found
 
 

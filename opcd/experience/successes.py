@@ -8,7 +8,8 @@ from itertools import chain, zip_longest
 from opcd.experience.attempts import Attempt
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import bare, folded, normalised
-from opcd.tasks.messages import Message, assistant, words_of
+from opcd.tasks.kept import without_thoughts
+from opcd.tasks.messages import Message, words_of
 
 
 def successes(attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -18,13 +19,14 @@ def successes(attempts: Sequence[Attempt]) -> list[Attempt]:
     """
     best: dict[str, Attempt] = {}
     for attempt in attempts:
-        answer = split_thought(attempt.text).answer
-        if not (attempt.right and answer):
+        turns = without_thoughts(attempt.turns)
+        if not (attempt.right and all(split_thought(text).answer for text in attempt.said)):
             continue
         key = "\n".join(normalised(words_of(message)) for message in attempt.problem)
         known = best.get(key)
-        if known is None or len(answer) < len(known.text):
-            best[key] = replace(attempt, text=answer)
+        shorter = replace(attempt, turns=turns)
+        if known is None or _spoken(shorter) < _spoken(known):
+            best[key] = shorter
     return sorted(best.values(), key=_length)
 
 
@@ -48,9 +50,18 @@ def diverse(found: Sequence[Attempt], number: int, seed: int) -> list[Attempt]:
 
 
 def demonstrations(chosen: Sequence[Attempt]) -> list[Message]:
-    """Problems and their answers, as turns of a conversation."""
-    return [turn for a in chosen for turn in (*a.problem, assistant(a.text))]
+    """Problems and their answers, as turns of a conversation, which the last answer ends."""
+    return [turn for a in chosen for turn in (*a.problem, *_up_to_answer(a.turns))]
+
+
+def _up_to_answer(turns: Sequence[Message]) -> list[Message]:
+    """Without what a game's environment says last, which nothing is answered to."""
+    return list(turns[:-1] if turns[-1]["role"] == "user" else turns)
+
+
+def _spoken(attempt: Attempt) -> int:
+    return sum(len(words_of(turn)) for turn in attempt.turns)
 
 
 def _length(attempt: Attempt) -> int:
-    return len(attempt.text) + sum(len(words_of(message)) for message in attempt.problem)
+    return _spoken(attempt) + sum(len(words_of(message)) for message in attempt.problem)

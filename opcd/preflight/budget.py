@@ -72,7 +72,8 @@ def budget(setup: Setup) -> Budget:
     room, free = memory_room(setup.device), free_bytes(there)
     try:
         needs = _needs(setup)
-        tried = [] if _fits(needs.memory.needed, room) else _remedies(setup, room)
+        fits = isinstance(needs, str) or _fits(needs.memory.needed, room)
+        tried = [] if fits else _remedies(setup, room)
     except InputError:
         raise
     except Exception as error:  # whatever a model's code says to tensors without numbers
@@ -81,7 +82,9 @@ def budget(setup: Setup) -> Budget:
     return Budget(needs, room, free, tried)
 
 
-def _needs(setup: Setup) -> Needs:
+def _needs(setup: Setup) -> Needs | str:
+    if setup.config.source == "played":
+        return "games grow by what they tell their players"
     models, task = Models(setup), setup.task
     written = disk(models.sizes(), setup.config, len(task.validation), len(task.test))
     return Needs(models.memory(), written)

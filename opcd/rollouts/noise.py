@@ -45,6 +45,15 @@ def streams(seed: int, step: int, prompts: Sequence[Prompt], n: int = 1) -> list
     return found
 
 
+def of_turn(numbers: Sequence[int], turn: int) -> list[int]:
+    """A number for a turn of each conversation, of those that belong to the conversations."""
+    found = []
+    for number in numbers:
+        digest = hashlib.blake2b(f"{number} {turn}".encode(), digest_size=8).digest()
+        found.append(int.from_bytes(digest, "little", signed=True))
+    return found
+
+
 def uniforms(
     stream: Tensor,  # (B,) int64
     position: Tensor | int,  # (B,) int64: how many tokens the completion has so far

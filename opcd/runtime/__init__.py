@@ -15,4 +15,5 @@ trackers     where metrics go beside metrics.jsonl
 untrusted    what a run folder must not hold, since it may be a stranger's
 upload       from the host to a device, without waiting for its queue
 user_code    functions of a user's own, from a module or a file
+workers      processes that run such code, with a time limit a call
 """

@@ -1,4 +1,4 @@
-"""Functions of a user's own: ``module:function`` or ``path/to/file.py:function``."""
+"""Functions and classes of a user's own: ``module:function`` or ``path/to/file.py:function``."""
 
 import contextlib
 import importlib
@@ -12,16 +12,17 @@ from typing import Any
 from opcd.errors import InputError
 
 
-def load_function(target: str, what: str) -> Callable[..., Any]:
-    """The function that `target` names; a module may lie in the current folder.
+def load_function(target: str, what: str, kind: str = "function") -> Callable[..., Any]:
+    """The function, or another `kind` of callable, that `target` names; a module may lie in the
+    current folder.
 
     Raises InputError, which begins with `what`, where there is none.
     """
     place, _, name = target.rpartition(":")
     if not place or not name.isidentifier():
         raise InputError(
-            f"{what} must name a file and a function, python:FILE.py:function, or a module's, "
-            f"python:module:function"
+            f"{what} must name a file and a {kind}, python:FILE.py:{kind}, or a module's, "
+            f"python:module:{kind}"
         )
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else _by_name(place)
@@ -36,7 +37,7 @@ def load_function(target: str, what: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(
-            f"{what} must name a function of {place} "
+            f"{what} must name a {kind} of {place} "
             f"({getattr(module, '__file__', None) or 'built in'}), which has no {name!r}; define it"
         )
     return function

@@ -369,7 +369,7 @@ def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: in
 def _checked(config: TrainConfig) -> Setup:
     """The task, before anything is trained. Raises InputError for one that rivals cannot share."""
     setup = prepare(config, for_training=True)
-    if len(setup.chats) > 1 or setup.task.tools or config.source == "recorded":
+    if len(setup.chats) > 1 or setup.task.tools or config.source != "sampled":
         raise InputError(
             "rivals need one context without tools, and sampled completions, got several contexts, "
             "tools or source recorded; take them apart"

@@ -17,6 +17,7 @@ chat            messages to token ids, with and without the context
 turn            a completion given as text, as the template writes an answered turn
 turns           training conversations turn by turn: each a prompt of its own
 recorded        a recorded conversation as token ids, of which its assistant turns are scored
+between         what stands between two turns of a conversation that goes on
 template        a tokenizer's chat template, judged by what it writes
 kept            whether a template keeps messages
 limits          what must fit the model: lengths, tokens

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from opcd.errors import InputError
 from opcd.evaluation.decoding import rollout_params
 from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
@@ -20,14 +21,27 @@ from opcd.tasks.prepare import Setup
 from opcd.tasks.replay import WITHOUT
 from opcd.teacher import SharedPrefixTeacher, teacher_of
 from opcd.training.anchor import ReturnAnchor
-from opcd.training.guided import StoredCompletions, TeacherCompletions
+from opcd.training.guided import StoredCompletions, TeacherCompletions, teacher_engine
 from opcd.training.loop import Distiller
-from opcd.training.sources import OnPolicy, PartlyGuided, Recorded, Source, WithReplay
+from opcd.training.sources import MakeSource, OnPolicy, PartlyGuided, Recorded, Source, WithReplay
 
 
-def build_distiller(setup: Setup, divergence: Divergence = head_divergence) -> Distiller:
-    """Student, frozen teacher behind the shared context, and the sampler, ready for step one."""
+def build_distiller(
+    setup: Setup,
+    divergence: Divergence = head_divergence,
+    source: MakeSource | None = None,  # where source is "played"
+) -> Distiller:
+    """Student, frozen teacher behind the shared context, and the sampler, ready for step one.
+
+    Raises InputError where games are to be played and nobody brings them.
+    """
     config = setup.config
+    if (config.source == "played") != (source is not None):
+        raise InputError(
+            f"source played must come with games, which the experience loop brings, got source "
+            f"{config.source}{'' if source is None else ' and games'}; resume the loop, or set "
+            f"source to sampled"
+        )
     frozen: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     if config.lora_rank:
         model = setup.load(config.model)
@@ -64,20 +78,23 @@ def build_distiller(setup: Setup, divergence: Divergence = head_divergence) -> D
     anchor = None
     if config.return_anchor:
         anchor = ReturnAnchor(student, plan, setup.task.prefixes, config)
-    return Distiller(loss, teacher, engine, _source(setup, teacher), config, setup.dtype, anchor)
+    of_steps = _source(setup, teacher, source)
+    return Distiller(loss, teacher, engine, of_steps, config, setup.dtype, anchor)
 
 
-def _source(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
+def _source(setup: Setup, teacher: SharedPrefixTeacher, made: MakeSource | None) -> Source:
     config, replay = setup.config, setup.replay
     if replay is None:
-        return _of_task(setup, teacher)
+        return _of_task(setup, teacher, made)
     teacher.add_context(WITHOUT, replay.prefix)
     own = config.of_task()
-    task = _of_task(setup._replace(config=own), teacher) if own.prompts_per_step else None
+    task = _of_task(setup._replace(config=own), teacher, made) if own.prompts_per_step else None
     return WithReplay(task, replay.prompts, config, rollout_params(setup))
 
 
-def _of_task(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
+def _of_task(setup: Setup, teacher: SharedPrefixTeacher, made: MakeSource | None) -> Source:
+    if made is not None:
+        return made(setup, teacher)
     config, conversations = setup.config, setup.task.conversations
     params = rollout_params(setup)
     if config.source == "recorded":
@@ -86,14 +103,7 @@ def _of_task(setup: Setup, teacher: SharedPrefixTeacher) -> Source:
         return OnPolicy(conversations, config, params)
     if setup.completions is not None:
         return PartlyGuided(conversations, config, params, StoredCompletions(setup.completions))
-    with teacher.frozen():
-        engine = build_engine(
-            config.rollout_engine,
-            teacher.model,
-            config.rollout_batch_size,
-            teacher.plan,
-            config.max_tokens_per_pass,
-        )
+    engine = teacher_engine(teacher, config)
     folder = Path(config.output_dir)
     completions = TeacherCompletions(teacher, engine, setup.task, config, params, folder)
     return PartlyGuided(conversations, config, params, completions)

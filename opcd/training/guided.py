@@ -17,6 +17,7 @@ from opcd.episodes import Episode, Prompt
 from opcd.errors import InputError
 from opcd.models.digest import model_digest
 from opcd.models.lm import causal_lm
+from opcd.rollouts.choice import build_engine
 from opcd.rollouts.noise import GUIDED, streams
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.runtime.strict_json import parse_json
@@ -24,6 +25,18 @@ from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 
 FILE = "guided.jsonl"
+
+
+def teacher_engine(teacher: SharedPrefixTeacher, config: TrainConfig) -> RolloutEngine:
+    """What samples from the teacher, apart from the student's engine: no graph is made twice."""
+    with teacher.frozen():
+        return build_engine(
+            config.rollout_engine,
+            teacher.model,
+            config.rollout_batch_size,
+            teacher.plan,
+            config.max_tokens_per_pass,
+        )
 
 
 class GuidedCompletions(Protocol):
@@ -44,7 +57,7 @@ class TeacherCompletions:
     def __init__(
         self,
         teacher: SharedPrefixTeacher,
-        engine: RolloutEngine,  # the teacher's, apart from the student's: no graph is made twice
+        engine: RolloutEngine,  # see `teacher_engine`
         task: Task,
         config: TrainConfig,
         params: SamplingParams,  # of training

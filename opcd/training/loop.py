@@ -97,6 +97,7 @@ class Distiller:
             "longest_completion": max(lengths),
             "truncated_share": sum(e.finish == "length" for e in of_task) / max(1, len(of_task)),
             "eos_share": sum(e.finish == "stop" for e in episodes) / len(episodes),
+            **self.source.figures(),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,
             "update_time_s": update_s,

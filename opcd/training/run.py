@@ -41,6 +41,7 @@ from opcd.training.checkpoint import (
 from opcd.training.export import export, read_selection
 from opcd.training.model_writer import ModelWriter
 from opcd.training.resume import check_fingerprints, check_folder
+from opcd.training.sources import MakeSource
 from opcd.training.validation import Validation, rank
 
 
@@ -58,10 +59,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     divergence: Divergence = head_divergence,
+    source: MakeSource | None = None,
 ) -> Outcome:
     """Distil, choose a checkpoint on validation data, export it, and score it on test data.
 
-    `divergence` is what the student loses, where another one is measured against the exact sum.
+    `divergence` is what the student loses, where another one is measured against the exact sum;
+    `source` brings the episodes of steps where source is "played".
     Raises InputError for whatever a user gave that does not fit.
     """
     progress = progress or Progress()
@@ -79,7 +82,7 @@ def train(
         check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
-        outcome, best, writer = _fit(setup, folder, resume, progress, divergence)
+        outcome, best, writer = _fit(setup, folder, resume, progress, divergence, source)
         if outcome.stopped:
             return outcome
         release_memory()  # nothing that was trained is needed from here on
@@ -106,7 +109,12 @@ def _is_scored(folder: Path) -> bool:
 
 
 def _fit(
-    setup: Setup, folder: Path, resume: bool, progress: Progress, divergence: Divergence
+    setup: Setup,
+    folder: Path,
+    resume: bool,
+    progress: Progress,
+    divergence: Divergence,
+    source: MakeSource | None,
 ) -> tuple[Outcome, dict[str, Any], ModelWriter]:
     """Train to the last step, unless `progress` ends it before.
 
@@ -114,7 +122,7 @@ def _fit(
     """
     config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
     trackers = open_trackers(config.trackers, folder)
-    distiller = build_distiller(setup, divergence)
+    distiller = build_distiller(setup, divergence, source)
     template = setup.tokenizer.get_chat_template() if config.chat_template else None
     writer = ModelWriter(ModelFiles(config.model), distiller.student, template)
     best: dict[str, Any] = {"step": None}

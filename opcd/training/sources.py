@@ -1,30 +1,42 @@
 """What a step trains on, and how each episode is scored."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
-from typing import Protocol
+from typing import TypeVar
 
 from opcd.config import TrainConfig
 from opcd.episodes import Episode, Prompt
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams, complete
 from opcd.tasks.order import step_rows
+from opcd.tasks.prepare import Setup
+from opcd.teacher import SharedPrefixTeacher
 from opcd.training.guided import GuidedCompletions
 
+T = TypeVar("T")
 Conversation = Sequence[Prompt]  # the prompts of one row, in order
 
 BATCHES_AHEAD = 4  # of rollout_batch_size, that guided completions are made for at once
 
 
-class Source(Protocol):
+class Source(ABC):
     """Where the episodes of a step come from."""
 
+    @abstractmethod
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """Those of step number `step`, from 0; `sampler` draws from the student as it is now."""
-        ...
+
+    def figures(self) -> dict[str, float]:
+        """What else is known of the last step's, by names for metrics."""
+        return {}
 
 
-class OnPolicy:
+# A source that somebody else brings, for the rows of a setup.
+MakeSource = Callable[[Setup, SharedPrefixTeacher], Source]
+
+
+class OnPolicy(Source):
     """The student's own completions of the training prompts."""
 
     def __init__(
@@ -43,7 +55,7 @@ class OnPolicy:
         return own_episodes(prompts_of(chosen), step, sampler, self._config, self._params)
 
 
-class PartlyGuided:
+class PartlyGuided(Source):
     """The student's own completions, and for a share of a step's conversations somebody else's.
 
     Plain on-policy training teaches nothing about what the student never samples; here the prompted
@@ -86,7 +98,7 @@ class PartlyGuided:
         return wanted
 
 
-class WithReplay:
+class WithReplay(Source):
     """A task's episodes, and the student's own completions of prompts that are none of it.
 
     Those stand behind no context for the teacher either: what is minimised there is how far the
@@ -105,6 +117,10 @@ class WithReplay:
         self._params = params
         self._config = replace(config, prompts_per_step=config.replayed)
 
+    def figures(self) -> dict[str, float]:
+        """See Source.figures."""
+        return self._task.figures() if self._task is not None else {}
+
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes. Those that are replayed come last."""
         own = self._task.episodes(step, sampler) if self._task is not None else []
@@ -113,7 +129,7 @@ class WithReplay:
         return [*own, *(replace(episode, origin="replay") for episode in again)]
 
 
-class Recorded:
+class Recorded(Source):
     """Conversations whose assistant turns are scored as they were recorded; nothing is sampled."""
 
     def __init__(self, conversations: Sequence[Sequence[Episode]], config: TrainConfig) -> None:
@@ -126,16 +142,14 @@ class Recorded:
         return [scored_as(e, "recorded", self._config) for e in chain.from_iterable(chosen)]
 
 
-def parted(
-    conversations: Sequence[Conversation], step: int, config: TrainConfig
-) -> tuple[list[Conversation], list[Conversation]]:
-    """The student's conversations of a step, and the guided ones, spread over it and over steps."""
-    chosen = step_rows(conversations, step, config)
+def parted(rows: Sequence[T], step: int, config: TrainConfig) -> tuple[list[T], list[T]]:
+    """The student's rows of a step, and the guided ones, spread over it and over steps."""
+    chosen = step_rows(rows, step, config)
     share, first = config.guided_share, step * len(chosen)
     counts = [int(share * (first + i)) for i in range(len(chosen) + 1)]
     marks = [after - before for before, after in pairwise(counts)]
-    own = [c for c, mark in zip(chosen, marks, strict=True) if not mark]
-    return own, [c for c, mark in zip(chosen, marks, strict=True) if mark]
+    own = [row for row, mark in zip(chosen, marks, strict=True) if not mark]
+    return own, [row for row, mark in zip(chosen, marks, strict=True) if mark]
 
 
 def prompts_of(conversations: Sequence[Conversation]) -> list[Prompt]:

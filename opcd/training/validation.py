@@ -26,9 +26,9 @@ from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.lm import causal_lm
-from opcd.rollouts.choice import build_engine
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import spread
+from opcd.training.guided import teacher_engine
 from opcd.training.loop import Distiller
 
 
@@ -103,14 +103,7 @@ class Validation:
         teacher, config = self._distiller.teacher, self._setup.config
         device = causal_lm(teacher.model).device
         with teacher.frozen(), torch.autocast(device.type, enabled=False):
-            size = config.rollout_batch_size
-            engine = build_engine(
-                config.rollout_engine,
-                teacher.model,
-                size,
-                teacher.plan,
-                config.max_tokens_per_pass,
-            )
+            engine = teacher_engine(teacher, config)
             answers = prompted_answers(engine, self._cases, greedy_params(self._setup), self._setup)
             engine.close()
         return answers

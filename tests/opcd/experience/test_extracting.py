@@ -9,13 +9,20 @@ import pytest
 from opcd.errors import InputError
 from opcd.experience.attempts import Attempt, read_log
 from opcd.experience.contexts import newest_within
-from opcd.experience.items import PROMPT, distinct, items_in, read_prompt, request_for_items
+from opcd.experience.items import (
+    PLACES,
+    PROMPT,
+    distinct,
+    items_in,
+    read_prompt,
+    request_for_items,
+)
 from opcd.experience.successes import demonstrations, diverse, successes
-from opcd.tasks.messages import user
+from opcd.tasks.messages import assistant, user
 
 
 def attempt(problem: str, text: str, value: float | None = 1.0, **more: str) -> Attempt:
-    return Attempt([user(problem)], text, value, **more)
+    return Attempt([user(problem)], [assistant(text)], value, **more)
 
 
 def test_only_lines_that_are_items_are_kept() -> None:
@@ -33,7 +40,7 @@ def test_only_lines_that_are_items_are_kept() -> None:
 
 
 def test_the_model_is_told_what_is_known_and_no_answer() -> None:
-    prompt = read_prompt(None)
+    prompt = read_prompt(str(PROMPT), PLACES)
     shown = [
         request_for_items(prompt, attempt("2 + {attempt}", "5", value), reward)
         for value in (1.0, 0.0, None)
@@ -47,8 +54,7 @@ def test_the_model_is_told_what_is_known_and_no_answer() -> None:
 def test_a_request_for_items_must_show_the_attempt(tmp_path: Path) -> None:
     (tmp_path / "own.md").write_text("What did you learn from {problem}?")
     with pytest.raises(InputError, match=r"\{attempt\}"):
-        read_prompt(str(tmp_path / "own.md"))
-    assert PROMPT.is_file()
+        read_prompt(str(tmp_path / "own.md"), PLACES)
 
 
 def test_a_problems_shortest_whole_success_is_shown() -> None:

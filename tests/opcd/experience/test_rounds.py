@@ -127,7 +127,7 @@ def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
     again = json.loads((folder / "round-2" / "attempts.json").read_text())["attempts"]
     assert len({json.dumps(a["problem"]) for a in tried}) == 8
     assert tried != again
-    right = {a["text"] for a in tried if a["value"] == 1}
+    right = {a["turns"][0]["content"] for a in tried if a["value"] == 1}
     (context,) = found.rounds[0]["winners"]
     messages = json.loads((folder / "round-1" / "candidates" / context).read_text())
     assert messages[0] == {"role": "system", "content": "Say it."}
@@ -246,7 +246,7 @@ def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path)
         == "nothing to learn from: no item was written, and 0 of 32 attempts are right"
     )
     (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 1 / 0")
-    with pytest.raises(InputError, match=r"judge attempts, but of 32 it judged none.*ZeroDivision"):
+    with pytest.raises(InputError, match=r"must be judged, but of 32 none was.*ZeroDivision"):
         run(task | {"output_dir": str(tmp_path / "other")})
 
 

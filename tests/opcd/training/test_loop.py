@@ -23,6 +23,7 @@ from opcd.tasks.task import Task
 from opcd.teacher import SharedPrefixTeacher
 from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller, token_weights
+from opcd.training.sources import Source
 from opcd_kernels import reference
 from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -124,7 +125,7 @@ def test_the_update_is_the_gradient_of_the_definition(settings: dict) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
-class Fixed:
+class Fixed(Source):
     """A source of the same completions whatever the weights are."""
 
     def __init__(self, task: Task) -> None:

@@ -1,0 +1,100 @@
+"""What a game is: begun with a seed, told as text, answered with text, and over at some point.
+
+    game = FrozenLake()
+    print(game.reset(seed=7))
+    observation, reward, done, illegal = game.step("right, down")
+
+The same seed and the same answers must give the same game, on every machine: a game whose process
+was lost by another one's fault is played again up to where it stood.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from opcd.errors import InputError
+from opcd.runtime.user_code import load_function
+from opcd.tasks.messages import check_unicode
+
+WON = 1.0  # what a game's rewards add up to; anything less is not won
+
+
+class Step(NamedTuple):
+    """What came of an answer. A user's own may be a plain tuple, with or without `illegal`."""
+
+    observation: str  # what the player is told; may be "" where the game is over
+    reward: float  # a game is won where they add up to 1
+    done: bool  # whether the game is over
+    illegal: bool = False  # whether the answer was, at least in part, no move of the game
+
+
+class Environment(Protocol):
+    """One game at a time.
+
+    It may also have a `key`, text that is the same for games which are one in different dress, such
+    as a board and its mirror image: they stay in one part. Without it that is the first text.
+    """
+
+    def reset(self, seed: int) -> str:
+        """Begin the game that belongs to a seed; returns the rules, and how it stands."""
+        ...
+
+    def step(self, action: str) -> Step:
+        """What comes of the player's answer, of which any thought is left out."""
+        ...
+
+
+def load_environment(spec: str) -> Callable[[], Environment]:
+    """What makes games: ``frozen_lake``, ``sokoban``, ``python:FILE.py:class`` (or a module's).
+
+    Raises InputError for what does not exist, and for a class without reset or step.
+    """
+    from opcd.experience.games.frozen_lake import FrozenLake
+    from opcd.experience.games.sokoban import Sokoban
+
+    built_in: dict[str, Callable[[], Environment]] = {"frozen_lake": FrozenLake, "sokoban": Sokoban}
+    kind, _, target = spec.partition(":")
+    if spec in built_in:
+        return built_in[spec]
+    if kind != "python" or not target:
+        raise InputError(
+            f"game must be {', '.join(built_in)} or python:FILE.py:class, got {spec!r}; choose one"
+        )
+    made = load_function(target, f"game {spec}", "class")
+    missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
+    if missing:
+        raise InputError(
+            f"game {spec} must be a class with reset(seed) and step(action), got none of "
+            f"{', '.join(missing)}; define both"
+        )
+    return made
+
+
+def reset(game: Environment, seed: int) -> tuple[str, str]:
+    """The first text of a game, and its key. Raises InputError for what is no text."""
+    text = _text(game.reset(seed), "reset", blank=False)
+    key = getattr(game, "key", text)
+    return text, _text(key, "key", blank=False)
+
+
+def step(game: Environment, action: str) -> Step:
+    """What comes of an answer. Raises InputError for what is no step."""
+    returned: Any = game.step(action)
+    wants = "a game's step must return (observation, reward, done), or (..., illegal)"
+    if not isinstance(returned, tuple) or len(returned) not in (3, 4):
+        raise InputError(f"{wants}, got {returned!r:.100}; return such a tuple")
+    found = Step(*returned)
+    reward = found.reward
+    if not isinstance(reward, (bool, int, float)) or reward != reward:
+        raise InputError(f"{wants}, got the reward {reward!r:.40}; return a number")
+    text = _text(found.observation, "step", blank=bool(found.done))
+    return Step(text, float(reward), bool(found.done), bool(found.illegal))
+
+
+def _text(value: Any, what: str, blank: bool) -> str:
+    if not isinstance(value, str) or not (blank or value.strip()):
+        raise InputError(
+            f"{what} of a game must give text for the player, got {value!r:.80}; return a string "
+            f"that is not blank"
+        )
+    check_unicode(value, f"{what} of a game")
+    return value

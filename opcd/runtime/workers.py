@@ -1,0 +1,219 @@
+"""Processes that answer questions, a JSON line each, every one within a time limit.
+
+A user's code runs there: it may raise, hang, crash or print. What it was asked is then lost, and
+the process is replaced.
+"""
+
+import faulthandler
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import opcd
+from opcd.errors import InputError
+
+START_SECONDS = 120.0  # in which a user's module must be imported
+OVER_TIME, CRASHED, RAISED = "over the time limit", "crashed", "raised"
+
+Answering = Callable[[dict[str, Any]], dict[str, Any]]  # raises InputError for what goes wrong
+
+
+class Lost(NamedTuple):
+    """What was asked and got no answer, and why."""
+
+    why: str  # OVER_TIME, CRASHED or RAISED
+    detail: str = ""  # what was raised, which may quote what was asked
+
+
+Answer = dict[str, Any] | Lost
+
+
+class Workers:
+    """Processes of ``python -m MODULE ARGUMENTS SECONDS``, one a core; a context manager.
+
+    The module calls `serve`. A worker that hangs or crashes is replaced. Entering raises InputError
+    for a module that says it cannot be used.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], seconds: float, count: int | None = None
+    ) -> None:
+        command = [sys.executable, "-m", module, *arguments, str(seconds)]
+        self._workers = [_Worker(command, seconds) for _ in range(count or os.cpu_count() or 1)]
+
+    def __enter__(self) -> "Workers":
+        try:
+            with self._threads() as threads:
+                list(threads.map(_Worker.start, self._workers))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all of them."""
+        for worker in self._workers:
+            worker.close()
+
+    def ask(self, asked: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """The answers, in order; each question goes to whoever is free."""
+        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            free.put(worker)
+
+        def by_a_free_one(it: Mapping[str, Any]) -> Answer:
+            worker = free.get()
+            try:
+                return worker.ask(it)
+            finally:
+                free.put(worker)
+
+        with self._threads() as threads:
+            return list(threads.map(by_a_free_one, asked))
+
+    def ask_same(self, asked: Sequence[Mapping[str, Any]], who: Sequence[int]) -> list[Answer]:
+        """The answers, in order; questions of the same number go to the same process, which may
+        know from the one before what it needs for the next."""
+        count = len(self._workers)
+        found: dict[int, Answer] = {}
+
+        def by(number: int) -> None:
+            for i, of in enumerate(who):
+                if of % count == number:
+                    found[i] = self._workers[number].ask(asked[i])
+
+        with self._threads() as threads:
+            list(threads.map(by, range(count)))
+        return [found[i] for i in range(len(asked))]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(len(self._workers))
+
+
+class _Worker:
+    """One process; a new one where it ended."""
+
+    def __init__(self, command: list[str], seconds: float) -> None:
+        self._command, self._seconds = command, seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Have a process that is ready. Raises InputError where it says that it cannot be."""
+        if self._process is not None:
+            return
+        root = str(Path(opcd.__file__).parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for the process that asks
+        )
+        line = self._read(START_SECONDS)
+        said = json.loads(line) if line else {"error": f"its process {self._end()}"}
+        if "error" in said:
+            self.close()
+            raise InputError(said["error"])
+
+    def ask(self, asked: Mapping[str, Any]) -> Answer:
+        """What it says."""
+        self.start()
+        line = self._read(self._seconds, json.dumps(asked) + "\n")
+        if not line:
+            return Lost(self._end())
+        said: dict[str, Any] = json.loads(line)
+        return Lost(RAISED, said["error"]) if "error" in said else said
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _read(self, seconds: float, line: str = "") -> str:
+        """What the process answers to a line; "" where it has ended, which a late one is made to.
+
+        A process that is killed may still have answered: it is gone all the same.
+        """
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._late = late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            found = process.stdout.readline()
+        except OSError:
+            found = ""
+        finally:
+            timer.cancel()
+            timer.join()
+        return "" if late.is_set() or not found.endswith("\n") else found
+
+    def _end(self) -> str:
+        """Be rid of a process that did not answer; returns how that came."""
+        self.close()
+        return OVER_TIME if self._late.is_set() else CRASHED
+
+
+def serve(load: Callable[[], Answering], seconds: float) -> None:
+    """In the process: say that it is ready, or why not, then answer each line with one."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a user's code prints is no answer
+
+    def say(it: Mapping[str, Any]) -> None:
+        print(json.dumps(it), file=answers, flush=True)
+
+    try:
+        answer = load()
+    except InputError as error:
+        say({"error": str(error)})
+        return
+    say({})
+    with open(os.devnull, "w") as nowhere:
+        for line in sys.stdin:
+            # Whoever started this kills it in time, and may have been killed itself; this ends it
+            # even where a user's code holds the interpreter.
+            faulthandler.dump_traceback_later(2 * seconds + 1, exit=True, file=nowhere)
+            try:
+                found = answer(json.loads(line))
+            except InputError as error:  # what a user's code raised, or returned
+                found = {"error": str(error)}
+            faulthandler.cancel_dump_traceback_later()
+            say(found)
+
+
+def dropped(lost: Sequence[Lost]) -> dict[str, int]:
+    """How many there are, by why."""
+    counts: dict[str, int] = {}
+    for it in lost:
+        counts[it.why] = counts.get(it.why, 0) + 1
+    return counts
