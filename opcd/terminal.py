@@ -224,7 +224,8 @@ def show_learned(outcome: Learned) -> None:
         elsewhere = column["elsewhere"]
         same = f", elsewhere {elsewhere['mean']:.1%} as before" if elsewhere else ""
         right = "not judged" if column["accuracy"] is None else f"{column['accuracy']:.1%}"
-        print(f"  {name:<22} {right} of {column['n']}{same} ({column['meaning']})")
+        counts = "".join(f", {value:.2f} {what}" for what, value in column["counts"].items())
+        print(f"  {name:<22} {right} of {column['n']}{counts}{same} ({column['meaning']})")
     taken = [row for row in outcome.rounds if row["accepted"]]
     folder = Path(shown(str(outcome.folder)))
     print(f"\n{len(taken)} of {len(outcome.rounds)} rounds accepted")

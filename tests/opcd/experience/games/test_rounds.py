@@ -216,6 +216,17 @@ experience: {{game: "python:own/parity.py:Parity"}}
     assert "source played must come with games" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "file", ["examples/frozen_lake/config.yaml", "recipes/paper/frozen_lake.yaml"]
+)
+def test_files_that_come_with_opcd(file: str) -> None:
+    settings = read_settings({}, Path(__file__).parents[4] / file)
+    settings.training.check()
+    assert settings.experience.game == "frozen_lake"
+    assert settings.experience.max_turns <= 5
+    assert settings.experience.validation_games == 200
+
+
 def test_games_know_their_seeds(task: dict) -> None:
     with Games(read_settings(task, None)) as games:
         assert all(isinstance(game, Game) for part in games.parts for game in part)
