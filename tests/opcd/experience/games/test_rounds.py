@@ -103,7 +103,8 @@ def forms_of(part: list) -> set[tuple[str, ...]]:
 
 @pytest.mark.usefixtures("kept_whatever")
 def test_a_round_of_games(task: dict) -> None:
-    found = run(task | {"off_policy": True, "elsewhere_prompts": 3, "learn_from": "both"})
+    full = task | {"off_policy": True, "elsewhere_prompts": 3, "learn_from": "both"}
+    found = run(full)
     folder = found.folder
     (row,) = found.rounds
     assert row["accepted"]
@@ -139,7 +140,7 @@ def test_a_round_of_games(task: dict) -> None:
     # The run's folder says what it was trained on; without its games nothing goes on.
     assert "source: played" in (run_folder / "config.yaml").read_text()
     with pytest.raises(InputError, match="must keep its settings, got other values for max_turns"):
-        run(task | {"off_policy": True, "learn_from": "both"}, resume=True, max_turns=4)
+        run(full, resume=True, max_turns=4)
 
 
 @pytest.mark.usefixtures("kept_whatever")
