@@ -16,6 +16,7 @@ from opcd.models.digest import model_digest
 from opcd.runtime.files import make_folder, write_json
 from opcd.tasks.data import Example, request_of
 from opcd.tasks.held_out import Parts
+from opcd.tasks.replay import check_replay_apart
 
 FILE = "settings.json"
 FIRST, LAST = "before.json", "test"  # what the first phase leaves, and where the last one does
@@ -39,6 +40,8 @@ def begin(settings: Settings, resume: bool) -> Given:
     logged = read_log(settings.log) if settings.log is not None else None
     source = settings.log or ""
     parts = read_problems(settings.training, problems_of(logged[0], source) if logged else None)
+    held_out = {"validation": parts.validation, "test": parts.test}
+    check_replay_apart(settings.training, held_out)  # which a round's training does not see
     if logged:
         logged = _without_held_out(*logged, parts)
     folder = make_folder(Path(settings.training.output_dir))
