@@ -11,7 +11,20 @@ import random
 from pathlib import Path
 
 PROBLEMS, SEED = 900, 7
-NAMES = ("Ada", "Ben", "Cora", "Dev", "Elif", "Finn", "Gita", "Hugo", "Iris", "Jonas", "Kai", "Lena")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cora",
+    "Dev",
+    "Elif",
+    "Finn",
+    "Gita",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kai",
+    "Lena",
+)
 THINGS = ("apples", "stamps", "marbles", "pencils", "shells", "stickers", "buttons", "walnuts")
 GOODS = ("lamp", "coat", "kettle", "bicycle", "tent", "chair", "clock", "suitcase")
 Problem = tuple[str, int]  # what is asked, and what is right

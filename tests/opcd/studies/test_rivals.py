@@ -1,7 +1,9 @@
 """What else a prompt can become: the losses and the table of rivals, on the tiny model."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +135,27 @@ def test_what_is_there_is_not_run_again(
         InputError, match="must hold rivals of these settings, got others of learni"
     ):
         rivals(TrainConfig(**settings | {"learning_rate": 1e-4}))
+
+
+def test_a_compressed_prompt_is_a_row_by_its_tokens(
+    a_study: tuple[dict, list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ranker:
+        def __init__(self, *_: object) -> None: ...
+
+        def compress_prompt(self, texts: list[str], *, rate: float, **_: Any) -> dict[str, Any]:
+            return {"compressed_prompt": texts[0][: int(rate * len(texts[0]))]}
+
+    monkeypatch.setitem(sys.modules, "opcd.studies.ranker", SimpleNamespace(Ranker=Ranker))
+    monkeypatch.setattr("opcd.studies.compression.is_installed", lambda: True)
+    monkeypatch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
+    settings, rows = a_study
+    row = rivals(TrainConfig(**settings), ["llmlingua_2"])[-1]
+    whole = next(r["prompt_tokens"] for r in rows if r["rival"] == "prompted")
+    assert row["rival"] == "llmlingua_2"
+    assert 0.45 * whole < row["prompt_tokens"] <= whole / 2
+    assert row["what"] == f"the context, {whole / row['prompt_tokens']:.1f} times shorter"
+    assert row["elsewhere"] == 1.0
 
 
 def test_turns_are_counted_and_what_is_held_out_is_not_replayed(
