@@ -9,6 +9,7 @@ import statistics
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -41,7 +42,8 @@ STYLE = {
     "ytick.color": INK,
 }
 COLUMN_POINTS = 46
-CUT_MARK = {"color": "white", "ha": "right", "va": "center", "fontsize": 12}
+BESIDE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+CUT_MARK: dict[str, Any] = {"color": "white", "ha": "right", "va": "center", "fontsize": 12}
 Bars = dict[str, Row]  # by provider
 
 
@@ -121,10 +123,9 @@ def _draw_panel(axes: Axes, bars: Bars, in_ms: bool) -> None:
         axes.axvline(scale * statistics.median(floors), color=LINE, linewidth=1.2, label=label)
     for i, (head, cells) in enumerate(_columns(bars, unit, scale).items(), start=1):
         for y, cell in enumerate([head, *cells], start=-1):
-            at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             color = QUIET if y < 0 else INK
             offset = (COLUMN_POINTS * i, 0)
-            axes.annotate(cell, (1, y), offset, ha="right", va="center", color=color, **at)
+            axes.annotate(cell, (1, y), offset, ha="right", va="center", color=color, **BESIDE)
     axes.set_xlim(0, limit)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.tick_params(axis="y", length=0)

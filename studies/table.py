@@ -27,6 +27,8 @@ def main() -> int:
 def table(rows: Rows) -> str:
     """A line for each cell, two columns for each task: what was reached, and seconds."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    if "rivals" in rows[0]:
+        return "\n\n".join(f"{task}\n\n{of_rivals(_rivals(rows, task))}" for task in tasks)
     lines = [
         f"| | {' | '.join(f'{task} | s' for task in tasks)} |",
         "|---|" + "---|" * 2 * len(tasks),
@@ -42,6 +44,8 @@ def table(rows: Rows) -> str:
 
 def reached(rows: Rows) -> str:
     """Mean and range over seeds: test data where they were answered, else the last validation."""
+    if "scorecard" in rows[0]:
+        return of_scorecards([row["scorecard"] for row in rows])
     if rows[0]["cell"] == BEFORE:
         column = rows[0]["test"]["prompted"]
         return f"prompted {column['accuracy']:.1%}{rates([column])}"
@@ -53,6 +57,49 @@ def reached(rows: Rows) -> str:
     spread = f" ({min(values):.1%} – {max(values):.1%})" if len(values) > 1 else ""
     back = fmean(row["test"]["prompted"]["accuracy"] for row in rows)
     return f"{fmean(values):.1%}{spread}{rates(columns)}; prompt given back {back:.1%}"
+
+
+def of_scorecards(cards: Rows) -> str:
+    """What distilled models reached, lost where the prompt is given back, and kept elsewhere."""
+    columns = [card["contenders"] for card in cards]
+    words = [over_seeds([c["distilled"]["accuracy"] for c in columns])]
+    words.append(f"given back {over_seeds([c['distilled_prompted']['accuracy'] for c in columns])}")
+    harm = [c["distilled_prompted"].get("harm") for c in columns]
+    words.append(f"harm {over_seeds([h and h['mean'] for h in harm])}")
+    kept = [card.get("elsewhere", {}).get("agreement", {}).get("mean") for card in cards]
+    return "; ".join([*words, f"elsewhere {over_seeds(kept)}"])
+
+
+def of_rivals(rows: Rows) -> str:
+    """A line a rival: means over seeds, and their range."""
+    lines = [
+        "| | accuracy | tokens left | elsewhere | harm | train s | trained on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["rival"] for row in rows):
+        found = [row for row in rows if row["rival"] == name]
+        shares = (over_seeds([row[what] for row in found]) for what in ("elsewhere", "harm"))
+        tokens, seconds, trained = (
+            f"{fmean(row[what] for row in found):.0f}"
+            for what in ("prompt_tokens", "train_s", "tokens")
+        )
+        accuracy = over_seeds([row["accuracy"] for row in found])
+        cells = [name, accuracy, tokens, *shares, seconds, trained]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rivals(rows: Rows, task: str) -> list[dict[str, Any]]:
+    return [rival for row in rows if row["task"] == task for rival in row["rivals"]]
+
+
+def over_seeds(shares: Sequence[float | None]) -> str:
+    """Their mean, and their range where they are several; of none a dash."""
+    there = [share for share in shares if share is not None]
+    if not there:
+        return "–"
+    spread = f" ({min(there):.1%} – {max(there):.1%})" if len(there) > 1 else ""
+    return f"{fmean(there):.1%}{spread}"
 
 
 def rates(columns: Rows) -> str:

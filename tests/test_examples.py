@@ -14,7 +14,7 @@ from opcd.scoring.calls import accepted_calls
 from opcd.tasks.task import TaskFiles, read_task_files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LOOP = "own_experience"  # whose data the experience loop splits itself
+LOOPS = ("math", "own_experience")  # whose data the experience loop splits itself
 CONFIGS = sorted(EXAMPLES.glob("*/config.yaml"))
 TYPES = {"string": str, "integer": int}
 
@@ -31,7 +31,7 @@ def rows(name: str) -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.parent.name)
 def test_every_example_has_its_parts(config: Path) -> None:
-    if config.parent.name == LOOP:
+    if config.parent.name in LOOPS:
         parts = read_problems(read_settings({}, config).training)._asdict()
     else:
         parts = read(config.parent.name).parts
@@ -97,3 +97,11 @@ def test_the_bookings_scorer() -> None:
     assert score(" Under which name?", ["Under which name?"]) == {asks: True}
     assert score("For which day?", ["Under which name?"]) == {asks: False}
     assert score(due, ["Under which name?"]) == {asks: False}
+
+
+def test_the_word_problems_are_those_of_their_seed() -> None:
+    made = runpy.run_path(str(EXAMPLES / "math" / "make_problems.py"))["problems"]()
+    kept = (EXAMPLES / "math" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [(row["prompt"], int(row["answer"])) for row in map(json.loads, kept)] == made
+    assert len({text for text, _ in made}) == 900
+    assert min(answer for _, answer in made) > 0

@@ -25,6 +25,7 @@ from opcd.tasks.data import (
 )
 from opcd.tasks.held_out import Parts
 from opcd.tasks.messages import assistant
+from opcd.tasks.replay import check_replay_apart
 from opcd.tasks.task import Case
 from opcd.training.sources import MakeSource
 
@@ -43,6 +44,8 @@ class Problems:
         logged = read_log(settings.log) if settings.log is not None else None
         asked = problems_of(logged[0], settings.log or "") if logged else None
         self.parts = read_problems(training, asked)
+        held_out = {"validation": self.parts.validation, "test": self.parts.test}
+        check_replay_apart(training, held_out)  # which a round's training does not see
         self.logged = _without_held_out(*logged, self.parts) if logged else None
         self.changes: dict[str, Any] = {}
         self._checkers = Checkers(training.scorer, experience.check_seconds)

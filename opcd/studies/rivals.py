@@ -2,7 +2,7 @@
 
 Each rival has the same training prompts, the same seed and as many tokens to train on as the run
 that is configured; those that learn from stored completions, which are shorter or longer, take as
-many steps as that needs. Rows are kept as they come: what is there is not run again.
+many steps as come closest to that. Rows are kept as they come: what is there is not run again.
 """
 
 import json
@@ -21,13 +21,24 @@ from opcd.evaluation.evaluate import evaluate, read_scorecard, write_evaluation
 from opcd.evaluation.named import named_contenders
 from opcd.evaluation.report import aligned
 from opcd.objective import Divergence, head_divergence
-from opcd.runtime.files import make_folder, read_metrics, write_json, write_text
+from opcd.runtime.files import make_folder, read_metrics, write_json, write_jsonl, write_text
+from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
+from opcd.studies.compression import (
+    PACKAGE,
+    check_installed,
+    compress_to,
+    is_installed,
+    llmlingua,
+)
 from opcd.studies.published import TOP, top_divergence
 from opcd.studies.soft_prompts import train_soft_prompt
-from opcd.tasks.messages import assistant, user
+from opcd.studies.stored import store_completions
+from opcd.tasks.chat import Chat
+from opcd.tasks.messages import Message, assistant, user
 from opcd.tasks.prepare import Setup, prepare
-from opcd.tasks.task import spread
+from opcd.tasks.task import rendered, spread
+from opcd.training.guided import FILE as STORED_FILE
 from opcd.training.run import train
 
 SHOWN = 4  # demonstrations
@@ -66,12 +77,13 @@ TRAINED = {
         stored=True,
     ),
 }
+COMPRESSED = {"llmlingua_2": 2, "llmlingua_4": 4, "llmlingua_8": 8}  # by how much
 SOFT = {"soft_20": 20, "soft_100": 100}
 CONTROLS = {
     "teacher_without": "control: a teacher without the context",
     "other_context": "control: a teacher with another task's context",
 }
-NAMES = (*TRAINED, "demonstrations", *SOFT, *CONTROLS)
+NAMES = (*TRAINED, "demonstrations", *COMPRESSED, *SOFT, *CONTROLS)
 
 
 def rivals(
@@ -82,7 +94,8 @@ def rivals(
 ) -> list[dict[str, Any]]:
     """A row for each rival, kept in rivals/rivals.jsonl of the configuration's output_dir.
 
-    A soft prompt that would be as long as the context is left out unless it is wanted by name.
+    Unless they are wanted by name, a soft prompt that would be as long as the context is left out,
+    and so are compressed ones where the package for it is not installed.
 
     Raises InputError for a name that there is not, for a task that they cannot share, and for rows
     of other settings.
@@ -90,6 +103,8 @@ def rivals(
     progress = progress or Progress()
     setup = _checked(config)
     chosen = _chosen(wanted, other_context, len(setup.task.a_prefix))
+    if not (wanted or is_installed()):
+        progress.say(f"rivals    without {', '.join(COMPRESSED)}: {PACKAGE} is not installed")
     folder = make_folder(Path(config.output_dir) / FOLDER)
     study = _Study(_same_settings(setup.config, folder), folder, other_context, progress)
     for name in chosen:
@@ -150,6 +165,8 @@ class _Study:
         self._progress.say(f"rival     {name}")
         if name in TRAINED:
             found = self._trained(name, TRAINED[name])
+        elif name in COMPRESSED:
+            found = self._compressed(name)
         elif name in SOFT:
             found = self._soft(name)
         elif name in CONTROLS:
@@ -163,9 +180,13 @@ class _Study:
                     file.write(json.dumps(row) + "\n")
 
     def _trained(self, name: str, rival: Trained) -> list[dict[str, Any]]:
-        steps = self._stored_steps() if rival.stored else self._config.steps
-        settings = rival.settings | {"steps": steps}
-        found = self._run(name, replace(self._config, **settings), rival.divergence)
+        config = replace(self._config, **rival.settings)
+        if rival.stored:
+            file, steps = self._stored()
+            config = replace(config, steps=steps)
+            if not (own := make_folder(self.folder / name) / STORED_FILE).is_file():
+                shutil.copyfile(file, own)
+        found = self._run(name, config, rival.divergence)
         row = self._row(name, rival.what, found, "distilled") | self._cost(name)
         if name != REFERENCE:
             return [row]
@@ -197,14 +218,9 @@ class _Study:
         steps = [m for m in read_metrics(self.folder / name / "metrics.jsonl") if "loss" in m]
         return {
             "train_s": sum(m["step_time_s"] for m in steps),
-            "tokens": sum(m["mean_completion_tokens"] for m in steps) * self._sequences,
+            "tokens": sum(m["completion_tokens"] for m in steps),
             "steps": len(steps),
         }
-
-    @property
-    def _sequences(self) -> int:
-        """Of a step."""
-        return self._config.prompts_per_step * self._config.completions_per_prompt
 
     def _needed(self, name: str) -> dict[str, Any]:
         """The row of a rival that another one builds on; run now if need be."""
@@ -212,19 +228,21 @@ class _Study:
             self.add(name)
         return self.rows[name]
 
-    def _stored_steps(self) -> int:
-        """Steps in which the teacher's completions come to as many tokens as the reference had."""
-        tokens = self._needed(REFERENCE)["tokens"]
-        a_step = self.rows["prompted"]["mean_completion_tokens"] * self._sequences
-        return max(1, round(tokens / a_step))
+    def _stored(self) -> tuple[Path, int]:
+        """The teacher's completions, and in how many steps they come to the reference's tokens."""
+        folder = self.folder / "stored"
+        kept = folder / "steps.json"
+        if not kept.is_file():
+            tokens = self._needed(REFERENCE)["tokens"]
+            setup = prepare(replace(self._config, **BARE), for_training=True)
+            write_json(kept, store_completions(setup, tokens, folder)[1])
+        return folder / STORED_FILE, json.loads(kept.read_text("utf-8"))
 
     def _soft(self, name: str) -> list[dict[str, Any]]:
-        steps = self._needed(STORED)["steps"]
+        file, steps = self._stored()
         config = replace(self._config, guided_share=1.0, steps=steps, **BARE)
         setup, folder = prepare(config, for_training=True), self.folder / name
-        seconds, tokens = train_soft_prompt(
-            setup, self.folder / STORED / "guided.jsonl", SOFT[name], folder, self._progress
-        )
+        seconds, tokens = train_soft_prompt(setup, file, SOFT[name], folder, self._progress)
         card = self._on_base(name, str(folder))
         row = self._row(name, "vectors trained on the teacher's completions", card, name)
         return [
@@ -233,7 +251,7 @@ class _Study:
                 "prompt_tokens": SOFT[name],
                 "extra_work": "vectors in front, which servers must take",
             }
-            | {"train_s": seconds, "tokens": tokens, "steps": steps, "elsewhere": 1.0}
+            | {"train_s": seconds, "tokens": tokens, "steps": steps}
         ]
 
     def _demonstrations(self) -> list[dict[str, Any]]:
@@ -256,18 +274,34 @@ class _Study:
                 "demonstrations need training prompts of one message that the prompted model "
                 "answers, got none; leave that rival out"
             )
-        file = self.folder / "demonstrations.json"
-        write_json(file, turns)
-        name = file.stem
-        card = self._on_base(name, str(file))
-        own = [
-            len(setup.chat.template.ids([*turns, *case.example.messages]))
-            - len(case.prompt.student_ids)
-            for case in setup.task.test
-        ]
-        row = self._row(name, f"{len(turns) // 2} of the prompted model's answers", card, name)
-        work = {"prompt_tokens": fmean(own), "extra_work": "reads them, or a cache of them"}
-        return [row | work | {"elsewhere": 1.0}]
+        what = f"{len(turns) // 2} of the prompted model's answers"
+        return [self._prompt("demonstrations", what, turns, setup)]
+
+    def _compressed(self, name: str) -> list[dict[str, Any]]:
+        """The context with its least telling tokens left out, by measured tokens."""
+        check_installed(name)
+        setup = prepare(self._config)
+        compress = llmlingua(setup, setup.chat.context)
+        whole = setup.task.prompt_tokens_saved
+        found = compress_to(
+            whole / COMPRESSED[name], compress, lambda messages: in_front(messages, setup)
+        )
+        del compress
+        release_memory()
+        what = f"the context, {whole / found.tokens:.1f} times shorter"
+        return [self._prompt(name, what, found.messages, setup)]
+
+    def _prompt(
+        self, name: str, what: str, messages: Sequence[Message], setup: Setup
+    ) -> dict[str, Any]:
+        """The row of a prompt in place of the context."""
+        file = self.folder / f"{name}.json"
+        write_json(file, messages)
+        row = self._row(name, what, self._on_base(name, str(file)), name)
+        return row | {
+            "prompt_tokens": in_front(messages, setup),
+            "extra_work": "reads them, or a cache of them",
+        }
 
     def _on_base(self, name: str, what: str) -> dict[str, Any]:
         """The scorecard of a contender on the untrained base."""
@@ -278,14 +312,25 @@ class _Study:
         return found.card
 
     def _control(self, name: str) -> list[dict[str, Any]]:
-        config = self._config
         if name == "teacher_without":
-            settings = OWN | {"replay_share": 1.0, "replay_data": config.prompts}
-            card = self._run(name, replace(config, **settings), head_divergence)
+            card = self._run(name, self._without_teacher(name), head_divergence)
         else:
             card = self._of_another(name)
         row = self._row(name, CONTROLS[name], card, "distilled")
         return [row | self._cost(name)]
+
+    def _without_teacher(self, name: str) -> TrainConfig:
+        """The training prompts, and no others of their file, held to the model as it was."""
+        task = prepare(self._config, for_training=True).task
+        file = make_folder(self.folder / name) / "prompts.jsonl"
+        write_jsonl(file, [{"messages": list(c.example.messages)} for c in task.training])
+        turns = len(task.training) / len(task.conversations)
+        return replace(
+            self._config,
+            **OWN
+            | {"replay_share": 1.0, "replay_data": str(file)}
+            | {"prompts_per_step": round(turns * self._config.prompts_per_step)},
+        )
 
     def _of_another(self, name: str) -> dict[str, Any]:
         """Trained on another context, and scored by this task's."""
@@ -306,7 +351,7 @@ class _Study:
         agrees = column["greedy_agreement"]
         harm = card["contenders"].get(f"{who}_prompted", {}).get("harm")
         own = who != "distilled"  # the base's weights
-        kept = card.get("elsewhere", {}).get("agreement", {}).get("mean")
+        kept = card.get("elsewhere", {}).get("agreement", {})
         return {
             "rival": name,
             "what": what,
@@ -321,10 +366,28 @@ class _Study:
             "train_s": 0.0,
             "tokens": 0,
             "steps": 0,
-            "elsewhere": 1.0 if own else kept,
+            "elsewhere": 1.0 if own else kept.get("mean"),
+            "elsewhere_interval_95": None if own else kept.get("interval_95"),
             "harm": harm["mean"] if harm else None,
+            "harm_interval_95": harm["interval_95"] if harm else None,
             "seed": self._config.seed,
         }
+
+
+def in_front(messages: Sequence[Message], setup: Setup) -> float:
+    """Tokens that a prompt in the context's place puts in front of a test request, on average."""
+    config, cases = setup.config, setup.task.test
+    chat = Chat(
+        setup.chat.template,
+        messages,
+        config.context_placement,
+        config.without_context,
+        any(case.example.own_system for case in cases),
+    )
+    return fmean(
+        len(rendered(chat.teacher_ids, case.example)) - len(case.prompt.student_ids)
+        for case in cases
+    )
 
 
 def _delete_weights(folder: Path) -> None:
@@ -362,6 +425,10 @@ def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: in
         )
     left_out = {name for name, tokens in SOFT.items() if tokens >= context_tokens}
     left_out |= set() if other_context is not None else {"other_context"}
+    left_out |= set() if is_installed() else set(COMPRESSED)
+    for name in wanted:
+        if name in COMPRESSED:
+            check_installed(name)
     chosen = set(wanted) or set(NAMES) - left_out
     return [name for name in NAMES if name in chosen | {REFERENCE}]
 
@@ -381,7 +448,7 @@ def _checked(config: TrainConfig) -> Setup:
         )
     if config.teacher is not None:
         raise InputError(f"rivals have one model, got the teacher {config.teacher!r}; leave it out")
-    if config.test_data is None:
+    if not setup.task.test:
         raise InputError("rivals need test data, got none; name a file as test_data")
     if config.guided_completions is not None:
         raise InputError(

@@ -4,7 +4,7 @@
 that the scorecard asks, elsewhere or in the test data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.passes.prefix import shared_prefix_length
 from opcd.tasks.chat import Chat
-from opcd.tasks.data import also_in
+from opcd.tasks.data import NO_CONTEXT, Example, also_in
+from opcd.tasks.elsewhere import BUILT_IN as ELSEWHERE
 from opcd.tasks.elsewhere import Request, read_requests
 from opcd.tasks.limits import check_tokens
 from opcd.tasks.messages import user
 from opcd.tasks.special_tokens import placed_texts, special_token_remarks
-from opcd.tasks.task import TaskFiles, rendered
+from opcd.tasks.task import TaskFiles, rendered, spread
 
 BUILT_IN = Path(__file__).with_suffix(".jsonl")
 WITHOUT = " without a context"  # its name, as for the teacher: users' have no space in front
@@ -47,13 +48,7 @@ def read_replay(
     rows, remarks = read_requests(path, "replay_data", files.contexts)
     examples = [example for example, _ in rows]
     measured = {name: part for name, part in files.parts.items() if name != "train"}
-    measured["elsewhere"] = [request.example for request in elsewhere]
-    if common := also_in(examples, measured):
-        raise InputError(
-            f"{common[0].source}: a prompt that is replayed must not be measured on, got "
-            f"{len(common)} of {len(examples)} that stand in validation or test data or elsewhere "
-            f"as well ({common[0].text[:40]!r}); remove them from one of both"
-        )
+    _check_apart(examples, measured | {"elsewhere": [request.example for request in elsewhere]})
     if common := also_in(examples, {"train": files.parts["train"]}):
         remarks.append(
             f"{Path(path).name}: {len(common)} of {len(examples)} replayed prompts are training "
@@ -80,3 +75,30 @@ def read_replay(
     placed = placed_texts({"replay": examples}, {})
     remarks += special_token_remarks(placed, chat.template.tokenizer)
     return Replay(ids[0][:length], prompts), remarks
+
+
+def check_replay_apart(config: TrainConfig, measured: Mapping[str, Sequence[Example]]) -> None:
+    """Hold what will be replayed against requests that a run itself does not see.
+
+    measured: those, by what they are called; requests elsewhere are read here. Raises InputError
+    for a prompt that is measured on as well.
+    """
+    if not config.replay_share:
+        return
+    none = {"": NO_CONTEXT}
+    rows, _ = read_requests(config.replay_data or str(BUILT_IN), "replay_data", none)
+    elsewhere: list[Example] = []
+    if config.elsewhere_prompts:
+        path = config.elsewhere_data or str(ELSEWHERE)
+        asked, _ = read_requests(path, "elsewhere_data", none)
+        elsewhere = [example for example, _ in spread(asked, config.elsewhere_prompts)]
+    _check_apart([example for example, _ in rows], {**measured, "elsewhere": elsewhere})
+
+
+def _check_apart(examples: Sequence[Example], measured: Mapping[str, Sequence[Example]]) -> None:
+    if common := also_in(examples, measured):
+        raise InputError(
+            f"{common[0].source}: a prompt that is replayed must not be measured on, got "
+            f"{len(common)} of {len(examples)} that stand in validation or test data or elsewhere "
+            f"as well ({common[0].text[:40]!r}); remove them from one of both"
+        )

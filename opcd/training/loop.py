@@ -93,6 +93,7 @@ class Distiller:
         return {
             "step": self.steps_done,
             **metrics,
+            "completion_tokens": sum(lengths),
             "mean_completion_tokens": sum(lengths) / len(lengths),
             "longest_completion": max(lengths),
             "truncated_share": sum(e.finish == "length" for e in of_task) / max(1, len(of_task)),

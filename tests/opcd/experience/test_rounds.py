@@ -2,6 +2,12 @@
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +22,11 @@ from opcd.errors import InputError
 from opcd.experience import distilling, phases
 from opcd.experience.final import COLUMNS
 from opcd.experience.gate import Decision
+from opcd.experience.problems import read_problems
 from opcd.experience.rounds import Outcome, learn
 from opcd.experience.settings import read_settings
 from opcd.runtime.progress import Progress
+from opcd.tasks.elsewhere import BUILT_IN
 from tests.conftest import in_groups, tiny_llama, tiny_tokenizer, write_jsonl
 
 CHECKER = """
@@ -95,14 +103,18 @@ def run(task: dict, resume: bool = False, stop_after: int = 0, **changed: object
 @pytest.fixture
 def kept_whatever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contexts that help, and rounds that are better: what a random model seldom has."""
-    monkeypatch.setattr(phases, "decide", lambda *_: Decision(True, "as the test says"))
+    keep_whatever(monkeypatch)
+
+
+def keep_whatever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(phases, "decide", lambda *_: Decision(True, "as the test says"))
     real = phases.ranked
 
     def all_win(candidates: list, found: list, without: object, count: int) -> dict:
         ranking = real(candidates, found, without, count)
         return ranking | {"winners": [row["file"] for row in ranking["candidates"]][:count]}
 
-    monkeypatch.setattr(phases, "ranked", all_win)
+    patch.setattr(phases, "ranked", all_win)
 
 
 def weights(folder: Path, number: int = 1, what: str = "run") -> dict[str, torch.Tensor]:
@@ -192,6 +204,59 @@ def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+ELSEWHERE = """
+import sys
+import pytest
+from opcd.cli import main
+from tests.opcd.experience.test_rounds import keep_whatever
+
+with pytest.MonkeyPatch.context() as patch:
+    keep_whatever(patch)
+    sys.exit(main(["experience", "--config", *sys.argv[1:]]))
+"""
+
+
+def killed_once(there: Callable[[], bool], *arguments: str) -> None:
+    """Runs a loop in a process of its own, and kills that outright once something is there."""
+    root = str(Path(__file__).parents[3])
+    process = subprocess.Popen(
+        [sys.executable, "-c", ELSEWHERE, *arguments],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline, "the loop does not get on"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_kill_9_behind_the_attempts_and_in_the_distillation(task: dict, tmp_path: Path) -> None:
+    task = task | {"elsewhere_prompts": 3, "steps": 16, "save_every": 2}
+    whole = run(task | {"output_dir": str(tmp_path / "whole")})
+    config, loop = str(command(task, tmp_path)), Path(task["output_dir"]) / "round-1"
+    killed_once((loop / "attempts.json").is_file, config)
+    assert not (loop / "run" / "metrics.jsonl").exists(), "in what follows the attempts"
+    killed_once(lambda: len(steps_in(loop / "run")) >= 3, config, "--resume")
+    assert len(steps_in(loop / "run")) < 16
+    found = run(task, resume=True)
+    for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
+        ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
+        assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
+    one, other = weights(found.folder), weights(whole.folder)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def steps_in(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
 def test_a_bad_round_is_rolled_back_and_the_next_begins_from_the_weights_before(
     task: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +301,17 @@ def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.Monk
     (row,) = run(task).rounds
     assert row["reason"] == "none of 1 contexts is better on validation than no experience"
     assert [c["accuracy"] for c in row["candidates"]] == [0.0]
+
+
+def test_problems_that_are_measured_on_are_not_replayed(task: dict, tmp_path: Path) -> None:
+    """Nor requests elsewhere: neither is in what a round's training sees."""
+    parts = read_problems(read_settings(task, None).training)
+    own, built_in = parts.validation[0].text, json.loads(BUILT_IN.read_text().splitlines()[0])
+    for text in (own.upper(), parts.test[0].text, built_in["prompt"]):
+        rows = write_jsonl(tmp_path / "again.jsonl", [{"prompt": "Good day"}, {"prompt": text}])
+        change = {"replay_share": 0.25, "replay_data": str(rows), "elsewhere_prompts": 300}
+        with pytest.raises(InputError, match=r"again.jsonl:2: a prompt that is replayed must not"):
+            run(task | change)
 
 
 def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What else a prompt can become: the losses and the table of rivals, on the tiny model."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ from opcd.runtime.progress import Progress
 from opcd.studies.published import top_divergence
 from opcd.studies.rivals import rivals
 from opcd.studies.soft_prompts import stored, train_soft_prompt
+from opcd.tasks.messages import assistant, user
+from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import prepare
 from opcd_kernels import reference
-from tests.conftest import in_groups, tiny_llama
+from tests.conftest import in_groups, tiny_llama, write_jsonl
 
 
 def two_heads() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
@@ -78,7 +82,10 @@ def a_study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[
     context.write_text(context.read_text() + " " + "Be brief, and polite. " * 3, encoding="utf-8")
     other = context.with_name("other.md")
     other.write_text("Answer with two digits, whatever you are asked by anybody.", encoding="utf-8")
-    return settings, rivals(TrainConfig(**settings), other_context=str(other))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opcd.studies.rivals.is_installed", lambda: False)
+        patch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
+        return settings, rivals(TrainConfig(**settings), other_context=str(other))
 
 
 def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
@@ -93,11 +100,9 @@ def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
     metrics = read_metrics(folder / "opcd" / "metrics.jsonl")
     tokens = sum(4 * m["mean_completion_tokens"] for m in metrics if "loss" in m)
     assert by_name["opcd"]["tokens"] == pytest.approx(tokens)
-    a_step = 4 * by_name["prompted"]["mean_completion_tokens"]
-    steps = max(1, round(tokens / a_step))
-    for name in ("off_policy", "sequence_level", "soft_20", "soft_100"):
-        assert by_name[name]["steps"] == steps
-        assert by_name[name]["tokens"] == pytest.approx(steps * a_step, rel=0.5)
+    stored = ("off_policy", "sequence_level", "soft_20", "soft_100")
+    (same,) = {(by_name[name]["steps"], by_name[name]["tokens"]) for name in stored}
+    assert same[1] == pytest.approx(tokens, abs=4 * 8 / 2), "half of the longest step"
     for name in (*trained, "teacher_without", "other_context"):
         assert by_name[name]["train_s"] > 0
         assert by_name[name]["prompt_tokens"] == 0
@@ -109,6 +114,8 @@ def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
     assert 50 < by_name["demonstrations"]["prompt_tokens"] < 400
     assert [by_name[n]["elsewhere"] for n in ("base", "demonstrations", "soft_20")] == [1.0] * 3
     assert by_name["opcd"]["elsewhere"] < 1
+    low, high = by_name["opcd"]["elsewhere_interval_95"]
+    assert low <= by_name["opcd"]["elsewhere"] <= high
     assert by_name["teacher_without"]["n"] == 4
 
 
@@ -128,6 +135,61 @@ def test_what_is_there_is_not_run_again(
         InputError, match="must hold rivals of these settings, got others of learni"
     ):
         rivals(TrainConfig(**settings | {"learning_rate": 1e-4}))
+
+
+def test_a_compressed_prompt_is_a_row_by_its_tokens(
+    a_study: tuple[dict, list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ranker:
+        def __init__(self, *_: object) -> None: ...
+
+        def compress_prompt(self, texts: list[str], *, rate: float, **_: Any) -> dict[str, Any]:
+            return {"compressed_prompt": texts[0][: int(rate * len(texts[0]))]}
+
+    monkeypatch.setitem(sys.modules, "opcd.studies.ranker", SimpleNamespace(Ranker=Ranker))
+    monkeypatch.setattr("opcd.studies.compression.is_installed", lambda: True)
+    monkeypatch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
+    settings, rows = a_study
+    row = rivals(TrainConfig(**settings), ["llmlingua_2"])[-1]
+    whole = next(r["prompt_tokens"] for r in rows if r["rival"] == "prompted")
+    assert row["rival"] == "llmlingua_2"
+    assert 0.45 * whole < row["prompt_tokens"] <= whole / 2
+    assert row["what"] == f"the context, {whole / row['prompt_tokens']:.1f} times shorter"
+    assert row["elsewhere"] == 1.0
+
+
+def test_turns_are_counted_and_what_is_held_out_is_not_replayed(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations of one to three turns; the test requests are some of them."""
+    monkeypatch.setattr("opcd.studies.rivals.is_installed", lambda: False)
+    monkeypatch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
+
+    def talk(number: int) -> dict[str, Any]:
+        said = [user(f"{number} {turn}?") for turn in range(number % 3 + 1)]
+        answered = [turn for asked in said for turn in (asked, assistant("So."))]
+        return {"messages": answered[:-1]}
+
+    write_jsonl(tmp_path / "prompts.jsonl", [talk(number) for number in range(48)])
+    change = {"turns": "all", "validation_data": None, "test_data": None, "steps": 3}
+    config = TrainConfig(**settings | change)
+    found = rivals(config, ["off_policy", "teacher_without"])
+    by_name = {row["rival"]: row for row in found}
+    setup, folder = prepare(config, for_training=True), Path(settings["output_dir"]) / "rivals"
+    for name in ("opcd", "off_policy"):
+        steps = [m for m in read_metrics(folder / name / "metrics.jsonl") if "loss" in m]
+        tokens = [
+            m["mean_completion_tokens"]
+            * sum(map(len, step_rows(setup.task.conversations, i, config)))
+            for i, m in enumerate(steps)
+        ]
+        assert by_name[name]["tokens"] == pytest.approx(sum(tokens))
+    assert abs(by_name["off_policy"]["tokens"] - by_name["opcd"]["tokens"]) <= max(tokens) / 2
+    replayed = (folder / "teacher_without" / "prompts.jsonl").read_text("utf-8")
+    assert len(setup.task.test) == 10
+    assert not any(json.dumps(c.example.text) in replayed for c in setup.task.test)
+    assert len(replayed.splitlines()) == len(setup.task.training)
+    assert by_name["teacher_without"]["tokens"] > 2 * 3 * 4, "as many sequences as turns"
 
 
 class Heard(Progress):
@@ -173,10 +235,15 @@ def test_what_rivals_cannot_share_is_refused(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("opcd.studies.rivals.train", None)
+    monkeypatch.setattr("opcd.studies.compression.is_installed", lambda: False)
     config = TrainConfig(**settings)
     for arguments, message in (
         ((["of_policy"],), "a rival must be one of opcd, .*, got 'of_policy'; did you mean off_p"),
         ((["other_context"],), "the rival other_context needs another task's context, got none"),
+        (
+            (["llmlingua_4"],),
+            "llmlingua_4 needs the package llmlingua, which is not insta",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             rivals(config, *arguments)
