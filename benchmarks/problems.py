@@ -15,6 +15,7 @@ from transformers import (
 from opcd.models import builtin
 from opcd.models.by_name import load_model
 from opcd.models.lm import causal_lm, switch_off_dropout
+from opcd.runtime.cache import cache_dir
 
 TokenIds = list[list[int]]
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
@@ -117,7 +118,7 @@ def tokens(problem: Problem) -> Tokens:
 
 def has_smollm2() -> bool:
     """Whether its weights are at hand: benchmarks fetch nothing."""
-    return (builtin.cache_dir() / builtin.NAME / "model.safetensors").is_file()
+    return (cache_dir() / builtin.NAME / "model.safetensors").is_file()
 
 
 def frozen_model(

@@ -19,6 +19,7 @@ _HOMES = {
     "check": "opcd.api.distill",
     "distill": "opcd.api.distill",
     "evaluate": "opcd.api.distill",
+    "serve_report": "opcd.api.serve",
 }
 __all__ = [
     "Checked",
@@ -32,11 +33,13 @@ __all__ = [
     "check",
     "distill",
     "evaluate",
+    "serve_report",
 ]
 
 if TYPE_CHECKING:
     from opcd.api.distill import Stopped, check, distill, evaluate
     from opcd.api.results import Distilled, Evaluated
+    from opcd.api.serve import serve_report
     from opcd.errors import InputError
     from opcd.preflight.check import Checked
     from opcd.student_loss import StudentLoss

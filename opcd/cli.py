@@ -1,5 +1,6 @@
 """The program `opcd`: runs a command, and says in words what a user can cause."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ def _reported(argv: list[str]) -> int:
     except InputError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"\n{command}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)  # an `Ended` has its own
     except ModuleNotFoundError as error:
         hint = "install opcd-kernels with its extra [train], e.g. pip install -e '.[train]'"
         package = (error.name or str(error)).partition(".")[0]

@@ -15,10 +15,12 @@ from typing import Any, NoReturn, get_args, get_origin
 from opcd import __version__
 from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.config.settings import KINDS, check_code, gather, of_a_run
+from opcd.config.settings import KINDS, check_code, converted_to, gather, of_a_run
 from opcd.errors import InputError, did_you_mean
 from opcd.experience.settings import ITS_OWN, Experience, read_settings
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
+from opcd.serving.wanted import KINDS as SERVING_FIELDS
+from opcd.serving.wanted import Wanted
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
 STOPPED_BY_ALARM = 3  # the exit status
@@ -34,6 +36,7 @@ BEGIN = f"""opcd {__version__}: a prompt into a model's weights, with the proof.
   opcd train --config my-task/config.yaml       distil it, and score it
   opcd experience --config problems.yaml        let a model learn from its own attempts
   opcd chat my-task/run                         ask base, prompted and distilled side by side
+  opcd serve-report my-task/run                 what it saves on a server, against a cached prompt
   opcd verify my-task/run                       hold its figures against its answers and files
   opcd --help                                   every command
 """
@@ -61,7 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "eval" and arguments.compare:
         return _compare(arguments)
-    alone = {"chat": _chat, "verify": _verify, "experience": _experience}
+    alone = {
+        "chat": _chat,
+        "verify": _verify,
+        "serve-report": _serve_report,
+        "experience": _experience,
+    }
     if arguments.command in alone:
         return alone[arguments.command](arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
@@ -222,6 +230,29 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if found.agrees else 1
 
 
+def _serve_report(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.run)
+    config = _config_of(run, arguments)
+    given = {name: value for name, value in vars(arguments).items() if name in SERVING_FIELDS}
+    kinds = SERVING_FIELDS.items()
+    wanted = Wanted(
+        **{n: converted_to(kind, n, given[n], "command line") for n, kind in kinds if n in given}
+    )
+    wanted.check()
+    _load()
+    from opcd.runtime.interrupts import raised
+    from opcd.serving.serve import serve_report
+    from opcd.terminal import Terminal, show_served
+
+    # A server that is started must end, whatever ends this.
+    with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal, raised():
+        found = serve_report(run, config, wanted, terminal)
+    show(found.as_dict())
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        show_served(run, found)
+    return 0 if found.agrees else 1
+
+
 def _config_of(run: Path, arguments: argparse.Namespace) -> TrainConfig:
     """The configuration of a run's folder, which may be a stranger's."""
     from opcd.runtime.untrusted import check_run_folder
@@ -371,6 +402,12 @@ def _parser() -> _Parser:
     )
     verify.add_argument("--json", action="store_true", help="print what was found, nothing else")
     _add_allow_code(verify)
+    saves = "Measure on a server what a run's model saves against the prompt in the server's cache."
+    serve = commands.add_parser("serve-report", help=saves, description=saves)
+    serve.add_argument("run", metavar="RUN", help="folder of the run")
+    serve.add_argument("--json", action="store_true", help="print what was found, nothing else")
+    _add_allow_code(serve)
+    _add_group(serve, "serving", Wanted, SERVING_FIELDS)
     init = commands.add_parser(
         "init",
         help="Write a small task that runs as it is.",

@@ -25,6 +25,7 @@ from opcd.experience.rounds import Outcome as Learned
 from opcd.runtime.files import read_metrics, shown
 from opcd.runtime.interrupts import Interrupts
 from opcd.runtime.progress import Progress
+from opcd.serving.report import Served
 from opcd.training.export import read_selection
 from opcd.training.run import Outcome
 
@@ -240,6 +241,13 @@ def show_evaluated(folder: Path, found: Evaluation) -> None:
     show_scorecard(found)
     written = (folder / name for name in ("scorecard.json", "report.md", "report.html"))
     print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def show_served(run: Path, found: Served) -> None:
+    """What a server was measured to save, and where it was written."""
+    print("\n" + "\n".join(found.lines))
+    written = (run / name for name in ("serving.json", "report.md", "report.html"))
+    print(f"\nwritten: {', '.join(str(file) for file in written if file.is_file())}")
 
 
 def show_scorecard(found: Evaluation) -> None:

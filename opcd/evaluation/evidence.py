@@ -5,6 +5,7 @@ were made (`verify`); that the figures are of these weights, only scoring them a
 """
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS
 from opcd.config.settings import CODE, FILES_BY_NAME, INPUT_FILES, MODELS
+from opcd.errors import InputError
 from opcd.evaluation.measured import measured_by
 from opcd.models.digest import file_digests, local_folder
 from opcd.runtime.environment import environment
 from opcd.runtime.files import file_digest, json_text, write_json
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.prepare import Setup
 
 FILE, FORMAT = "evidence.json", 1
@@ -24,6 +27,7 @@ CARD = "scorecard.json"
 OUTPUTS = (
     *("config.yaml", "changes.jsonl", "metrics.jsonl", "guided.jsonl", "check.json"),
     *("answers.jsonl", "elsewhere.jsonl", "leak.jsonl", "answers.csv", "report.md"),
+    "serving.json",
 )
 FINAL = "final"
 # Fields that hold paths, which change where a run is moved; and what is no matter to a figure.
@@ -58,6 +62,27 @@ def write_evidence(
     }
     write_json(folder / FILE, found)
     return found
+
+
+def renew_outputs(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """Put the digests of files that were written anew into evidence.json; returns it.
+
+    What else it says stays. None where there is no evidence. Raises InputError for one that opcd
+    did not write.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        found = parse_json(file.read_bytes())
+        found["outputs"] |= {name: file_digest(folder / name) for name in names}
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} must be as opcd writes it, got {type(error).__name__}: {error}; score the run "
+            f"again with opcd eval"
+        ) from error
+    write_json(file, found)
+    return dict(found)
 
 
 def input_files(config: TrainConfig) -> dict[str, str]:

@@ -11,13 +11,12 @@ from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS, GROUPS
 from opcd.evaluation.plots import Plot, accuracy_plot, position_plot, training_plots
 from opcd.evaluation.report import check_lines, raised_alarms, scorecard_facts, spike_lines
+from opcd.evaluation.savings import savings
 from opcd.evaluation.verdict import Verdict, reference_of
 from opcd.runtime.files import shown, write_text
-from opcd.runtime.strict_json import parse_json
 from opcd.tasks.messages import asked
 
 FILE = "report.html"
-SAVINGS = "serving.json"  # what a server was measured to save, where one was
 TEMPLATE = "page.html.jinja"
 EXAMPLES, ELSEWHERE = 12, 6  # of answers side by side
 LONGEST = 500  # characters of a text
@@ -72,7 +71,7 @@ def _view(folder: Path, record: Record) -> dict[str, Any]:
         "training": [_drawn(plot) for plot in trained],
         "position": None,
         "checked": [],
-        "savings": _savings(folder),
+        "savings": savings(folder),
         "changes": [],
         "examples": [],
         "shown": [],
@@ -230,18 +229,6 @@ def _checked(folder: Path, card: Mapping[str, Any], texts: bool) -> list[tuple[s
         word, _, said = line.partition(" ")
         found.append((word, said.strip()))
     return found
-
-
-def _savings(folder: Path) -> dict[str, Any] | None:
-    """What was measured of a server, where it was: {"summary": [lines], "table": rows}."""
-    file = folder / SAVINGS
-    try:
-        found = parse_json(file.read_bytes()) if file.is_file() else None
-    except ValueError:
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("summary"), list):
-        return None
-    return {"summary": found["summary"], "table": found.get("table") or []}
 
 
 def _settings(config: TrainConfig) -> list[tuple[str, list[tuple[str, str, str]]]]:

@@ -10,6 +10,7 @@ from opcd import __version__
 from opcd.config import TrainConfig
 from opcd.evaluation.facts import constant_facts, harm_facts, lost_facts, set_lines
 from opcd.evaluation.intervals import CHANCE
+from opcd.evaluation.savings import savings_section
 from opcd.evaluation.spikes import spikes
 from opcd.evaluation.verdict import Verdict, reference_of
 from opcd.runtime.files import shown, write_text
@@ -250,6 +251,7 @@ def write_report(
             f"{sum(m['teacher_time_s'] for m in steps):.0f} s, update "
             f"{sum(m['update_time_s'] for m in steps):.0f} s (without validation and saving).",
         ]
+    text += savings_section(folder)
     text += _elsewhere_section(card["elsewhere"]) if "elsewhere" in card else []
     text += ["\n## Before and after\n", "```", before_after(answers), "```\n"]
     files = {
@@ -260,6 +262,7 @@ def write_report(
         "All settings": "config.yaml",
         "Every step": "metrics.jsonl",
         "The check before training": "check.json",
+        "What it saves": "serving.json",
     }
     there = [f"{what}: `{name}`." for what, name in files.items() if (folder / name).is_file()]
     text.append(" ".join(there))

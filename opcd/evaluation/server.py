@@ -7,8 +7,9 @@ Only the standard library is needed.
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -32,10 +33,11 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 class Server:
     """The server at a base URL, such as ``http://127.0.0.1:8000/v1``, and the model asked there.
 
+    key: sent with every request, in place of the environment's.
     Raises InputError where no server answers, and for a model that it does not serve.
     """
 
-    def __init__(self, base_url: str, model: str | None = None) -> None:
+    def __init__(self, base_url: str, model: str | None = None, key: str | None = None) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(
@@ -43,6 +45,7 @@ class Server:
                 f"correct it"
             )
         self.base_url = base_url.rstrip("/")
+        self._key = key
         # A proxy of the environment does not know what is on this machine.
         own = [ProxyHandler({})] if parts.hostname in LOCAL else []
         self._opener: OpenerDirector = build_opener(*own)
@@ -88,7 +91,7 @@ class Server:
         }
 
     def _served(self) -> list[str]:
-        found = self._read("/models", None, LOOKUP_S)
+        found = self.read("/models", None, LOOKUP_S)
         try:
             return [model["id"] for model in found["data"]]
         except (TypeError, KeyError) as error:
@@ -99,7 +102,7 @@ class Server:
 
     def _completed(self, body: str) -> tuple[str, str]:
         """The text of an answer, and why it ended."""
-        found = self._read("/chat/completions", body.encode(), ANSWER_S)
+        found = self.read("/chat/completions", body.encode(), ANSWER_S)
         try:
             (choice,) = found["choices"]
             text, finish = choice["message"]["content"] or "", choice["finish_reason"]
@@ -110,7 +113,7 @@ class Server:
             ) from error
         return text, "length" if finish == "length" else "stop"
 
-    def _read(self, path: str, body: bytes | None, limit_s: float) -> Any:
+    def read(self, path: str, body: bytes | None, limit_s: float) -> Any:
         """The JSON at a path; a server that is busy is asked again, twice."""
         status, text = self._asked(path, body, limit_s)
         for wait_s in WAITS_S:
@@ -134,21 +137,40 @@ class Server:
 
     def _asked(self, path: str, body: bytes | None, limit_s: float) -> tuple[int, str]:
         """Status and text of a response. Raises InputError where there is none."""
+        with self.opened(self.base_url + path, body, limit_s) as response:
+            return response.status, self._text(response, limit_s)
+
+    @contextmanager
+    def opened(self, url: str, body: bytes | None, limit_s: float) -> Iterator[Any]:
+        """A response to be read, whatever its status. Raises InputError where there is none.
+
+        limit_s: until it begins, and until each part of it comes.
+        """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := self._key or os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        request = Request(self.base_url + path, body, headers)
         try:
-            with self._opener.open(request, timeout=limit_s) as response:
-                return response.status, response.read().decode("utf-8", "replace")
+            response = self._opener.open(Request(url, body, headers), timeout=limit_s)
         except HTTPError as error:
-            return error.code, error.read().decode("utf-8", "replace")
+            response = error
         except (URLError, HTTPException, OSError) as error:
-            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise InputError(
-                f"a server must answer at {self.base_url} within {limit_s:.0f} s, got {reason}; "
-                f"start it, or correct base_url"
-            ) from error
+            raise self._no_answer(error, limit_s) from error
+        with response:
+            yield response
+
+    def _text(self, response: Any, limit_s: float) -> str:
+        try:
+            text: str = response.read().decode("utf-8", "replace")
+        except (HTTPException, OSError) as error:
+            raise self._no_answer(error, limit_s) from error
+        return text
+
+    def _no_answer(self, error: Exception, limit_s: float) -> InputError:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        return InputError(
+            f"a server must answer at {self.base_url} within {limit_s:.0f} s, got {reason}; "
+            f"start it, or correct base_url"
+        )
 
 
 def server_contenders(server: Server, setup: Setup, name: str) -> list[Contender]:

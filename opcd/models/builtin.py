@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opcd.errors import InputError
+from opcd.runtime.cache import cache_dir
 from opcd.runtime.files import make_folder
 
 NAME = "smollm2-135m-instruct"
@@ -30,11 +31,6 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Where converted weights are kept."""
-    return Path(os.environ.get("OPCD_CACHE") or Path.home() / ".cache" / "opcd")
 
 
 def ensure() -> Path:

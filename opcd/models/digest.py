@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from opcd.models import builtin
+from opcd.runtime.cache import cache_dir
 from opcd.runtime.files import file_digest
 
 MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".py"}
@@ -15,7 +16,7 @@ PIECES, PIECE_BYTES = 16, 65_536  # of a model's file, spread over it: weights m
 def local_folder(name: str) -> Path | None:
     """Where a model's files lie, if they are here; nothing is fetched."""
     if name == builtin.NAME:
-        folder = builtin.cache_dir() / builtin.NAME
+        folder = cache_dir() / builtin.NAME
         return folder if folder.is_dir() else None
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()

@@ -1,12 +1,14 @@
 """What a run needs of the machine.
 
 batches      sequences to batches that hold little padding
+cache        where opcd keeps what it can make again
 console      output that arrives on any terminal, and never ends a run
 device       what a person is told of the device that a run takes
 environment  which code and packages, and on which device
 files        files and folders that are complete or absent
 interrupts   how Ctrl-C and the end of a job reach a run
 memory       how much a run has taken
+processes    which process is which, and the end of one with its children
 progress     what a run tells whoever started it
 stopwatch    times of a device's work, without waiting between its parts
 strict_json  what Python's JSON reader takes and the format does not have, and bombs

@@ -1,8 +1,9 @@
-"""How Ctrl-C and the end of a job reach a run: it finishes its step, and saves."""
+"""How Ctrl-C and the end of a job reach a run: it finishes its step and saves, or ends in order."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -51,3 +52,34 @@ class Interrupts:
         self.caught = signal.Signals(number)
         self._tell("\nfinishing this step, then saving (once more to stop at once)")
         signal.signal(number, self._handlers[self.caught])
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that would have ended the process where it stood."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within it the end of a job and a closed terminal are raised, as Ctrl-C is.
+
+    What was begun is then ended where Python leaves it. Outside the main thread, where Python hands
+    over no signals, nothing is changed.
+    """
+
+    def end(number: int, _frame: Any) -> None:
+        raise Ended(signal.Signals(number))
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
