@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving --server_python PYTHON [--folder FOLDER] [--save]
 
-The demo's prompt, and one of some 2,000 tokens: the same with 58 more demonstrations. Both are
+The demo's prompt, and one of some 2,800 tokens: the same with 95 more demonstrations. Both are
 trained for a few steps, an adapter, which suffices for what is asked here: how fast each of the
 contenders is served, and whether a server says what was exported. It does not suffice to learn the
 prompt; what is learned is in docs/results.md. A run that is there is not trained again, and figures
@@ -25,9 +25,7 @@ from opcd.training.run import train
 ROOT = Path(__file__).parent.parent
 TASK = ROOT / "examples" / "voice_assistant"
 RESULTS = ROOT / "benchmarks" / "results" / "serving-cpu.json"
-MORE = (
-    95  # demonstrations, of the labelled requests that the long prompt's run does not validate on
-)
+MORE = 95  # demonstrations: labelled requests, which the long prompt's run does not validate on
 TESTED = 60  # requests, of the long prompt
 SETTINGS: dict[str, Any] = {
     "lora_rank": 16,
@@ -98,11 +96,15 @@ def main() -> None:
         for row in found[name]["table"]:
             print("| " + " | ".join(row) + " |")
         print("\n" + "\n".join(f"- {line}" for line in found[name]["summary"]), flush=True)
+    agrees = all(x["agrees"] for task in found.values() for x in task["same_answers"].values())
     if given.save:
         files = {"context": TASK / "context.json", "test": TASK / "test.jsonl"}
         digests = {what: file_digest(file) for what, file in files.items()}
+        for task in found.values():
+            for same in task["same_answers"].values():
+                same["differing"] = len(same["differing"])
         write_json(RESULTS, {"task": digests, "tasks": found})
-    if not all(x["agrees"] for task in found.values() for x in task["same_answers"].values()):
+    if not agrees:
         raise SystemExit("a served model is not the measured model: see above")
 
 

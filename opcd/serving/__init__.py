@@ -2,6 +2,7 @@
 
 serve         a run's contenders, measured and written beside its report
 wanted        what a user wants measured
+trained       what a run's own files say of it
 ways          three ways to measure: a vLLM that is started, a server that runs, transformers
 contenders    the original model with the prompt, cache off and on; the distilled one; the adapter
 measure       what a server takes for requests, alone and several under way

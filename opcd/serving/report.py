@@ -1,6 +1,6 @@
 """What was measured: in words, as a table, and as serving.json beside the run's report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,10 +167,3 @@ def _figures(found: Measured) -> dict[str, Any]:
 def _around(spread: Spread, digits: int) -> str:
     middle, low, high = (f"{x:,.{digits}f}" for x in (spread.median, spread.low, spread.high))
     return f"{middle} ({low} – {high})"
-
-
-def trained_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """What a run's steps and validations took; without what comes before and behind them."""
-    steps = sum(row.get("step_time_s", 0.0) for row in metrics)
-    validations = sum(row.get("validation", {}).get("time_s", 0.0) for row in metrics)
-    return float(steps + validations)

@@ -71,7 +71,7 @@ def room(
     """What a request takes in whole blocks, behind those that it shares with the others."""
     size = blocks.tokens if blocks is not None else 1
     shared = int(cached_tokens or 0) // size * size
-    own = ceil((prompt_tokens + answer_tokens - shared) / size) * size
+    own = max(1, ceil((prompt_tokens + answer_tokens - shared) / size)) * size
     fits = None if blocks is None else (blocks.number * size - shared) // own
     return Room(own, shared, each_bytes, fits)
 

@@ -1,26 +1,22 @@
 """A run on a server: its contenders measured one after the other, compared, and written down."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.evaluation.evaluate import read_scorecard
 from opcd.runtime.environment import environment
-from opcd.runtime.files import read_metrics
 from opcd.runtime.progress import Progress
 from opcd.runtime.untrusted import check_run_folder
 from opcd.serving.break_even import BreakEven, Counted, break_even, priced, verdict
 from opcd.serving.contenders import CACHED, DISTILLED, cases_of
 from opcd.serving.measure import Asking, Figures
-from opcd.serving.report import Served, trained_seconds, write_served
+from opcd.serving.report import Served, write_served
+from opcd.serving.trained import Trained, read_trained
 from opcd.serving.vllm import find_vllm
 from opcd.serving.wanted import Wanted
 from opcd.serving.ways import Found, Run, at_address, in_process, started
 from opcd.tasks.prepare import prepare
-from opcd.training.export import read_selection
 
 
 def serve_report(
@@ -43,13 +39,9 @@ def serve_report(
             f"run that has ended"
         )
     setup = prepare(replace(config, output_dir=str(run)))
-    card = read_scorecard(run)
+    trained = read_trained(run, config.max_completion_tokens)
     cases = cases_of(setup)
-    asking = Asking(
-        _answer_tokens(card, config.max_completion_tokens),
-        config.chat_template_args,
-        wanted.requests,
-    )
+    asking = Asking(trained.answer_tokens, config.chat_template_args, wanted.requests)
     here = Run(run, setup, cases, asking, progress)
     vllm = None if wanted.base_url else find_vllm(wanted.server_python)
     if wanted.base_url is not None:
@@ -61,9 +53,8 @@ def serve_report(
         found = started(here, vllm, wanted.max_minutes)
     else:
         found = in_process(here)
-    paid = _paid(found, wanted, run)
-    word = card.get("verdict", {}).get("word") if card is not None else None
-    decided = verdict(word, paid[-1] if paid else None, wanted.expected_requests)
+    paid = _paid(found, wanted, trained)
+    decided = verdict(trained.word, paid[-1] if paid else None, wanted.expected_requests)
     served = Served(
         decided, found.contenders, paid, found.same, found.how, environment(setup.device)
     )
@@ -71,14 +62,12 @@ def serve_report(
     return served
 
 
-def _paid(found: Found, wanted: Wanted, run: Path) -> list[BreakEven]:
+def _paid(found: Found, wanted: Wanted, trained: Trained) -> list[BreakEven]:
     """Against the cached prompt: in seconds of the device, and in money where there are prices."""
     cached, without = found.contenders.get(CACHED), found.contenders.get(DISTILLED)
     if cached is None or without is None:
         return []
-    took = trained_seconds(read_metrics(run / "metrics.jsonl")) or None
-    trained_by = read_selection(run).get("trained_by")
-    on = trained_by.get("device") if isinstance(trained_by, dict) else None
+    took, on = trained.seconds, trained.device
     same = took is not None and found.device is not None and on == found.device
     more, less = cached.figures, without.figures
     words = [
@@ -102,10 +91,3 @@ def _paid(found: Found, wanted: Wanted, run: Path) -> list[BreakEven]:
 def _ms(figures: Figures) -> str:
     s = figures.device_s.scaled(1000)
     return f"{s.median:,.1f} ms ({s.low:,.1f} to {s.high:,.1f})"
-
-
-def _answer_tokens(card: Mapping[str, Any] | None, most: int) -> int:
-    """As many as the prompted model's answers have, or as there may be."""
-    column = (card or {}).get("contenders", {}).get("prompted", {})
-    mean = column.get("mean_completion_tokens", most)
-    return max(1, min(most, round(float(mean))))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS, MEASURING
 from opcd.config.settings import write_config
 from opcd.errors import InputError
+from opcd.runtime.interrupts import Ended
 from tests.conftest import CHATML, in_groups, tiny_llama, tiny_tokenizer, write_jsonl
 
 
@@ -362,3 +364,20 @@ def test_help_explains_the_fields_of_a_command_and_no_others(
     assert "Limit of a completion, in tokens" in text
     trains = "by default one for the model's size" in text
     assert trains == (command != "eval")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM), 143)]
+)
+def test_a_signal_is_the_exit_status(
+    raised: BaseException,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def interrupted(_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr("opcd.commands.run", interrupted)
+    assert main(["serve-report", "run"]) == status
+    assert "opcd serve-report: interrupted" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_by_what_was_measured() -> None:
             Spread(**task["contenders"][name]["device_s"])
             for name in ("prompted_cached", "distilled")
         )
-        # What the demo's whole run took there, as docs/results.md has it.
+        # The demo's training in the README, of fifty steps.
         found = break_even(Counted("s", more, less, 147.0, []))
         assert found.saves
         assert found.most_requests is not None

@@ -292,8 +292,26 @@ def test_what_is_no_run(
         report(copied_run)
 
 
-def test_figures_of_a_strangers_files(copied_run: Path) -> None:
-    """They are no figures of opcd's; what was measured is kept."""
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("scorecard.json", '{"contenders": []}'),
+        ("scorecard.json", '{"contenders": {"prompted": {"mean_completion_tokens": NaN}}}'),
+        ("scorecard.json", '{"verdict": 7}'),
+        ("metrics.jsonl", '{"step": 1, "step_time_s": "long"}'),
+        ("metrics.jsonl", '{"step": 1, "validation": 3}'),
+    ],
+)
+def test_a_strangers_files_are_refused(copied_run: Path, file: str, text: str) -> None:
+    """Before anything is measured."""
+    (copied_run / file).write_text(text)
+    with pytest.raises(InputError, match="must be as opcd writes them"):
+        report(copied_run)
+    assert not (copied_run / "serving.json").exists()
+
+
+def test_figures_that_no_report_can_be_made_of(copied_run: Path) -> None:
+    """What was measured is kept."""
     write_json(copied_run / "scorecard.json", {"contenders": {"prompted": {}}})
     with pytest.raises(InputError, match="must be as opcd writes them"):
         report(copied_run, requests=1)
