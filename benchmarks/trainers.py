@@ -36,6 +36,7 @@ from opcd.rollouts.protocol import Rollout, RolloutEngine, SamplingParams, compl
 from opcd.student_loss import StudentLoss
 from opcd.teacher import ONLY, SharedPrefixTeacher
 from opcd.training.loop import Distiller
+from opcd.training.sources import Source
 
 # problem, device, dtype of the arithmetic, the completions to train on, steps to time
 Trainer = Callable[[Problem, torch.device, torch.dtype, TokenIds, int], Measured]
@@ -80,7 +81,7 @@ class Recorder:
         self._engine.close()
 
 
-class SamePrompts:
+class SamePrompts(Source):
     """A source whose every step has the same prompts, in the same order."""
 
     def __init__(self, prompts: list[Prompt], config: TrainConfig) -> None:

@@ -82,7 +82,7 @@ def test_each_part_is_timed_by_itself(settings: dict, monkeypatch: pytest.Monkey
     distiller.engine.generate = taking(1, distiller.engine.generate)
     distiller.teacher.score = taking(20, distiller.teacher.score)
     distiller.backward = taking(300, distiller.backward)
-    monkeypatch.setattr("opcd.training.validation.build_engine", teachers_engine)
+    monkeypatch.setattr("opcd.training.guided.build_engine", teachers_engine)
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("opcd.runtime.stopwatch.time", clock)
     assert timed(distiller, setup)._replace(checkpoint=0) == Timed(
