@@ -72,6 +72,7 @@ def test_the_public_names() -> None:
         [
             *("Checked", "Distilled", "Evaluated", "InputError", "SharedPrefixTeacher"),
             *("Stopped", "StudentLoss", "__version__", "check", "distill", "evaluate"),
+            "serve_report",
         ]
     )
     assert list(inspect.signature(opcd.distill).parameters) == [
@@ -100,6 +101,9 @@ def test_the_public_names() -> None:
             "tokenizer",
         ),
         *("output_dir", "preset", "quiet", "settings"),
+    ]
+    assert list(inspect.signature(opcd.serve_report).parameters) == [
+        *("run", "allow_code", "quiet", "wanted")
     ]
     for name in opcd.__all__:
         assert getattr(opcd, name).__doc__
