@@ -2,18 +2,22 @@
 
     python -m opcd_kernels.tune                     at the shapes of some models
     python -m opcd_kernels.tune --shape D V ...     at those of yours: hidden size, vocabulary
+    python -m opcd_kernels.tune --seconds 50        what fits that time; the rest is named
 
 The candidates are "triton" with blocks of some hundred tokens (`sizes.py`) and, where the device
 has what it needs, "triton_dual" with several tiles. Each computes loss and gradients of 4096 tokens
 in bf16, reverse KL, with a trained head (two matrices) and a frozen one (one for both models). What
 differs from the plain PyTorch of backend "torch" is not timed, nor what the compiler or the memory
-refuses. Times are medians by CUDA events after a warm-up. The choice is kept in the user's cache
-(`tuned.py`) and read at the next start.
+refuses. Times are medians by CUDA events after a warm-up. Shapes, heads and candidates come in the
+order of what is most worth knowing. The choice is kept in the user's cache (`tuned.py`), case by
+case, and read at the next start.
 """
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +30,8 @@ from opcd_kernels.options import Options
 from opcd_kernels.tuned import HEADS, Row, Tuned
 
 TOKENS = 4096
-SHAPES = [(576, 49152), (896, 151936), (2048, 151936), (4096, 151936)]  # D, V
-BLOCKS = (256, 384, 512, 1024)
+SHAPES = [(2048, 151936), (576, 49152), (4096, 151936), (896, 151936)]  # D, V
+BLOCKS = (512, 384, 256, 1024)
 TILES = (  # fields of `dual_triton.Tile`
     (128, 128, 64, 16, 256, 4, 1),
     (128, 128, 64, 16, 256, 4, 0),
@@ -62,9 +66,10 @@ class Timed(NamedTuple):
 
 
 def candidates(dual: bool) -> list[Candidate]:
-    """`dual`: the device has what "triton_dual" needs."""
-    found = [Candidate("triton", Tuned(block=block)) for block in BLOCKS]
-    return found + [Candidate("triton_dual", Tuned(tile=tile)) for tile in TILES if dual]
+    """The first of each design first; `dual`: the device has what "triton_dual" needs."""
+    blocks = [Candidate("triton", Tuned(block=block)) for block in BLOCKS]
+    tiles = [Candidate("triton_dual", Tuned(tile=tile)) for tile in TILES if dual]
+    return [*blocks[:1], *tiles[:1], *blocks[1:], *tiles[1:]]
 
 
 def choice(device_name: str, d: int, v: int, head: str, timed: Iterable[Timed]) -> Row | None:
@@ -148,10 +153,46 @@ def can(device: torch.device, backend: str) -> bool:
 
 
 def on_gpu(call: Callable[[], object]) -> float:
-    """Median over a second, by CUDA events, after a tenth of one."""
+    """Median over 0.4 seconds, by CUDA events, after a warm-up."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=100, rep=1000, return_mode="median")) / 1000
+    return float(do_bench(call, warmup=50, rep=400, return_mode="median")) / 1000
+
+
+def tuning(
+    shapes: Iterable[Sequence[int]],  # D, V
+    device: torch.device,
+    name: str,
+    tried: Sequence[Candidate],
+    timer: Timer,
+    left: Callable[[], bool],  # whether there is time for one more
+    tell: Callable[[str], None],
+) -> Iterator[Row]:
+    """A row for each case of which something was timed; `tell` is told all, and what was not."""
+    untimed = []
+    for (d, v), head in itertools.product(shapes, HEADS):
+        case, timed = f"D {d}, V {v}, {head} head", list[Timed]()
+        if not left():
+            untimed.append(case)
+            continue
+        tell(f"\n{name}: {case}, {TOKENS} tokens")
+        try:
+            for one in measure(problem(TOKENS, d, v, head, device), head, tried, timer):
+                timed.append(one)
+                found = one.refused if one.seconds is None else f"{1000 * one.seconds:.3f} ms"
+                tell(f"  {one.candidate!s:40} {found}")
+                if not left():
+                    break
+        except torch.OutOfMemoryError:
+            tell("  left out: the memory does not hold it")
+            continue
+        untimed += [f"{case}, {candidate}" for candidate in tried[len(timed) :]]
+        row = choice(name, d, v, head, timed)
+        if row is not None:
+            tell(f"  auto takes {min(row['seconds'], key=row['seconds'].__getitem__)}")
+            yield row
+    if untimed:
+        tell("\nnot timed, as the time was over:\n  " + "\n  ".join(untimed))
 
 
 def main() -> None:
@@ -167,7 +208,11 @@ def main() -> None:
         action="append",
         help="hidden size and vocabulary of a head; may be repeated",
     )
-    shapes = parser.parse_args().shape or SHAPES
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="when to begin with nothing new"
+    )
+    args = parser.parse_args()
+    shapes, end = args.shape or SHAPES, time.monotonic() + args.seconds
     if any(size < 1 for shape in shapes for size in shape):
         parser.error("--shape must be two positive numbers, hidden size and vocabulary")
     device = torch.device("cuda")
@@ -179,20 +224,12 @@ def main() -> None:
     key = tuned.key_of(name)
     file = tuned.cache_file(key)
     tried = candidates(can(device, "triton_dual"))
-    for (d, v), head in itertools.product(shapes, HEADS):
-        print(f"\n{name}: D {d}, V {v}, {head} head, {TOKENS} tokens")
-        timed = []
-        try:
-            for one in measure(problem(TOKENS, d, v, head, device), head, tried, on_gpu):
-                timed.append(one)
-                found = one.refused if one.seconds is None else f"{1000 * one.seconds:.3f} ms"
-                print(f"  {one.candidate!s:40} {found}", flush=True)
-        except torch.OutOfMemoryError:
-            print("  left out: the memory does not hold it")
-        row = choice(name, d, v, head, timed)
-        if row is not None:  # kept at once: what is interrupted has not been for nothing
-            tuned.write(file, key, tuned.merged(tuned.read(file, key), [row]))
-            print(f"  auto takes {min(row['seconds'], key=row['seconds'].__getitem__)}")
+    for row in tuning(
+        *(shapes, device, name, tried, on_gpu),
+        left=lambda: time.monotonic() < end,
+        tell=lambda line: print(line, flush=True),
+    ):  # kept at once: what is interrupted has not been for nothing
+        tuned.write(file, key, tuned.merged(tuned.read(file, key), [row]))
     print(f"\nkept in {file}")
 
 

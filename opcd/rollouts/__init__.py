@@ -5,8 +5,9 @@ stops       texts that end a completion
 histories   what prompts of a call share beyond what all begin with
 generate    the engine that calls transformers.generate
 noise       what a completion draws, whatever the engine, the batch and the order
+capture     a step recorded in a CUDA graph, and what is left in order where that fails
 static      the engine with a static cache; when that is exact
-decode      one step of it on memory that never moves, for CUDA graphs
+decode      one step of it on memory that never moves
 choice      which engine makes the rollouts
 fitting     how many sequences at once, where memory runs out
 

@@ -8,8 +8,7 @@ on. Elsewhere the same step simply runs.
 """
 
 import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from opcd.passes.attention import Shape, cached_attention
 from opcd.passes.packed import Behind, packed_attention, packed_pass
 from opcd.passes.packing import Packing
 from opcd.passes.prefix import SharedPrefix
+from opcd.rollouts.capture import Recording, recorded
 from opcd.rollouts.histories import Branch, branches
 from opcd.rollouts.noise import drawn, truncated, uniforms
 from opcd.rollouts.protocol import SamplingParams
@@ -175,8 +175,7 @@ class Decoder:
         self._top_p = torch.ones((), dtype=torch.float64, device=device)
         self._streams = torch.zeros_like(self._position)
         self._first = torch.zeros_like(self._position)  # where the completion's first token goes
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None  # of the graph's last replay
+        self._recorded: Recording | None = None
 
     def load(
         self,
@@ -357,43 +356,19 @@ class Decoder:
         return logits
 
     def capture(self) -> None:
-        """Record the step in a CUDA graph, which `run` replays from now on.
-
-        Raises RuntimeError if the model waits for the GPU in a step: a graph would not. Raises
-        GraphError if CUDA refuses to record a step that ran; plain steps still do.
-        """
-        before = torch.cuda.current_stream(self._device)
-        # A stream of this device: torch's own belongs to that of the process's first graph.
-        stream = torch.cuda.Stream(self._device)
-        with (
-            torch.cuda.device(self._device),
-            packed_attention(self._model),
-        ):
-            self.step()  # whatever is made on first use is made now
-            with _waiting_is_an_error():
-                self.step()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    logits = self.step()
-            except RuntimeError as error:
-                _leave_capture(self._device, before)
-                # Ending a recording that ran out of memory fails too, with another error.
-                if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
-                    raise torch.OutOfMemoryError(str(error)) from error
-                name = type(causal_lm(self._model)).__name__
-                raise GraphError(
-                    f"a step of {name} does not fit into a CUDA graph: {str(error).splitlines()[0]}"
-                ) from error
-        self._graph, self._logits = graph, logits
+        """Record the step in a CUDA graph, which `run` replays from now on; see `recorded` for
+        what it raises. Plain steps still do where CUDA refuses."""
+        with packed_attention(self._model):
+            name = type(causal_lm(self._model)).__name__
+            self._recorded = recorded(self.step, self._device, name)
 
     def run(self, params: SamplingParams) -> None:
         """Complete the rows. One that comes to a stop string between two looks goes on up to the
         next: what is behind it is for the caller to cut."""
-        graph = self._graph
-        looks = 1 if graph is None else STEPS_BETWEEN_LOOKS
-        advance = self.step if graph is None else graph.replay
-        with packed_attention(self._model) if graph is None else contextlib.nullcontext():
+        held = self._recorded
+        looks = 1 if held is None else STEPS_BETWEEN_LOOKS
+        advance = self.step if held is None else held.graph.replay
+        with packed_attention(self._model) if held is None else contextlib.nullcontext():
             for done in range(1, params.max_completion_tokens + 1):
                 advance()
                 if done % looks == 0:
@@ -419,47 +394,16 @@ class Decoder:
 
     def step_logits(self) -> Tensor:  # (B, V), fp32
         """One step, as `run` does it; the logits hold until the next one."""
-        if self._graph is None or self._logits is None:
+        if self._recorded is None:
             with packed_attention(self._model):
                 return self.step()
-        self._graph.replay()
-        return self._logits
+        self._recorded.graph.replay()
+        return self._recorded.result
 
     def sequences(self) -> list[list[int]]:
         """Prompt and completion of each row so far."""
         ends = (self._position + 1).tolist()
         return [row[:end] for row, end in zip(self._tokens.tolist(), ends, strict=True)]
-
-
-class GraphError(RuntimeError):
-    """CUDA does not record a step that it has run."""
-
-
-def _leave_capture(device: torch.device, before: torch.cuda.Stream) -> None:
-    """Put back what torch leaves of a recording that failed: its stream, and a generator that
-    takes itself for recorded and would refuse to draw."""
-    torch.cuda.set_stream(before)
-    number = device.index or 0
-    for generator in torch.cuda.default_generators[number : number + 1]:
-        generator.graphsafe_set_state(generator.clone_state())
-
-
-@contextlib.contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    """torch raises RuntimeError for a call inside that waits for the GPU."""
-    before = torch.cuda.get_sync_debug_mode()
-    _set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        _set_sync_debug_mode(before)
-
-
-def _set_sync_debug_mode(mode: int | str) -> None:
-    """torch's own, without its warning that this is a prototype."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def rounded_length(length: int) -> int:

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
-from opcd.rollouts.fitting import BatchSize
+from opcd.rollouts.conversations import GrowingRows
+from opcd.rollouts.fitting import BatchSize, too_long
 from opcd.rollouts.generate_call import allows_gaps, generated
-from opcd.rollouts.generate_conversations import GeneratedConversations
+from opcd.rollouts.generate_conversations import GeneratedBatches
 from opcd.rollouts.generate_histories import shared_branches, with_histories, worth_a_pass
 from opcd.rollouts.histories import Branch, batches_by_history
-from opcd.rollouts.protocol import Rollout, SamplingParams, stream_tensor
+from opcd.rollouts.protocol import Conversations, Rollout, SamplingParams, stream_tensor
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
 # as long as they hold no more tokens than that many rows of this length.
@@ -70,11 +70,7 @@ class TransformersEngine:
                 lambda: self._generated(prompts, params, numbers, rows(self._batch.size)), rows
             )
         except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"a rollout must fit the GPU's memory, but one sequence of up to {total} tokens "
-                f"alone does not: {str(error).splitlines()[0]}; lower max_completion_tokens, "
-                f"shorten the context, or take a smaller model"
-            ) from error
+            raise too_long(total, error) from error
 
     def _generated(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, numbers: Tensor, size: int
@@ -100,11 +96,13 @@ class TransformersEngine:
         return rollouts
 
     @torch.no_grad()
-    def open(self, prompts: Sequence[Sequence[int]]) -> GeneratedConversations:
+    def open(self, prompts: Sequence[Sequence[int]]) -> Conversations:
         """See RolloutEngine.open."""
-        return GeneratedConversations(
-            self._model, prompts, self._batch.size, self._share_prefix, self._version
-        )
+        return GrowingRows(self._model, prompts, self._version, *self.growing(prompts))
+
+    def growing(self, prompts: Sequence[Sequence[int]]) -> tuple[BatchSize, GeneratedBatches]:
+        """How conversations that begin with these tokens are held."""
+        return self._batch, GeneratedBatches(self._model, prompts, self._share_prefix)
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
         """The weights are shared: only the version changes."""

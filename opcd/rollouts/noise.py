@@ -100,17 +100,32 @@ def truncated(
 
     First the `top_k` likeliest, of equal ones those of lower number; of what these hold, as a
     distribution of their own, the fewest likeliest that reach `top_p`. `drawn` takes the rest for
-    the whole: renormalised by its sum. Summed in fp64; top_p 1 leaves out nothing, whatever
-    rounding makes of the sum.
+    the whole: renormalised by its sum. Summed in fp64, in the two levels of `drawn`: only blocks
+    are summed up, and the entries of the one in which `top_p` is reached. top_p 1 leaves out
+    nothing, whatever rounding makes of the sum.
     """
-    ordered, index = (logits / temperature).sort(dim=-1, descending=True, stable=True)
-    k, p = (torch.as_tensor(x, device=logits.device) for x in (top_k, top_p))
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    kept = (rank < k) | (k == 0)
-    shares = torch.softmax(ordered.masked_fill(~kept, -torch.inf).double(), -1)
-    in_front = pad(_running_sums(shares)[:, :-1], (1, 0))
-    kept = kept & ((in_front < p) | (p >= 1))
-    keep = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, kept)
+    scaled = logits / temperature
+    ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+    k = torch.as_tensor(top_k, device=logits.device)
+    p = torch.as_tensor(top_p, dtype=torch.float64, device=logits.device)
+    v = logits.shape[1]
+    number = torch.arange(v, device=logits.device)
+    most = torch.where(k == 0, v, k.clamp(max=v))
+    relative = ordered.masked_fill(number >= most, -torch.inf).double()
+    weights = relative.sub_(relative[:, :1].clone()).exp_()
+    weights = pad(weights, (0, -v % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    sums = weights.sum(-1)
+    ends = _running_sums(sums)
+    target = p * ends[:, -1:]
+    starts = pad(ends[:, :-1], (1, 0))
+    block = (starts < target).sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # (B, 1)
+    entries = weights.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0]  # (B, BLOCK)
+    in_front = starts.gather(1, block) + pad(_running_sums(entries)[:, :-1], (1, 0))
+    count = block * BLOCK + (in_front < target).sum(-1, keepdim=True)
+    count = torch.where(p >= 1, most, torch.minimum(count, most)).clamp(min=1)
+    # The last of them, in the order of the vocabulary: those above it, and equal ones before it.
+    last, place = (x.gather(1, count - 1) for x in (ordered, index))
+    keep = (scaled > last) | ((scaled == last) & (number <= place))
     return logits.masked_fill(~keep, -torch.inf)
 
 

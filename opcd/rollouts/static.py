@@ -13,18 +13,14 @@ from opcd.models.sdpa import without_cudnn_attention
 from opcd.passes.plan import Plan
 from opcd.passes.prefix import UnsupportedModelError, common_prefix
 from opcd.passes.staleness import adapter_state
-from opcd.rollouts.decode import (
-    LENGTH_STEP,
-    Decoder,
-    GraphError,
-    rounded_length,
-    uncached_autocast,
-)
+from opcd.rollouts.capture import GraphError
+from opcd.rollouts.conversations import Batches, GrowingRows
+from opcd.rollouts.decode import LENGTH_STEP, Decoder, rounded_length, uncached_autocast
 from opcd.rollouts.fitting import BatchSize
 from opcd.rollouts.generate import TransformersEngine
 from opcd.rollouts.histories import batches_by_history
 from opcd.rollouts.protocol import Conversations, Rollout, SamplingParams, stream_tensor
-from opcd.rollouts.static_conversations import StaticConversations
+from opcd.rollouts.static_conversations import StaticBatches
 
 log = logging.getLogger(__name__)
 
@@ -105,21 +101,14 @@ class StaticEngine:
     @torch.no_grad()
     def open(self, prompts: Sequence[Sequence[int]]) -> Conversations:
         """See RolloutEngine.open. Memory of its own is held until they are closed."""
-        if self._instead is None:
-            try:
-                # All rows stay open together: fewer at once would save nothing.
-                return StaticConversations(
-                    self._model,
-                    prompts,
-                    self._batch.size,
-                    self._version,
-                    self._max_tokens_per_pass,
-                )
-            except (torch.OutOfMemoryError, GraphError) as error:
-                reason = str(error).splitlines()[0]
-            self._give_way(reason)
-        assert self._instead is not None
-        return self._instead.open(prompts)
+        if self._instead is not None:
+            return self._instead.open(prompts)
+
+        def instead(reason: str) -> tuple[BatchSize, Batches]:
+            return self._give_way(reason).growing(prompts)
+
+        kind = StaticBatches(self._model, prompts, self._max_tokens_per_pass, self._graphed)
+        return GrowingRows(self._model, prompts, self._version, self._batch, kind, instead)
 
     def sync(self, student: torch.nn.Module, version: int) -> None:
         """The weights are shared: only the version changes."""
@@ -132,8 +121,10 @@ class StaticEngine:
         """Free the graph, keys and values; the next call makes them anew."""
         self._decoder = None
 
-    def _give_way(self, reason: str) -> None:
+    def _give_way(self, reason: str) -> TransformersEngine:
         """Let transformers.generate make the rollouts from now on."""
+        if self._instead is not None:  # conversations were open meanwhile
+            return self._instead
         log.warning(
             "rollouts use transformers.generate from now on, not a static cache: %s", reason
         )
@@ -143,6 +134,7 @@ class StaticEngine:
         )
         self._instead.sync(self._model, self._version)
         self.name = self._instead.name
+        return self._instead
 
     def _free_if_larger(self, rows: int) -> None:
         """A decoder of more rows than memory has held since is not kept for fewer."""

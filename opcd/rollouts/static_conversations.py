@@ -1,48 +1,49 @@
 """Conversations in static caches."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from opcd.models.lm import causal_lm
-from opcd.passes.prefix import common_prefix
-from opcd.rollouts.conversations import GrowingRows
+from opcd.models.lm import causal_lm, eos_token_ids
+from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.rollouts.decode import Decoder, rounded_length, uncached_autocast
 from opcd.rollouts.protocol import SamplingParams
 
 
-class StaticConversations(GrowingRows):
-    """Conversations whose keys and values are kept as `decode.py` does; memory grows with them."""
+class StaticBatches:
+    """Rows whose keys and values are kept as `decode.py` does; memory grows with them."""
 
     def __init__(
         self,
         model: torch.nn.Module,
-        prompts: Sequence[Sequence[int]],
-        batch_size: int,
-        version: int,
-        max_tokens_per_pass: int = 4096,
+        prompts: Sequence[Sequence[int]],  # what rows begin with, now and later
+        max_tokens_per_pass: int,
+        graphed: bool,  # whether a step is recorded
     ) -> None:
-        super().__init__(model, prompts, version)
+        self._model = model
+        self._prompts = prompts
         self._max_tokens_per_pass = max_tokens_per_pass
-        self._graphed = causal_lm(model).device.type == "cuda"
-        self._batches: list[range] = []
-        self._decoders: list[Decoder] = []
-        with uncached_autocast(causal_lm(model).device):
-            prefix = common_prefix(model, prompts)
-            for start in range(0, len(prompts), batch_size):
-                batch = range(start, min(start + batch_size, len(prompts)))
-                decoder = self._made(len(batch), max(len(prompts[i]) for i in batch), False)
-                decoder.place([prompts[i] for i in batch], prefix)
-                self._batches.append(batch)
-                self._decoders.append(decoder)
+        self._eos = eos_token_ids(model)
+        self._graphed = graphed
 
-    def close(self) -> None:
-        """See Conversations.close."""
-        super().close()
-        self._decoders = []
+    def rows(self, size: int) -> int:
+        """See Batches.rows."""
+        return size
 
-    def _made(self, rows: int, length: int, truncates: bool) -> Decoder:
+    def begun(self, held: Mapping[int, list[int]], params: SamplingParams | None) -> "_StaticBatch":
+        """See Batches.begun."""
+        length = max(map(len, held.values()))
+        truncates = False
+        if params is not None:
+            length, truncates = length + params.max_completion_tokens, params.truncates
+        with self.arithmetic():
+            decoder = self.decoder(len(held), length, truncates)
+            decoder.place([*held.values()], self._prefix)
+        return _StaticBatch(self, [*held], decoder, self._eos)
+
+    def decoder(self, rows: int, length: int, truncates: bool) -> Decoder:
+        """An empty one."""
         length = rounded_length(length)
         decoder = Decoder(
             self._model, rows, length, self._eos, self._max_tokens_per_pass, truncates
@@ -51,55 +52,60 @@ class StaticConversations(GrowingRows):
             decoder.capture()
         return decoder
 
-    @torch.no_grad()
-    def _completed(
-        self, rows: Sequence[int], params: SamplingParams, streams: Tensor
-    ) -> list[list[int]]:
-        wanted = set(rows)
-        stream_of = dict(zip(rows, streams.tolist(), strict=True))
-        found: dict[int, list[int]] = {}
-        with uncached_autocast(causal_lm(self._model).device):
-            for number, batch in enumerate(self._batches):
-                here = [row for row in batch if row in wanted]
-                if not here:
-                    continue
-                needed = max(len(self._tokens[row]) for row in here) + params.max_completion_tokens
-                decoder = self._roomy(number, needed, params.truncates)
-                decoder.start(
-                    [row - batch.start for row in here],
-                    params,
-                    torch.tensor([stream_of[row] for row in here]),
-                )
-                decoder.run(params)
-                sequences = decoder.sequences()
-                for row in here:
-                    new = sequences[row - batch.start][len(self._tokens[row]) :]
-                    found[row], _ = params.finished(new, self._eos)
-                if params.stop is not None:
-                    decoder.cut(
-                        {r - batch.start: len(self._tokens[r]) + len(found[r]) for r in here}
-                    )
-        return [found[row] for row in rows]
+    def arithmetic(self) -> torch.autocast:
+        """In which decoders are made and used."""
+        return uncached_autocast(causal_lm(self._model).device)
 
-    @torch.no_grad()
-    def _extend(self, new: dict[int, list[int]]) -> None:
-        with uncached_autocast(causal_lm(self._model).device):
-            for number, batch in enumerate(self._batches):
-                here = [row for row in batch if row in new]
-                if not here:
-                    continue
-                needed = max(len(self._tokens[row]) + len(new[row]) for row in here)
-                self._roomy(number, needed).extend(
-                    {row - batch.start: self._tokens[row] for row in here},
-                    {row - batch.start: new[row] for row in here},
-                )
+    @functools.cached_property
+    def _prefix(self) -> SharedPrefix | None:
+        return common_prefix(self._model, self._prompts)
 
-    def _roomy(self, number: int, length: int, truncates: bool = False) -> Decoder:
-        """The decoder of a batch, with room for rows of that length: doubled, if at all."""
-        held = self._decoders[number]
+
+class _StaticBatch:
+    """A decoder, and another where rows outgrow it."""
+
+    def __init__(
+        self, of: StaticBatches, rows: list[int], decoder: Decoder, eos: Sequence[int]
+    ) -> None:
+        self._of = of
+        self._place = {row: place for place, row in enumerate(rows)}
+        self._decoder = decoder
+        self._eos = eos
+
+    def complete(
+        self, held: Mapping[int, list[int]], params: SamplingParams, streams: Mapping[int, int]
+    ) -> dict[int, list[int]]:
+        """See Batch.complete."""
+        with self._of.arithmetic():
+            needed = max(map(len, held.values())) + params.max_completion_tokens
+            decoder = self._roomy(needed, params.truncates)
+            numbers = torch.tensor([streams[row] for row in held])
+            decoder.start([self._place[row] for row in held], params, numbers)
+            decoder.run(params)
+            sequences = decoder.sequences()
+            found = {}
+            for row, tokens in held.items():
+                new = sequences[self._place[row]][len(tokens) :]
+                found[row], _ = params.finished(new, self._eos)
+            if params.stop is not None:
+                decoder.cut({self._place[row]: len(held[row]) + len(found[row]) for row in held})
+        return found
+
+    def extend(self, held: Mapping[int, list[int]], new: Mapping[int, list[int]]) -> None:
+        """See Batch.extend."""
+        with self._of.arithmetic():
+            decoder = self._roomy(max(len(held[row]) + len(new[row]) for row in held))
+            decoder.extend(
+                {self._place[row]: tokens for row, tokens in held.items()},
+                {self._place[row]: new[row] for row in held},
+            )
+
+    def _roomy(self, length: int, truncates: bool = False) -> Decoder:
+        """The decoder, with room for rows of that length: doubled, if at all."""
+        held = self._decoder
         if held.length < length or (truncates and not held.truncates):
             length = held.length if held.length >= length else max(length, 2 * held.length)
-            grown = self._made(held.rows, length, truncates or held.truncates)
+            grown = self._of.decoder(held.rows, length, truncates or held.truncates)
             grown.adopt(held)
-            self._decoders[number] = grown
-        return self._decoders[number]
+            self._decoder = grown
+        return self._decoder

@@ -176,7 +176,8 @@ def test_tiles_written_under_the_next_product_are_whole() -> None:
         assert torch.equal(grad, results[2 + i % 2][0])
 
 
-def test_rows_beyond_two_to_the_31(backend: str) -> None:
+def test_a_chunk_beyond_two_to_the_31(backend: str) -> None:
+    """Its products, and the offsets of the dual kernel; those of rows: test_rows_triton.py."""
     n = 2**31 // V + 3
     if torch.cuda.get_device_properties(0).total_memory < 60 * GB:
         pytest.skip("needs 60 GB")

@@ -193,6 +193,48 @@ def test_a_key_names_all_that_a_time_depends_on(monkeypatch: pytest.MonkeyPatch)
     assert key["driver"] == "12040"
 
 
+def told(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Row], str]:
+    """What a budget of so many candidates leaves, of two shapes and three candidates."""
+    monkeypatch.setattr(tune, "problem", lambda *of: of)
+    monkeypatch.setattr(
+        tune, "measure", lambda inputs, head, tried, timer: (Timed(c, timer(c)) for c in tried)
+    )
+    clock, lines = [0], list[str]()
+
+    def timer(candidate: object) -> float:
+        clock[0] += 1
+        return 1.0 + clock[0] % 3  # the last of three is the fastest
+
+    tried = candidates(dual=True)[:3]
+    found = tune.tuning(
+        [(64, 128), (8, 16)], CPU, H100, tried, timer, lambda: clock[0] < budget, lines.append
+    )
+    return [*found], "\n".join(lines)
+
+
+def test_what_is_worth_most_is_timed_first_and_the_rest_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, text = told(12, monkeypatch)
+    assert [(r["D"], r["head"]) for r in rows] == [
+        *((64, "trained"), (64, "frozen"), (8, "trained"), (8, "frozen")),
+    ]
+    assert rows[0]["block"] == 384
+    assert "not timed" not in text
+    rows, text = told(4, monkeypatch)
+    assert [(r["D"], r["head"]) for r in rows] == [(64, "trained"), (64, "frozen")]
+    assert rows[1]["block"] == 512, "the fastest of what was timed"
+    _, rest = text.split("not timed, as the time was over:")
+    assert "D 64, V 128, trained head" not in rest
+    assert rest.count("D 64, V 128, frozen head, triton") == 2
+    assert "D 8, V 16, trained head\n  D 8, V 16, frozen head" in rest
+    assert told(0, monkeypatch)[0] == []
+
+
+def test_a_short_time_compares_the_designs() -> None:
+    assert [c.backend for c in candidates(dual=True)[:2]] == ["triton", "triton_dual"]
+
+
 def once(call: Callable[[], object]) -> float:
     call()
     return 0.5

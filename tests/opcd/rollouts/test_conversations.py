@@ -1,5 +1,7 @@
 """Conversations: every turn is that of the whole sequence, and no token is computed twice."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,11 +11,14 @@ import torch
 from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids, stop_at
 from opcd.passes.plan import find_plan
+from opcd.rollouts.decode import Decoder
 from opcd.rollouts.generate import TransformersEngine
+from opcd.rollouts.generate_call import generated
 from opcd.rollouts.protocol import Conversations, Rollout, RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
+from tests.opcd.rollouts.played_cuda import PlayedCuda
 
 SHARED = list(range(60, 90))
 PROMPTS = [[*SHARED, 5], [*SHARED, 6, 7, 8], [*SHARED, 9, 10], [*SHARED, 11, 12], [*SHARED, 13]]
@@ -203,3 +208,126 @@ def test_what_a_conversation_must_not_be_given(engine: Engine) -> None:
     with pytest.raises(ValueError, match="got 1 for 2"):
         rows.append([[5]])
     assert eos_token_ids(made._model) == [1]
+
+
+class Memory:
+    """A GPU that holds decoders of so many slots together, whoever holds them."""
+
+    def __init__(self, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.slots, self.most = slots, 0
+        self.living: weakref.WeakSet[Decoder] = weakref.WeakSet()
+        make = Decoder.__init__
+
+        def made(decoder: Decoder, model: object, rows: int, length: int, *more: object) -> None:
+            gc.collect()
+            held = sum(d.rows * d.length for d in self.living) + rows * length
+            if held > self.slots:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+            self.most = max(self.most, held)
+            make(decoder, model, rows, length, *more)
+            self.living.add(decoder)
+
+        monkeypatch.setattr(Decoder, "__init__", made)
+
+
+def conversation(made: RolloutEngine, turns: int = 4) -> list[list[int]]:
+    """Rows of which one ends early, sampled; their tokens grow from 33 to some 120."""
+    rows = made.open(PROMPTS)
+    for turn in range(turns):
+        rows.complete(SAMPLED, [100 * turn + i for i in range(len(PROMPTS))])
+        new = [[20 + turn] * (15 + i) for i in range(len(PROMPTS))]
+        if turn > 0:
+            new[1] = []
+        rows.append(new)
+    rows.complete(GREEDY)
+    found = rows.token_ids
+    rows.close()
+    return found
+
+
+AGAIN = "conversations are computed again in every turn from now on"
+FEWER = "rollouts sample {} sequences at once from now on"
+GENERATE = "rollouts use transformers.generate from now on"
+
+
+@pytest.mark.parametrize(
+    ("slots", "said_of_it"),
+    [
+        (2000, []),
+        (400, [AGAIN]),  # batches of two at 128 and 64 slots each, one after the other
+        (200, [AGAIN, FEWER.format(1)]),
+        (100, [AGAIN, FEWER.format(1), GENERATE]),
+    ],
+)
+def test_conversations_that_outgrow_the_memory_go_on(
+    slots: int, said_of_it: list[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    model = tiny_llama()
+    expected = conversation(StaticEngine(model, 2))
+    assert max(map(len, expected)) > 64 + 20
+    memory = Memory(slots, monkeypatch)
+    engine = StaticEngine(model, 2)
+    assert conversation(engine) == expected
+    assert memory.most <= slots
+    assert engine.name == ("generate" if GENERATE in said_of_it else "static")
+    assert conversation(engine) == expected, "and again, with nothing more to say"
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(said_of_it), messages
+    for message, part in zip(messages, said_of_it, strict=True):
+        assert part in message
+    gc.collect()
+    assert not memory.living, "closed"
+
+
+def test_a_larger_graph_that_cuda_refuses_leaves_generate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a conversation; another that is open goes on too, with nothing to say."""
+    model = tiny_llama()
+    expected = conversation(TransformersEngine(model, 2))
+    cuda = PlayedCuda(monkeypatch)
+    capture = Decoder.capture
+
+    def captured(decoder: Decoder) -> None:
+        cuda.fails = (lambda: None) if decoder.length > 64 else None
+        capture(decoder)
+        decoder._recorded.graph.decoder = decoder
+
+    monkeypatch.setattr(Decoder, "capture", captured)
+    engine = StaticEngine(model, 2)
+    engine._graphed = True
+    other = engine.open([[5, 6], [7]])
+    first = said(other.complete(GREEDY))
+    assert conversation(engine) == expected
+    assert engine.name == "generate"
+    other.append([[9] * 60, [8]])
+    second = said(other.complete(GREEDY))
+    held = [[5, 6, *first[0], *[9] * 60], [7, *first[1], 8]]
+    assert second == anew(TransformersEngine(model), held, GREEDY, [0, 0])
+    (record,) = caplog.records
+    assert GENERATE in record.getMessage()
+    assert "does not fit into a CUDA graph" in record.getMessage()
+
+
+def test_conversations_by_generate_that_outgrow_the_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    expected = conversation(TransformersEngine(model, 4))
+    limit = [180]  # columns of all rows of a call
+
+    def bounded(model: torch.nn.Module, ids: torch.Tensor, *more: object) -> object:
+        if ids.numel() > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generated(model, ids, *more)
+
+    monkeypatch.setattr("opcd.rollouts.generate_conversations.generated", bounded)
+    engine = TransformersEngine(model, 4)
+    assert conversation(engine) == expected
+    messages = [record.getMessage() for record in caplog.records]
+    assert AGAIN in messages[0]
+    assert FEWER.format(1) in messages[-1]
+    limit[0] = 50
+    with pytest.raises(InputError, match=r"must fit the GPU's memory.*alone does not"):
+        conversation(engine)

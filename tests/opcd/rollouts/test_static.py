@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 from opcd.errors import InputError
 from opcd.models.lm import autocast
-from opcd.passes.packed import packed_attention, packed_pass
+from opcd.passes.packed import packed_pass
 from opcd.passes.plan import find_plan
+from opcd.rollouts.capture import Recording
 from opcd.rollouts.choice import build_engine
 from opcd.rollouts.decode import STEPS_BETWEEN_LOOKS, Decoder
 from opcd.rollouts.generate import TransformersEngine
@@ -23,6 +24,7 @@ from opcd.rollouts.protocol import SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
 from tests.opcd.architectures import ARCHITECTURES, build
+from tests.opcd.rollouts.played_cuda import FakeGraph, PlayedCuda
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_completion_tokens=12, temperature=0.0)
@@ -145,49 +147,15 @@ def test_weights_that_were_not_finite_leave_nothing_behind() -> None:
     assert completions(engine, prompts) == before
 
 
-class FakeGraph:
-    """A captured step, played by the step itself."""
-
-    decoder: Decoder
-    replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        with packed_attention(self.decoder._model):
-            self.decoder.step()
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> PlayedCuda:
+    return PlayedCuda(monkeypatch)
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def events(played: PlayedCuda) -> list[str]:
     """Steps and what `capture` asks of torch.cuda, in order; nothing of it needs a GPU."""
-    seen: list[str] = []
-    step = Decoder.step
-
-    def stepped(self: Decoder) -> torch.Tensor:
-        seen.append("step")
-        return step(self)
-
-    @contextlib.contextmanager
-    def captured(graph: FakeGraph, stream: str, capture_error_mode: str) -> Iterator[None]:
-        assert stream == "a stream of cpu", "torch's own belongs to the first graph's device"
-        seen.append("capture")
-        yield
-        seen.append("captured")
-
-    def warned(mode: int | str) -> None:
-        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
-        seen.append(f"sync {mode}")
-
-    monkeypatch.setattr(Decoder, "step", stepped)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream before")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: seen.append(f"back to {stream}"))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warned)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", captured)
-    return seen
+    return played.events
 
 
 def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
@@ -195,24 +163,16 @@ def test_capture_tries_the_step_before_it_records_it(events: list[str]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")  # nobody need read of torch's prototype
         decoder.capture()
-    assert events == ["step", "sync error", "step", "sync 0", "capture", "step", "captured"]
+    tried = ["step", "sync error", "step", "sync 0"]
+    assert events == [*tried, "new stream of cpu", "capture", "step", "captured"]
     assert [len(row) for row in decoder.sequences()] == [1, 1], "no row took part"
 
 
-REFUSED = torch.AcceleratorError("CUDA error: operation not permitted\nand more")
-
-
 @pytest.fixture
-def refused(events: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def refused(played: PlayedCuda) -> list[str]:
     """A CUDA that ends every recording with an error, and leaves torch's stream as it was in it."""
-
-    @contextlib.contextmanager
-    def recording(graph: FakeGraph, **_: object) -> Iterator[None]:
-        yield
-        raise REFUSED
-
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    return events
+    played.fails = lambda: None
+    return played.events
 
 
 def test_a_capture_that_fails_leaves_auto_with_generate(
@@ -221,23 +181,17 @@ def test_a_capture_that_fails_leaves_auto_with_generate(
     model = tiny_llama()
     plan = find_plan(model, SHARED)
 
-    reset: list[str] = []
-
     def captured(model: torch.nn.Module) -> float:
         Decoder(model, 2, 64, []).capture()
         return 0.0
 
-    generator = SimpleNamespace(
-        clone_state=lambda: "one that draws", graphsafe_set_state=reset.append
-    )
-    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr("opcd.rollouts.static._gap_to_full_passes", captured)
     gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr("opcd.rollouts.choice.causal_lm", lambda model: gpu)
     engine = build_engine("auto", model, 4, plan)
     assert engine.name == "generate"
-    assert refused[-2:] == ["step", "back to the stream before"], "the step itself had run"
-    assert reset == ["one that draws"], "the generator took itself for recorded"
+    assert refused[-3:-1] == ["step", "back to the stream before"], "the step itself had run"
+    assert refused[-1] == "a generator that draws", "it took itself for recorded"
     assert "does not fit into a CUDA graph: CUDA error: operation not permitted" in caplog.text
     with pytest.raises(InputError, match=r"must suit the model.*CUDA graph: CUDA error"):
         build_engine("static", model, 4, plan)
@@ -259,23 +213,6 @@ def test_a_capture_that_fails_in_the_middle_of_a_run(
     assert engine.generate(PROMPTS, GREEDY)[0].weights_version == 4
     (record,) = caplog.records
     assert "from now on, not a static cache: a step of LlamaForCausalLM" in record.getMessage()
-
-
-def test_a_recording_that_runs_out_of_memory_is_no_refusal(
-    events: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextlib.contextmanager
-    def recording(graph: FakeGraph, **_: object) -> Iterator[None]:
-        try:
-            yield
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        finally:
-            raise REFUSED
-
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-        Decoder(tiny_llama(), 2, 64, [1]).capture()
-    assert events[-1] == "back to the stream before"
 
 
 class Memory:
@@ -392,7 +329,7 @@ def test_a_graph_is_kept_for_whatever_fits(
 
     def captured(self: Decoder) -> None:
         capture(self)
-        self._graph.decoder = self
+        self._recorded.graph.decoder = self
 
     monkeypatch.setattr(Decoder, "capture", captured)
     long = [[*range(40, 100), 5], [6]]
@@ -402,7 +339,7 @@ def test_a_graph_is_kept_for_whatever_fits(
         sizes.append((engine._decoder.rows, engine._decoder.length))
     assert sizes == [(1, 64), (3, 64), (3, 64), (3, 128), (4, 128)]
     assert events.count("capture") == 4
-    assert engine._decoder._graph.replays > 0
+    assert engine._decoder._recorded.graph.replays > 0
 
 
 @pytest.mark.parametrize("graphed", [False, True])
@@ -415,7 +352,7 @@ def test_decoding_ends_soon_after_the_last_row(graphed: bool) -> None:
     graph = FakeGraph()
     graph.decoder = decoder
     if graphed:
-        decoder._graph = graph
+        decoder._recorded = Recording(None, torch.empty(0), graph)
     steps: list[int] = []
     step = decoder.step
     decoder.step = lambda: (steps.append(1), step())[1]
@@ -508,7 +445,7 @@ def test_replays_equal_generate(name: str) -> None:
     engine = StaticEngine(model, 3)
     prompts = [[*SHARED, *p] for p in PROMPTS]
     assert completions(engine, prompts) == completions(TransformersEngine(model, 3), prompts)
-    assert engine._decoder._graph is not None
+    assert engine._decoder._recorded is not None
 
 
 @pytest.mark.gpu

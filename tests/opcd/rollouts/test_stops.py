@@ -7,6 +7,7 @@ import torch
 
 from opcd.models.lm import stop_at
 from opcd.passes.packed import packed_attention
+from opcd.rollouts.capture import Recording
 from opcd.rollouts.generate import TransformersEngine
 from opcd.rollouts.protocol import RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine
@@ -134,7 +135,7 @@ def test_a_graph_that_goes_on_to_the_next_look_is_cut(monkeypatch: pytest.Monkey
             steps.append(1)
             plain()
 
-    decoder._graph = Graph()
+    decoder._recorded = Recording(None, torch.empty(0), Graph())
     with torch.no_grad(), packed_attention(model):
         decoder.run(params)
     end = StopStrings([letters(ids[2:4])], letters).end(ids)
