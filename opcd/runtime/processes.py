@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,6 +97,15 @@ def end_family(leader: Named | None, mark: str) -> int:
             _send(others, signal.SIGKILL)
             _wait(left, KILL_S)
     return len(there)
+
+
+def kill_with_children(process: subprocess.Popen[str]) -> None:
+    """Kill a process that leads a session of its own, and its children, which may hold its pipes
+    open; on systems without groups the process alone."""
+    if process.returncode is None and hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _send(processes: list[Named], number: signal.Signals) -> None:

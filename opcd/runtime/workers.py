@@ -1,7 +1,7 @@
 """Processes that answer questions, a JSON line each, every one within a time limit.
 
-A user's code runs there: it may raise, hang, crash or print. What it was asked is then lost, and
-the process is replaced.
+A user's code runs there: it may raise, hang, crash, print, or start processes of its own. What it
+was asked is then lost, and the process is replaced.
 """
 
 import faulthandler
@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import opcd
 from opcd.errors import InputError
+from opcd.runtime.processes import kill_with_children
 
 START_SECONDS = 120.0  # in which a user's module must be imported
 OVER_TIME, CRASHED, RAISED = "over the time limit", "crashed", "raised"
@@ -31,6 +31,9 @@ class Lost(NamedTuple):
 
     why: str  # OVER_TIME, CRASHED or RAISED
     detail: str = ""  # what was raised, which may quote what was asked
+
+    def __str__(self) -> str:
+        return f"{self.why}: {self.detail}" if self.detail else self.why
 
 
 Answer = dict[str, Any] | Lost
@@ -47,7 +50,8 @@ class Workers:
         self, module: str, arguments: Sequence[str], seconds: float, count: int | None = None
     ) -> None:
         command = [sys.executable, "-m", module, *arguments, str(seconds)]
-        self._workers = [_Worker(command, seconds) for _ in range(count or os.cpu_count() or 1)]
+        what = " ".join(arguments)
+        self._workers = [_Worker(command, what, seconds) for _ in range(count or usable_cores())]
 
     def __enter__(self) -> "Workers":
         try:
@@ -58,12 +62,7 @@ class Workers:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -109,8 +108,8 @@ class Workers:
 class _Worker:
     """One process; a new one where it ended."""
 
-    def __init__(self, command: list[str], seconds: float) -> None:
-        self._command, self._seconds = command, seconds
+    def __init__(self, command: list[str], what: str, seconds: float) -> None:
+        self._command, self._what, self._seconds = command, what, seconds
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -129,7 +128,12 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the process that asks
         )
         line = self._read(START_SECONDS)
-        said = json.loads(line) if line else {"error": f"its process {self._end()}"}
+        if not line:
+            raise InputError(
+                f"{self._what} must be loaded within {START_SECONDS:.0f} seconds, but its process "
+                f"was lost ({self._end()}); import it by itself to see why"
+            )
+        said = json.loads(line)
         if "error" in said:
             self.close()
             raise InputError(said["error"])
@@ -144,9 +148,9 @@ class _Worker:
         return Lost(RAISED, said["error"]) if "error" in said else said
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that it has started."""
         if self._process is not None:
-            self._process.kill()
+            kill_with_children(self._process)
             self._process.communicate()
             self._process = None
 
@@ -163,7 +167,7 @@ class _Worker:
 
         def end() -> None:
             late.set()
-            process.kill()
+            kill_with_children(process)
 
         timer = threading.Timer(seconds, end)
         timer.start()
@@ -184,10 +188,19 @@ class _Worker:
         return OVER_TIME if self._late.is_set() else CRASHED
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    known = hasattr(os, "sched_getaffinity")
+    return (len(os.sched_getaffinity(0)) if known else os.cpu_count()) or 1
+
+
 def serve(load: Callable[[], Answering], seconds: float) -> None:
     """In the process: say that it is ready, or why not, then answer each line with one."""
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a user's code prints is no answer
+    nowhere = open(os.devnull, "r+")  # noqa: SIM115  # as long as the process
+    os.dup2(nowhere.fileno(), 0)  # a user's code, and what it starts, reads no question
+    os.dup2(2, 1)  # what it prints is no answer
 
     def say(it: Mapping[str, Any]) -> None:
         print(json.dumps(it), file=answers, flush=True)
@@ -198,17 +211,16 @@ def serve(load: Callable[[], Answering], seconds: float) -> None:
         say({"error": str(error)})
         return
     say({})
-    with open(os.devnull, "w") as nowhere:
-        for line in sys.stdin:
-            # Whoever started this kills it in time, and may have been killed itself; this ends it
-            # even where a user's code holds the interpreter.
-            faulthandler.dump_traceback_later(2 * seconds + 1, exit=True, file=nowhere)
-            try:
-                found = answer(json.loads(line))
-            except InputError as error:  # what a user's code raised, or returned
-                found = {"error": str(error)}
-            faulthandler.cancel_dump_traceback_later()
-            say(found)
+    for line in questions:
+        # Whoever started this kills it in time, and may have been killed itself; this ends it even
+        # where a user's code holds the interpreter.
+        faulthandler.dump_traceback_later(2 * seconds + 1, exit=True, file=nowhere)
+        try:
+            found = answer(json.loads(line))
+        except InputError as error:  # what a user's code raised, or returned
+            found = {"error": str(error)}
+        faulthandler.cancel_dump_traceback_later()
+        say(found)
 
 
 def dropped(lost: Sequence[Lost]) -> dict[str, int]:
