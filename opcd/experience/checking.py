@@ -4,7 +4,6 @@ A checker is a scorer by its name: exact, number, json, choice, math, python:FIL
 """
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from opcd.runtime.workers import Lost, Workers
@@ -32,12 +31,11 @@ class Checkers:
         self._workers.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all of them."""
         self._workers.close()
 
     def check(self, asked: Sequence[Asked]) -> list[float | Lost]:

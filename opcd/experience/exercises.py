@@ -6,7 +6,6 @@ answer is not given at once.
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from opcd.errors import InputError
@@ -56,12 +55,7 @@ class Exercises(Protocol):
 
     def __enter__(self) -> "Exercises": ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def tried(
         self, model: LoadedModel, cases: Sequence[Case], exercises: Sequence[Example], ask: Ask
@@ -97,8 +91,8 @@ def sampled_attempts(
     lost = [it.value for it in tried if isinstance(it.value, Lost)]
     if len(lost) == len(tried):
         raise InputError(
-            f"attempts must be judged, but of {len(lost)} none was: the first {lost[0].why} "
-            f"{lost[0].detail}; correct what judges them, or raise check_seconds"
+            f"attempts must be judged, but of {len(lost)} none was; the first: {lost[0]}; correct "
+            f"what judges them, or raise check_seconds"
         )
     each = [problem for problem in problems for _ in range(times)]
     found = [

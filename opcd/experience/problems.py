@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from opcd.config import TrainConfig
@@ -55,13 +54,8 @@ class Problems:
         self._checkers.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._checkers.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._checkers.close()
 
     def tried(
         self, model: LoadedModel, cases: Sequence[Case], exercises: Sequence[Example], ask: Ask

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 # Ctrl-C, the end of a job, and a terminal that was closed (which Windows has no signal for).
@@ -34,12 +33,7 @@ class Interrupts:
                 self._handlers[number] = signal.signal(number, self._catch)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def release(self) -> None:
