@@ -4,11 +4,13 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import opcd
 from opcd.errors import InputError
 
 
@@ -36,11 +38,23 @@ def load_function(target: str, what: str, kind: str = "function") -> Callable[..
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
+        there = f"in which {name} is {function!r:.60}" if hasattr(module, name) else None
         raise InputError(
             f"{what} must name a {kind} of {place} "
-            f"({getattr(module, '__file__', None) or 'built in'}), which has no {name!r}; define it"
+            f"({getattr(module, '__file__', None) or 'built in'}), "
+            f"{there or f'which has no {name!r}'}; define it"
         )
     return function
+
+
+def raised(error: BaseException) -> str:
+    """What a user's code raised, and where in it."""
+    ours = Path(opcd.__file__).parent
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if not file.is_relative_to(ours):
+            return f"{type(error).__name__}: {error} (line {frame.lineno} of {file.name})"
+    return f"{type(error).__name__}: {error}"
 
 
 def located(target: str, folder: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from opcd.errors import InputError
 from opcd.runtime.strict_json import NO_JSON
-from opcd.runtime.user_code import load_function
+from opcd.runtime.user_code import load_function, raised
 from opcd.scoring.calls import Call, accepted_calls, calls_in, same_calls
 from opcd.scoring.choices import claimed, letter
 from opcd.scoring.numerals import is_one_number, numerals, only_numeral
@@ -339,7 +339,7 @@ def _python_scorer(spec: str, target: str) -> Scorer:
         except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise InputError(
                 f"scorer {spec} must take (completion, answers), or by name what it needs of "
-                f"{', '.join(Judged._fields)}, but it raised {type(error).__name__}: {error} for "
+                f"{', '.join(Judged._fields)}, but it raised {raised(error)} for "
                 f"{about}; correct it"
             ) from error
         return _as_score(returned, f"{spec} for {about}")

@@ -8,14 +8,17 @@ The same seed and the same answers must give the same game, on every machine: a 
 was lost by another one's fault is played again up to where it stood.
 """
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from opcd.errors import InputError
 from opcd.runtime.user_code import load_function
 from opcd.tasks.messages import check_unicode
 
-WON = 1.0  # what a game's rewards add up to; anything less is not won
+WON = 1.0 - 1e-6  # what a game's rewards add up to, but for rounding; anything less is not won
+MOST_CHARACTERS = 1 << 18  # of a text: more than models read, and soon made into tokens
 
 
 class Step(NamedTuple):
@@ -72,7 +75,12 @@ def load_environment(spec: str) -> Callable[[], Environment]:
 def reset(game: Environment, seed: int) -> tuple[str, str]:
     """The first text of a game, and its key. Raises InputError for what is no text."""
     text = _text(game.reset(seed), "reset", blank=False)
-    key = getattr(game, "key", text)
+    try:
+        key = getattr(game, "key")  # noqa: B009  # which not every game has
+    except AttributeError as error:
+        if hasattr(type(game), "key") or error.name != "key":  # it is there, and fails
+            raise
+        key = text
     return text, _text(key, "key", blank=False)
 
 
@@ -83,11 +91,15 @@ def step(game: Environment, action: str) -> Step:
     if not isinstance(returned, tuple) or len(returned) not in (3, 4):
         raise InputError(f"{wants}, got {returned!r:.100}; return such a tuple")
     found = Step(*returned)
-    reward = found.reward
-    if not isinstance(reward, (bool, int, float)) or reward != reward:
-        raise InputError(f"{wants}, got the reward {reward!r:.40}; return a number")
+    if not isinstance(found.reward, Real) or not math.isfinite(found.reward):
+        raise InputError(f"{wants}, got the reward {found.reward!r:.40}; return a number")
+    for name in ("done", "illegal"):
+        if getattr(found, name) not in (True, False):
+            raise InputError(
+                f"{wants}, got {name} {getattr(found, name)!r:.40}; return True or False"
+            )
     text = _text(found.observation, "step", blank=bool(found.done))
-    return Step(text, float(reward), bool(found.done), bool(found.illegal))
+    return Step(text, float(found.reward), bool(found.done), bool(found.illegal))
 
 
 def _text(value: Any, what: str, blank: bool) -> str:
@@ -95,6 +107,11 @@ def _text(value: Any, what: str, blank: bool) -> str:
         raise InputError(
             f"{what} of a game must give text for the player, got {value!r:.80}; return a string "
             f"that is not blank"
+        )
+    if len(value) > MOST_CHARACTERS:
+        raise InputError(
+            f"{what} of a game must give at most {MOST_CHARACTERS} characters, got {len(value)}; "
+            f"leave out what a player need not read"
         )
     check_unicode(value, f"{what} of a game")
     return value

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from opcd.experience.games.environment import Step
-from opcd.runtime.workers import Lost, Workers
+from opcd.experience.games.worker import NOT_HELD
+from opcd.runtime.workers import RAISED, Answer, Lost, Workers
 
 
 class Opening(NamedTuple):
@@ -36,6 +36,7 @@ class Environments:
     """
 
     def __init__(self, spec: str, seconds: float, workers: int | None = None) -> None:
+        self._spec = spec
         self._workers = Workers("opcd.experience.games.worker", [spec], seconds, workers)
         self._numbers = count()
 
@@ -43,12 +44,11 @@ class Environments:
         self._workers.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all of them."""
         self._workers.close()
 
     def openings(self, seeds: Sequence[int]) -> list[Opening | Lost]:
@@ -64,23 +64,61 @@ class Environments:
 
     def step(self, games: Sequence[Running], actions: Sequence[str]) -> list[Step | Lost]:
         """What comes of an answer in each game, in order; one that is lost or over has no more."""
-        asked = [
-            {
-                "number": game.number,
-                "seed": game.seed,
-                "actions": [*game.actions, action],
-                "shown": game.shown,
-            }
-            for game, action in zip(games, actions, strict=True)
-        ]
-        answers = self._workers.ask_same(asked, [game.number for game in games])
-        found: list[Step | Lost] = []
-        for game, action, answer in zip(games, actions, answers, strict=True):
+        new = [game for game in games if not game.actions]
+        begun = self._ask([(game, {}) for game in new])
+        found: dict[int, Step | Lost] = {
+            game.number: lost
+            for game, answer in zip(new, begun, strict=True)
+            if (lost := self._changed(game, answer)) is not None
+        }
+        going = [it for it in zip(games, actions, strict=True) if it[0].number not in found]
+        answers = self._ask([(game, _given(game, action)) for game, action in going])
+        for (game, action), answer in zip(going, answers, strict=True):
+            found[game.number] = self._came(game, action, answer)
+        return [found[game.number] for game in games]
+
+    def _came(self, game: Running, action: str, answer: Answer) -> Step | Lost:
+        if answer == NOT_HELD:
+            answer = self._again(game, action)
+        if isinstance(answer, Lost):
+            return answer
+        came = Step(**answer)
+        game.actions.append(action)
+        game.shown = came.observation
+        return came
+
+    def _again(self, game: Running, action: str) -> Answer:
+        """What comes of an answer in a game that is played anew, up to where it stood."""
+        (answer,) = self._ask([(game, {})])
+        for turn, earlier in enumerate(game.actions):
             if isinstance(answer, Lost):
-                found.append(answer)
-                continue
-            came = Step(**answer)
-            game.actions.append(action)
-            game.shown = came.observation
-            found.append(came)
-        return found
+                break
+            (answer,) = self._ask([(game, {"turn": turn, "action": earlier})])
+        if (lost := self._changed(game, answer)) is not None:
+            return lost
+        (answer,) = self._ask([(game, _given(game, action))])
+        return answer
+
+    def _ask(self, asked: Sequence[tuple[Running, dict[str, Any]]]) -> list[Answer]:
+        """One call of each game."""
+        each = [{"number": game.number, "seed": game.seed} | call for game, call in asked]
+        return self._workers.ask_same(each, [game.number for game, _ in asked])
+
+    def _changed(self, game: Running, answer: Answer) -> Lost | None:
+        """A game that does not stand where it stood before."""
+        if isinstance(answer, Lost):
+            return answer
+        over = answer == NOT_HELD or answer.get("done", False)
+        if not over and answer["observation"] == game.shown:
+            return None
+        now = "its end" if over else repr(answer["observation"][:80])
+        return Lost(
+            RAISED,
+            f"game {self._spec} with seed {game.seed} must be the same for the same seed and "
+            f"answers, got {now} where it was {game.shown[:80]!r} before; draw from "
+            f"random.Random(seed), and keep nothing between games",
+        )
+
+
+def _given(game: Running, action: str) -> dict[str, Any]:
+    return {"turn": len(game.actions), "action": action}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from opcd.errors import InputError
@@ -47,17 +46,12 @@ class Games:
         try:
             self.parts = drawn(self._environments, self._spec, self._experience)
         except BaseException:
-            self._environments.__exit__(None, None, None)
+            self._environments.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._environments.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._environments.close()
 
     def tried(
         self, model: LoadedModel, cases: Sequence[Case], exercises: Sequence[Example], ask: Ask
@@ -113,8 +107,8 @@ def drawn(environments: Environments, spec: str, wanted: Experience) -> Parts:
             known.add(request_of(game))
         if len(lost) == size:
             raise InputError(
-                f"game {spec} must begin, but with {size} seeds it did not: the first "
-                f"{lost[0].why} {lost[0].detail}; correct it, or raise check_seconds"
+                f"game {spec} must begin, but with {size} seeds it did not; the first: {lost[0]}; "
+                f"correct it, or raise check_seconds"
             )
         seed, size = seed + size, min(2 * size, SEEDS_AT_ONCE)
     return Parts(*parts)

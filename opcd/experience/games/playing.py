@@ -151,7 +151,7 @@ class Table:
                         found[i].pieces.append(ids)
                         more[i] = ids
                     else:
-                        now = f"{found[i].length} tokens and {needed} more"
+                        now = f"{found[i].length} tokens and {needed} more, with room for an answer"
                         found[i].lost = Lost(TOO_LONG, now)
                 if not any(more):
                     break

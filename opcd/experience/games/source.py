@@ -61,8 +61,8 @@ class PlayedGames(Source):
         if not whole:
             first = next(it.lost for games in played.values() for it in games if it.lost)
             raise InputError(
-                f"games must be played to be trained on, but all of step {step + 1} were lost: the "
-                f"first {first.why} {first.detail}; correct the game, or raise check_seconds"
+                f"games must be played to be trained on, but all of step {step + 1} were lost; the "
+                f"first: {first}; correct the game, or raise check_seconds"
             )
         return [scored_as(it.episode(), origin, self._setup.config) for origin, it in whole]
 

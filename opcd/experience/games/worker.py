@@ -2,84 +2,64 @@
 
 ``python -m opcd.experience.games.worker GAME SECONDS``
 
-A game is told by its seed and all answers so far, so that any process can go on with it: one that
-does not hold it plays it up to there.
+A question is one call of a game, which is told by a number. Whoever asks goes on with a game that
+is not held, or not as far as that, by telling it anew.
 """
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.experience.games.environment import Environment, Step, load_environment, reset, step
+from opcd.experience.games.environment import Environment, load_environment, reset, step
+from opcd.runtime.user_code import raised
 from opcd.runtime.workers import Answering, serve
 
 MOST_HELD = 4096  # games; those that were not played for longest go first
-
-
-class _Held:
-    """A game, and how it came to where it stands."""
-
-    def __init__(self, make: Callable[[], Environment], seed: int) -> None:
-        self._game = make()
-        self.shown, self.key = reset(self._game, seed)
-        self.actions: list[str] = []
-
-    def play(self, action: str) -> Step:
-        """One more answer."""
-        found = step(self._game, action)
-        self.shown = found.observation
-        self.actions.append(action)
-        return found
+NOT_HELD: dict[str, Any] = {"held": False}
 
 
 class Games:
-    """Those that are being played, by their numbers."""
+    """Those that are being played, by their numbers, and how many answers they were given."""
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
         self._make = load_environment(spec)
-        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._held: OrderedDict[int, tuple[Environment, int]] = OrderedDict()
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """How a game begins, or what comes of its last answer. Raises InputError where it fails."""
+        """How a game begins, or what comes of an answer. Raises InputError where it fails."""
+        seed = asked["seed"]
         try:
-            if "actions" not in asked:
-                held = _Held(self._make, asked["seed"])
-                return {"observation": held.shown, "key": held.key}
-            return self._stepped(**asked)._asdict()
-        except InputError:
-            raise
+            return self._stepped(**asked) if "action" in asked else self._begun(**asked)
+        except InputError as error:
+            raise InputError(f"game {self._spec} with seed {seed}: {error}") from error
         except (Exception, SystemExit) as error:  # whatever the user's game raises
             raise InputError(
-                f"game {self._spec} raised {type(error).__name__}: {error} with seed "
-                f"{asked['seed']}; correct it"
+                f"game {self._spec} with seed {seed} raised {raised(error)}; correct it"
             ) from error
 
-    def _stepped(self, number: int, seed: int, actions: list[str], shown: str) -> Step:
-        *before, action = actions
-        held = self._held.pop(number, None)
-        if held is None or held.actions != before:
-            held = self._played(seed, before)
-        if held.shown != shown:
-            raise InputError(
-                f"game {self._spec} must be the same for the same seed and answers, got "
-                f"{held.shown[:80]!r} where it was {shown[:80]!r} before, with seed {seed}; draw "
-                f"from random.Random(seed), and keep nothing between games"
-            )
-        found = held.play(action)
-        if not found.done:
-            self._held[number] = held
-            if len(self._held) > MOST_HELD:
-                self._held.popitem(last=False)
-        return found
+    def _begun(self, seed: int, number: int | None = None) -> dict[str, Any]:
+        """A game without a number is only looked at."""
+        game = self._make()
+        text, key = reset(game, seed)
+        if number is not None:
+            self._hold(number, game, 0)
+        return {"observation": text, "key": key}
 
-    def _played(self, seed: int, actions: Sequence[str]) -> _Held:
-        held = _Held(self._make, seed)
-        for action in actions:
-            held.play(action)
-        return held
+    def _stepped(self, number: int, seed: int, turn: int, action: str) -> dict[str, Any]:
+        game, given = self._held.pop(number, (None, 0))
+        if game is None or given != turn:
+            return NOT_HELD
+        found = step(game, action)
+        if not found.done:
+            self._hold(number, game, turn + 1)
+        return found._asdict()
+
+    def _hold(self, number: int, game: Environment, given: int) -> None:
+        self._held[number] = game, given
+        if len(self._held) > MOST_HELD:
+            self._held.popitem(last=False)
 
 
 def main() -> None:

@@ -3,11 +3,13 @@
 import re
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from opcd.errors import InputError
-from opcd.experience.games.environment import Step, load_environment
+from opcd.experience.games.environment import Step, load_environment, reset, step
 from opcd.experience.games.environments import Environments, Opening, Running
 from opcd.experience.games.exercises import drawn
 from opcd.experience.settings import Experience
@@ -71,7 +73,7 @@ def test_a_game_that_misbehaves_costs_itself_alone(spec: str) -> None:
         ]
         lost = [it for it in second if isinstance(it, Lost)]
         assert [it.why for it in lost] == [OVER_TIME, CRASHED, RAISED, RAISED]
-        assert "RuntimeError: no such thing with seed 4" in lost[2].detail
+        assert "seed 4 raised RuntimeError: no such thing (line 16 of count.py)" in lost[2].detail
         assert "must return (observation, reward, done)" in lost[3].detail
         going = [games[0], games[2]]
         assert environments.step(going, ["b", "b"])[1] == Step("2 was given 3.", 0.25, False)
@@ -87,9 +89,105 @@ def test_a_game_must_go_the_same_way_again(spec: str) -> None:
         (lied,) = environments.step(games[:1], ["a"])
         assert isinstance(lied, Lost)
         assert "must be the same for the same seed and answers" in lied.detail
+        assert "with seed 7" in lied.detail
         (blank,) = environments.step(begun(environments, [9]), ["blank"])
         assert isinstance(blank, Lost)
         assert "text for the player" in blank.detail
+
+
+def test_the_time_limit_is_that_of_one_call(tmp_path: Path) -> None:
+    """Also where a game is begun and played in one turn, or played again."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    with Environments(f"python:{tmp_path / 'slow.py'}:Slow", 0.5, 1) as environments:
+        games = begun(environments, [0, 1])
+        assert environments.step(games, ["a", "a"])[0] == Step("a", 0.0, False)
+        found = environments.step(games[::-1], ["crash", "b"])
+        assert found == [Lost(CRASHED), Step("b", 0.0, False)]
+
+
+SLOW = """
+import os, time
+
+class Slow:
+    # Where the seed is 0.
+    def reset(self, seed):
+        self.seconds = 0 if seed else 0.3
+        time.sleep(self.seconds)
+        return f"Game {seed}."
+
+    def step(self, action):
+        time.sleep(self.seconds)
+        if action == "crash":
+            os._exit(3)
+        return action, 0, False
+"""
+
+
+class Returns:
+    """A game that returns what it is told to."""
+
+    def __init__(self, text: object = "Go.", came: object = None) -> None:
+        self._text, self._came = text, came
+
+    def reset(self, seed: int) -> Any:
+        return self._text
+
+    def step(self, action: str) -> Any:
+        return self._came
+
+
+@pytest.mark.parametrize(
+    ("came", "found"),
+    [
+        (None, "got None; return such a tuple"),
+        (("x", 0.0, False, False, {}), "return such a tuple"),  # gymnasium's
+        (("x", 0.0, False, {"TimeLimit": 1}), "got illegal {'TimeLimit': 1}; return True"),
+        (("x", 0.0, "no"), "got done 'no'; return True or False"),
+        (("x", 0.0, None), "got done None; return True or False"),
+        (("x", float("nan"), False), "got the reward nan; return a number"),
+        (("x", float("inf"), True), "got the reward inf; return a number"),
+        (("x", "1", True), "got the reward '1'; return a number"),
+        ((b"x", 0.0, False), "step of a game must give text for the player, got b'x'"),
+        (("x" * 300_000, 0.0, False), "must give at most 262144 characters, got 300000"),
+        (("\ud800", 0.0, False), "valid Unicode"),
+    ],
+)
+def test_what_is_no_step(came: object, found: str) -> None:
+    with pytest.raises(InputError, match=re.escape(found)):
+        step(Returns(came=came), "a")
+
+
+def test_numbers_and_flags_of_numpy() -> None:
+    came = step(Returns(came=("x", np.float32(0.5), np.bool_(True), 0)), "a")
+    assert came == Step("x", 0.5, True, False)
+    assert [type(it) for it in came] == [str, float, bool, bool]
+
+
+def test_a_key_that_fails_is_not_taken_for_none() -> None:
+    class Broken(Returns):
+        @property
+        def key(self) -> str:
+            return self.board.key  # type: ignore[attr-defined]
+
+    class Around:
+        """Whatever it lacks, its game has."""
+
+        def __init__(self, game: object) -> None:
+            self._game = game
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._game, name)
+
+    class Keyed(Returns):
+        key = "one of eight"
+
+    assert reset(Around(Returns()), 1) == ("Go.", "Go.")
+    assert reset(Around(Keyed()), 1) == ("Go.", "one of eight")
+    with pytest.raises(AttributeError, match="board"):
+        reset(Broken(), 1)
+    for text in ("", " \n", None, "x" * 300_000):
+        with pytest.raises(InputError, match="reset of a game must give"):
+            reset(Returns(text), 1)
 
 
 def test_games_are_drawn_without_those_that_do_not_begin(spec: str) -> None:
@@ -119,14 +217,17 @@ def test_a_game_with_too_few_boards_and_one_that_never_begins(tmp_path: Path) ->
 def test_a_game_that_is_none_is_said_before_anything(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"frozen_lake, sokoban or python:FILE.py:class"):
         load_environment("chess")
-    (tmp_path / "half.py").write_text("class Half:\n    def reset(self, seed): return 'x'\n1 / 1\n")
+    half = "class Half:\n    def reset(self, seed): return 'x'\none = 1\n"
+    (tmp_path / "half.py").write_text(half)
     with (
         pytest.raises(InputError, match=r"reset\(seed\) and step\(action\), got none of step"),
         Environments(f"python:{tmp_path / 'half.py'}:Half", 1, 1),
     ):
         pass
-    with pytest.raises(InputError, match="must name a class of"):
+    with pytest.raises(InputError, match=r"must name a class of .* has no 'Whole'; define it"):
         load_environment(f"python:{tmp_path / 'half.py'}:Whole")
+    with pytest.raises(InputError, match=r"must name a class of .* in which one is 1; define it"):
+        load_environment(f"python:{tmp_path / 'half.py'}:one")
 
 
 def test_the_game_in_the_docs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from opcd.episodes import Episode
 from opcd.errors import InputError
+from opcd.experience.games.environment import Step
 from opcd.experience.games.environments import Environments
 from opcd.experience.games.playing import TOO_LONG, Played, Table
 from opcd.experience.games.source import figures
@@ -73,6 +74,15 @@ def test_a_random_player_wins_as_often_as_it_must() -> None:
     assert abs(sum(it.won for it in found) - mean) < 3 * spread
     illegal = sum(it.illegal for it in found)
     assert illegal == pytest.approx(sum(turns for _, turns in chances), rel=0.1)
+
+
+def test_a_game_is_won_by_rewards_that_add_up() -> None:
+    """But for rounding: ten tenths are less than one."""
+    (it,) = played("frozen_lake", Player(lambda *_: "left"), range(1), 1)
+    for tenths in range(1, 11):
+        assert it.hear(Step("On.", 0.1, False))
+        assert it.won == (tenths == 10)
+    assert it.reward < 1
 
 
 def test_the_moves_are_scored_and_nothing_else() -> None:
