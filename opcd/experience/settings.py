@@ -14,6 +14,7 @@ from opcd.runtime.user_code import located
 
 GROUP = "experience"
 PYTHON = "python:"
+A_DAY = 86400.0  # seconds
 # Of a training run, and here the loop's to say.
 ITS_OWN = {
     "context": "the loop writes it; an instruction that stays goes into without_context",
@@ -79,8 +80,11 @@ class Experience:
             _at_least(name, getattr(self, name), 1)
         for name in ("training_games", "validation_games", "test_games"):
             _at_least(name, getattr(self, name), 1)
-        if not 0 < self.check_seconds < float("inf"):
-            raise InputError(f"check_seconds must be positive, got {self.check_seconds}")
+        if not 0 < self.check_seconds <= A_DAY:
+            raise InputError(
+                f"check_seconds must be positive and at most {A_DAY:.0f}, a day, got "
+                f"{self.check_seconds}"
+            )
         if not 0 <= self.elsewhere_loss <= 1:
             raise InputError(
                 f"elsewhere_loss must lie between 0 and 1, got {self.elsewhere_loss}; 0.03 is "
@@ -104,6 +108,7 @@ class Settings(NamedTuple):
 
 KINDS = get_type_hints(Experience)
 STAND_IN = "no experience yet"
+OF_GAMES = ("max_turns", "training_games", "validation_games", "test_games")
 OF_PROBLEMS = ("prompts", "validation_data", "test_data", "test_sets", "held_out_share", "scorer")
 
 
@@ -137,6 +142,11 @@ def read_settings(
                 f"{', '.join(named) or 'a log'} must not be given with a game, which draws its own "
                 f"and says itself what is won; leave that out, or the game"
             )
+    elif named := [name for name in OF_GAMES if name in own]:
+        raise InputError(
+            f"{', '.join(named)} must come with a game, got none; name one, like frozen_lake, or "
+            f"leave that out"
+        )
     if log is not None and experience.rounds > 1:
         raise InputError(
             f"a log must be learned from in one round, got rounds {experience.rounds}: its "

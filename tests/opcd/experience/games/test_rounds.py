@@ -200,6 +200,10 @@ def test_what_does_not_go_with_a_game(
         read_settings(task, None, log="served.jsonl")
     with pytest.raises(InputError, match="max_turns must be at least 1"):
         read_settings(task | {"max_turns": 0}, None)
+    with pytest.raises(InputError, match="at most 86400, a day, got 10000000000"):
+        read_settings(task | {"check_seconds": 1e10}, None)
+    with pytest.raises(InputError, match=r"max_turns, training_games, .* must come with a game"):
+        read_settings({name: it for name, it in task.items() if name != "game"}, None)
     (tmp_path / "near.yaml").write_text(f"""
 models: {{model: {task["model"]}}}
 run: {{output_dir: x}}
@@ -226,6 +230,15 @@ def test_files_that_come_with_opcd(file: str) -> None:
     assert settings.experience.game == "frozen_lake"
     assert settings.experience.max_turns <= 5
     assert settings.experience.validation_games == 200
+
+
+def test_the_settings_in_the_docs(tmp_path: Path) -> None:
+    """Complete as they stand there."""
+    docs = (Path(__file__).parents[4] / "docs" / "games.md").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(docs.split("```yaml\n")[1].split("```")[0])
+    settings = read_settings({}, tmp_path / "config.yaml")
+    settings.training.check()
+    assert settings.experience.game == "frozen_lake"
 
 
 def test_games_know_their_seeds(task: dict) -> None:
