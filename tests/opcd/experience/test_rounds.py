@@ -1,6 +1,5 @@
 """The whole loop on a tiny model: rounds kept and rolled back, killed and resumed, from a log."""
 
-import contextlib
 import json
 import os
 import signal
@@ -9,25 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import opcd.experience.folder as folder_of_phases
 from opcd.cli import main
 from opcd.config.fields import FIELDS
 from opcd.errors import InputError
 from opcd.experience import distilling, phases
 from opcd.experience.final import COLUMNS
-from opcd.experience.gate import Decision
 from opcd.experience.problems import read_problems
-from opcd.experience.rounds import Outcome, learn
 from opcd.experience.settings import read_settings
-from opcd.runtime.progress import Progress
 from opcd.tasks.elsewhere import BUILT_IN
-from tests.conftest import in_groups, tiny_llama, tiny_tokenizer, write_jsonl
+from tests.conftest import in_groups, write_jsonl
+from tests.opcd.experience.loops import assert_same, killed_again_and_again, run, weights
 
 CHECKER = """
 def check(completion, answers):
@@ -37,17 +31,6 @@ def check(completion, answers):
     return bool(completion) and sum(map(ord, completion)) % 2 == int(answers[0])
 """
 WORDS = "apple pear fig plum lime kiwi date melon grape peach cherry mango berry olive quince lemon"
-
-
-@pytest.fixture(scope="module")
-def brief_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that ends about half of its answers by itself."""
-    folder = tmp_path_factory.mktemp("brief")
-    model = tiny_llama()
-    model.lm_head.weight.data[1] *= 20
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -77,48 +60,6 @@ def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
     }
     left_out = ("context", "validation_data", "test_data")
     return {k: v for k, v in settings.items() if k not in left_out} | own
-
-
-class Until(Progress):
-    """Ends a distillation after a step."""
-
-    def __init__(self, step: int = 0) -> None:
-        self.left = step
-
-    def part(self, note: str, metrics: dict | None = None) -> None:
-        self.left -= 1
-
-    def stop(self) -> str | None:
-        return "the test" if self.left == 0 else None
-
-
-def run(task: dict, resume: bool = False, stop_after: int = 0, **changed: object) -> Outcome:
-    fields: dict[str, Any] = task | changed
-    log = fields.pop("log", None)
-    settings = read_settings(fields, None, log=log)
-    said: list[str] = []
-    return learn(settings, resume, said.append, lambda: contextlib.nullcontext(Until(stop_after)))
-
-
-@pytest.fixture
-def kept_whatever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts that help, and rounds that are better: what a random model seldom has."""
-    keep_whatever(monkeypatch)
-
-
-def keep_whatever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(phases, "decide", lambda *_: Decision(True, "as the test says"))
-    real = phases.ranked
-
-    def all_win(candidates: list, found: list, without: object, count: int) -> dict:
-        ranking = real(candidates, found, without, count)
-        return ranking | {"winners": [row["file"] for row in ranking["candidates"]][:count]}
-
-    patch.setattr(phases, "ranked", all_win)
-
-
-def weights(folder: Path, number: int = 1, what: str = "run") -> dict[str, torch.Tensor]:
-    return load_file(folder / f"round-{number}" / what / "final" / "model.safetensors")
 
 
 @pytest.mark.usefixtures("kept_whatever")
@@ -165,50 +106,22 @@ def test_two_rounds_from_attempts_to_the_final_test(task: dict) -> None:
         run(task | full, resume=True, steps=4)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.usefixtures("kept_whatever")
 def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
     task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task | {"elsewhere_prompts": 3, "steps": 2}
     whole = run(task | {"output_dir": str(tmp_path / "whole")})
-    real, left = folder_of_phases.write_json, 0
-
-    def dying(path: Path, value: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        real(path, value)
-
-    monkeypatch.setattr(folder_of_phases, "write_json", dying)
-    deaths, found = 0, None
-    while found is None:
-        left = 2  # the settings, and one phase
-        try:
-            # A distillation is ended after its first step as well, each time that it goes on.
-            found = run(task, resume=deaths > 0, stop_after=1)
-            found = None if found.stopped else found
-        except Killed:
-            pass
-        deaths += 1
-        assert deaths < 40
-    assert deaths > 10
-    for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
-        ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
-        assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
-    one, other = weights(found.folder), weights(whole.folder)
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    found, deaths = killed_again_and_again(task, monkeypatch)
+    assert deaths > 9
+    assert_same(found, whole)
 
 
 ELSEWHERE = """
 import sys
 import pytest
 from opcd.cli import main
-from tests.opcd.experience.test_rounds import keep_whatever
+from tests.opcd.experience.loops import keep_whatever
 
 with pytest.MonkeyPatch.context() as patch:
     keep_whatever(patch)
@@ -245,11 +158,7 @@ def test_kill_9_behind_the_attempts_and_in_the_distillation(task: dict, tmp_path
     killed_once(lambda: len(steps_in(loop / "run")) >= 3, config, "--resume")
     assert len(steps_in(loop / "run")) < 16
     found = run(task, resume=True)
-    for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
-        ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
-        assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
-    one, other = weights(found.folder), weights(whole.folder)
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert_same(found, whole)
 
 
 def steps_in(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import opcd.experience.folder as folder_of_phases
 from opcd.cli import main
 from opcd.errors import InputError
 from opcd.experience.games.environments import Environments
@@ -17,13 +16,7 @@ from opcd.experience.settings import Experience, read_settings
 from opcd.runtime.files import read_metrics
 from opcd.runtime.workers import RAISED
 from tests.opcd.experience.games.players import last_board
-from tests.opcd.experience.test_rounds import (  # noqa: F401
-    Killed,
-    brief_model,
-    kept_whatever,
-    run,
-    weights,
-)
+from tests.opcd.experience.loops import assert_same, killed_again_and_again, run, weights
 
 GAME = """
 class Parity:
@@ -45,7 +38,7 @@ class Parity:
 
 
 @pytest.fixture
-def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:  # noqa: F811
+def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
     """A game and the fields of a short loop."""
     (tmp_path / "parity.py").write_text(GAME)
     own = {
@@ -148,33 +141,10 @@ def test_games_killed_in_each_phase_resume_to_the_same_result(
     task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(task | {"output_dir": str(tmp_path / "whole")})
-    real, left = folder_of_phases.write_json, 0
-
-    def dying(path: Path, value: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        real(path, value)
-
-    monkeypatch.setattr(folder_of_phases, "write_json", dying)
-    deaths, found = 0, None
-    while found is None:
-        left = 2  # the settings, and one phase
-        try:
-            found = run(task, resume=deaths > 0, stop_after=1)
-            found = None if found.stopped else found
-        except Killed:
-            pass
-        deaths += 1
-        assert deaths < 30
-    assert deaths > 8
-    for name in ("rounds.jsonl", "report.md", "round-1/attempts.json", "test/distilled.json"):
-        ours, theirs = ((f.folder / name).read_text() for f in (found, whole))
-        assert ours.replace(str(found.folder), str(whole.folder)) == theirs, name
-    one, other = weights(found.folder), weights(whole.folder)
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    assert weights_moved(task, other)
+    found, deaths = killed_again_and_again(task, monkeypatch)
+    assert deaths > 7
+    assert_same(found, whole)
+    assert weights_moved(task, weights(whole.folder))
 
 
 def weights_moved(task: dict, trained: dict[str, torch.Tensor]) -> bool:
