@@ -103,7 +103,7 @@ def kill_with_children(process: subprocess.Popen[str]) -> None:
     """Kill a process that leads a session of its own, and its children, which may hold its pipes
     open; on systems without groups the process alone."""
     if process.returncode is None and hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: where all ended
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
 

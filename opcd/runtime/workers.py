@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import opcd
 from opcd.errors import InputError
@@ -201,6 +201,8 @@ def serve(load: Callable[[], Answering], seconds: float) -> None:
     nowhere = open(os.devnull, "r+")  # noqa: SIM115  # as long as the process
     os.dup2(nowhere.fileno(), 0)  # a user's code, and what it starts, reads no question
     os.dup2(2, 1)  # what it prints is no answer
+    if hasattr(os, "register_at_fork"):  # nor does what it forks, even where that comes back here
+        os.register_at_fork(after_in_child=lambda: _lead(questions, answers, to=nowhere))
 
     def say(it: Mapping[str, Any]) -> None:
         print(json.dumps(it), file=answers, flush=True)
@@ -221,6 +223,11 @@ def serve(load: Callable[[], Answering], seconds: float) -> None:
             found = {"error": str(error)}
         faulthandler.cancel_dump_traceback_later()
         say(found)
+
+
+def _lead(*streams: TextIO, to: TextIO) -> None:
+    for stream in streams:
+        os.dup2(to.fileno(), stream.fileno(), inheritable=False)
 
 
 def dropped(lost: Sequence[Lost]) -> dict[str, int]:

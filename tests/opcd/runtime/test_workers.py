@@ -21,6 +21,13 @@ def answer(asked):
     if what == "fork" and os.fork() == 0:
         time.sleep(60)  # with all that its parent has open
         os._exit(0)
+    if what == "fork and come back" and os.fork():
+        time.sleep(0.2)
+        return {"said": "its parent"}
+    if what == "fork and leave" and os.fork() == 0:
+        os.setsid()
+        time.sleep(20)
+        os._exit(0)
     if what == "start":
         subprocess.Popen(["cat"], stdout=subprocess.DEVNULL)
     if what == "hang":
@@ -60,6 +67,18 @@ def test_processes_that_it_starts_end_with_it_and_hold_nothing_up(
     assert forked == after == {"said": "fork"}
     assert hung == Lost(OVER_TIME)
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_it_forks_answers_nothing(made: Callable[..., Workers]) -> None:
+    """Nor is anybody kept waiting for one that has left its group."""
+    begin = time.monotonic()
+    with made() as asked:
+        texts = ["fork and come back", "well", "fork and leave", "fork and come back", "well"]
+        found = asked.ask([{"what": what} for what in texts])
+    said = [it["said"] for it in found if not isinstance(it, Lost)]
+    assert said == ["its parent", "well", "fork and leave", "its parent", "well"]
+    assert time.monotonic() - begin < 15
 
 
 def test_questions_are_read_by_nothing_else(made: Callable[..., Workers]) -> None:
