@@ -8,10 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from opcd.errors import InputError
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.data import Example
 from opcd.tasks.formats import read_row
 from opcd.tasks.messages import Message, assistant, split_system
-from opcd.tasks.records import parse_json, read_text
+from opcd.tasks.records import read_lines
 
 RIGHT = 1.0  # a value: anything less is in part right
 
@@ -57,11 +58,11 @@ def read_log(path: str) -> tuple[list[Attempt], dict[str, int]]:
     attempts: list[Attempt] = []
     skipped = Counter[str]()
     first = ""
-    for number, line in enumerate(read_text(path, "log").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path, "log"), start=1):
         if not line.strip():
             continue
         try:
-            attempts.append(_logged(line, path, number))
+            attempts.append(_logged(line, f"{path}:{number}"))
         except InputError as error:
             skipped["lines that hold no answered conversation"] += 1
             first = first or str(error)
@@ -73,9 +74,11 @@ def read_log(path: str) -> tuple[list[Attempt], dict[str, int]]:
     return attempts, dict(skipped)
 
 
-def _logged(line: str, path: str, number: int) -> Attempt:
-    source = f"{path}:{number}"
-    record = parse_json(line, path, "log")
+def _logged(line: bytes, source: str) -> Attempt:
+    try:
+        record = parse_json(line.decode("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{source}: must be JSON in UTF-8, got {error}; correct it") from error
     if not isinstance(record, dict):
         raise InputError(f"{source}: must be an object, got {type(record).__name__}")
     outcome = record.pop("outcome", None)
@@ -93,16 +96,20 @@ def _logged(line: str, path: str, number: int) -> Attempt:
 
 def problems_of(attempts: Sequence[Attempt], source: str) -> list[Example]:
     """Each problem that was attempted, once."""
-    distinct = {json.dumps(a.problem, sort_keys=True): a.problem for a in attempts}
-    return [Example(tuple(problem), (), source) for problem in distinct.values()]
+    return [Example(tuple(same[0].problem), (), source) for same in by_problem(attempts)]
 
 
 def by_problem(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
     """Attempts at the same problem together, in their order."""
     found: dict[str, list[Attempt]] = {}
     for attempt in attempts:
-        found.setdefault(json.dumps(attempt.problem), []).append(attempt)
+        found.setdefault(spelled(attempt.problem), []).append(attempt)
     return [*found.values()]
+
+
+def spelled(problem: Sequence[Message]) -> str:
+    """A problem as one text, by which it is known."""
+    return json.dumps(list(problem), sort_keys=True)
 
 
 def read_attempts(rows: Sequence[dict[str, Any]]) -> list[Attempt]:

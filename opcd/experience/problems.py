@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from opcd.config import TrainConfig
@@ -106,10 +107,11 @@ def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) 
 
     Rows have the forms of evaluation data. Without validation_data and test_data named, both are
     taken from prompts. logged: problems of a log, which take the place of those to learn from; what
-    is a validation or test problem as well is left out of them.
+    is a validation or test problem as well, or holds one among its turns, is left out of them.
 
-    Raises InputError for rows without answers, equal problems with different answers, answers that
-    the checker can never find right, system messages, and a part without a problem.
+    Raises InputError for rows without answers, training problems that hold others among their
+    turns, equal problems with different answers, answers that the checker can never find right,
+    system messages, and a part without a problem.
     """
     named = [path for path in (config.validation_data, config.test_data) if path]
     if len(named) == 1 or (logged is not None and not named):
@@ -124,11 +126,18 @@ def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) 
         found = [_read(path) for path in (str(config.prompts), *named)]
         parts = Parts(*found) if named else split(found[0], config.held_out_share)
         check_disjoint(parts._asdict(), {"": NO_CONTEXT})
+        if shows := _showing(parts.train, parts):
+            raise InputError(
+                f"{shows[0].source}: a training problem must not hold a validation or test problem "
+                f"among its turns, which a demonstration would show, got {len(shows)} that do; "
+                f"remove them, or the problems that they hold"
+            )
     else:
         held_out = [_read(path) for path in named]
         check_disjoint({"validation": held_out[0], "test": held_out[1]}, {"": NO_CONTEXT})
-        known = {request_of(problem) for part in held_out for problem in part}
-        parts = Parts([p for p in logged if request_of(p) not in known], *held_out)
+        parts = Parts([], *held_out)
+        left_out = {id(problem) for problem in _showing(logged, parts)}
+        parts = parts._replace(train=[p for p in logged if id(p) not in left_out])
     for name, part in parts._asdict().items():
         if not part:
             raise InputError(
@@ -146,6 +155,25 @@ def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) 
                 f"without_context, or put it into the request"
             )
     return parts
+
+
+def _showing(problems: Sequence[Example], parts: Parts) -> list[Example]:
+    """Those in whose conversations a validation or test problem stands, as `check_disjoint` finds
+    it in demonstrations."""
+    held_out = [*parts.validation, *parts.test]
+    known = {request_of(problem)[1] for problem in held_out}
+    sizes = {len(problem.messages) for problem in held_out}
+
+    def shows(problem: Example) -> bool:
+        turns = problem.messages
+        return any(
+            request_of(replace(problem, messages=turns[end - size : end]))[1] in known
+            for end in range(1, len(turns) + 1)
+            for size in sizes
+            if size <= end
+        )
+
+    return [problem for problem in problems if shows(problem)]
 
 
 def split(problems: Sequence[Example], held_out_share: float) -> Parts:

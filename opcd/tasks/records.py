@@ -1,5 +1,6 @@
 """Files to JSON objects, each with its place: JSONL or a JSON array, packed with gzip or not."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -81,6 +82,32 @@ def read_text(path: str, kind: str) -> str:
 
     Raises InputError if it is missing, empty or something else.
     """
+    data = _read_data(path, kind)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x} at offset "
+            f"{error.start}; convert the file to UTF-8"
+        ) from error
+    if not text.strip():
+        raise InputError(f"{path}: {kind} must not be empty, got {len(text)} blank characters")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: str, kind: str) -> list[bytes]:
+    """The lines of a file as they are, for whoever reads on behind one that is broken.
+
+    Raises InputError as `read_text`, but for bytes that are no UTF-8.
+    """
+    data = _read_data(path, kind).removeprefix(codecs.BOM_UTF8)
+    if not data.strip():
+        raise InputError(f"{path}: {kind} must not be empty, got {len(data)} blank characters")
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+
+
+def _read_data(path: str, kind: str) -> bytes:
+    """What a file holds, unpacked. Raises InputError where none can be read, and for UTF-16."""
     file = Path(path)
     if file.is_dir():
         raise InputError(f"{kind} must be a file, got the folder {path!r}; name a file in it")
@@ -99,16 +126,7 @@ def read_text(path: str, kind: str) -> str:
         raise InputError(f"{kind} must be readable, got {path!r}: {error.strerror}") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path}: must be UTF-8 text, got UTF-16; save the file as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x} at offset "
-            f"{error.start}; convert the file to UTF-8"
-        ) from error
-    if not text.strip():
-        raise InputError(f"{path}: {kind} must not be empty, got {len(text)} blank characters")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return data
 
 
 def _unpacked(data: bytes, path: str) -> bytes:

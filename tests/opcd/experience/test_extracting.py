@@ -129,5 +129,47 @@ def test_a_log_with_broken_lines(tmp_path: Path) -> None:
     assert attempts[0].problem == [user("hi")]
     assert list(skipped.values()) == [4]
     path.write_text("\n".join(lines[2:6]), encoding="utf-8")
-    with pytest.raises(InputError, match=r"none in 4 lines; the first: .*served.jsonl"):
+    with pytest.raises(InputError, match=r"none in 4 lines; the first: .*served.jsonl:1: must be"):
         read_log(str(path))
+    path.write_text("\n \n" + "\n".join(lines[3:6]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"none in 3 lines; the first: .*served.jsonl:3: "):
+        read_log(str(path))
+
+
+def test_a_broken_byte_costs_its_line_alone(tmp_path: Path) -> None:
+    """As other encodings have, and a write that was cut."""
+    said = [json.dumps({"prompt": text, "completion": "ja"}, ensure_ascii=False) for text in "äöü"]
+    first, second, third = (line.encode("utf-8") for line in said)
+    cut = first[: first.index("ä".encode()) + 1]
+    path = tmp_path / "served.jsonl"
+    for mark, end in ((b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n"), (b"", b"\r")):
+        lines = [first, said[1].encode("latin-1"), b"\0" * 9, third, second, cut]
+        path.write_bytes(mark + end.join(lines))
+        attempts, skipped = read_log(str(path))
+        assert [a.problem[0]["content"] for a in attempts] == ["ä", "ü", "ö"]
+        assert list(skipped.values()) == [3]
+    path.write_bytes(said[1].encode("latin-1"))
+    with pytest.raises(InputError, match=r"served.jsonl:1: must be JSON in UTF-8, got .*0xf6"):
+        read_log(str(path))
+    path.write_bytes("\n".join(said).encode("utf-16"))
+    with pytest.raises(InputError, match="must be UTF-8 text, got UTF-16"):
+        read_log(str(path))
+    path.write_bytes(b" \n")
+    with pytest.raises(InputError, match="must not be empty"):
+        read_log(str(path))
+
+
+ODD = [None, True, 0, -1.5, "", " ", "text", [], {}, ["text"], [None], [[]], [{}], {"a": {}}]
+ODD += [[{"role": "user"}], [{"role": 1, "content": 2}], [{"role": "user", "content": None}]]
+ODD += [[{"role": "tool", "content": "x"}], [{"role": "assistant", "content": "x"}]]
+
+
+@pytest.mark.parametrize("place", ["messages", "prompt", "completion", "outcome", "body", "tools"])
+def test_whatever_stands_in_a_line_it_is_read_or_skipped(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "served.jsonl"
+    good: dict = {"prompt": "hi", "completion": "music"}
+    rows = [{**good, place: odd} for odd in ODD] + [{place: odd} for odd in ODD]
+    path.write_text("\n".join(map(json.dumps, [*rows, *ODD, good])), encoding="utf-8")
+    attempts, skipped = read_log(str(path))
+    assert attempts[-1].text == "music"
+    assert len(attempts) + sum(skipped.values()) == len(rows) + len(ODD) + 1

@@ -9,7 +9,7 @@ from opcd.errors import InputError
 from opcd.experience.problems import read_problems, split
 from opcd.tasks.data import Example, request_of
 from opcd.tasks.held_out import Parts
-from opcd.tasks.messages import user
+from opcd.tasks.messages import assistant, user
 from tests.conftest import write_jsonl
 
 
@@ -71,5 +71,23 @@ def test_a_logs_problems_are_learned_from_unless_they_are_measured_on(tmp_path: 
     logged = problems("0 + 1", "7 + 1", "3 +  1")
     parts = read_problems(config(tmp_path, rows, **files), logged)
     assert [p.text for p in parts.train] == ["7 + 1"]
+    # A conversation shows each of its turns, as a context and as a prompt.
+    turns = [user("and"), assistant("?"), user("0 + 1"), assistant("1"), user("8 + 1")]
+    for row, left in ((turns, 0), (turns[:2] + turns[4:], 1), (turns[2:], 0), (turns[:3], 0)):
+        talked = Example(tuple(row), (), "here:1")
+        parts = read_problems(config(tmp_path, rows, **files), [*logged, talked])
+        assert len(parts.train) == 1 + left
     with pytest.raises(InputError, match="must both be named, with a log"):
         read_problems(config(tmp_path, rows), logged)
+
+
+def test_a_training_problem_must_not_show_another_part_s(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(4)]
+    files = {
+        "validation_data": str(write_jsonl(tmp_path / "v.jsonl", rows[:2])),
+        "test_data": str(write_jsonl(tmp_path / "t.jsonl", rows[2:])),
+    }
+    turns = [user(" 3 + 1"), assistant("4"), user("8 + 1")]
+    own = [{"prompt": "5 + 1", "answer": "6"}, {"messages": turns, "answer": "9"}]
+    with pytest.raises(InputError, match=r"problems.jsonl:2: a training problem must not hold"):
+        read_problems(config(tmp_path, own, **files))
