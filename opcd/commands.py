@@ -17,7 +17,7 @@ from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS, check_code, converted_to, gather, of_a_run
 from opcd.errors import InputError, did_you_mean
-from opcd.experience.settings import ITS_OWN, Experience, read_settings
+from opcd.experience.settings import ITS_OWN, UNUSED, Experience, read_settings
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
 from opcd.serving.wanted import KINDS as SERVING_FIELDS
 from opcd.serving.wanted import Wanted
@@ -457,7 +457,7 @@ def _add_experience(commands: Any) -> None:
     )
     sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
-    _add_fields(sub, {name: FIELDS[name] for name in FIELDS if name not in ITS_OWN})
+    _add_fields(sub, set(FIELDS) - set(ITS_OWN) - UNUSED)
 
 
 def _add_allow_code(parser: argparse.ArgumentParser) -> None:

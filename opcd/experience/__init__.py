@@ -10,6 +10,7 @@ problems      tasks with answers, in three parts that their words decide
 games         games of several turns, a room of their own
 checking      checkers in processes of their own, with a time limit
 check_worker  such a process
+fitting       problems that leave room for an experience
 attempts      made by the model, or left by a server in a log
 items         extractor: lines that the model writes about its attempts
 successes     extractor: right attempts as demonstrations

@@ -1,8 +1,10 @@
 """The folder of a loop: what it was given, and what its phases have found."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -10,12 +12,20 @@ from typing import Any, NamedTuple
 
 from opcd.errors import InputError
 from opcd.experience.exercises import Exercises
-from opcd.experience.settings import Settings, as_dict
+from opcd.experience.settings import PYTHON, Settings, as_dict
 from opcd.models.digest import model_digest
 from opcd.runtime.files import make_folder, write_json
+from opcd.scoring.scorers import load_scorer
+from opcd.tasks.records import read_text
 
 FILE = "settings.json"
 FIRST, LAST = "before.json", "test"  # what the first phase leaves, and where the last one does
+# What else stands there under names that others use as well.
+OTHERS = (
+    *("elsewhere.json", "rounds.jsonl", "report.md", "curve.png", "round-1"),
+    *("validation.jsonl", "test.jsonl"),
+)
+FILES = ("items_prompt", "elsewhere_data", "replay_data", "chat_template")  # that settings name
 
 
 class Given(NamedTuple):
@@ -31,13 +41,14 @@ def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
 
     Raises InputError for a loop that would go on with other exercises, settings or models.
     """
-    folder = make_folder(Path(settings.training.output_dir))
+    folder = Path(settings.training.output_dir)
     file = folder / FILE
     now: dict[str, Any] = {
         "settings": as_dict(settings),
         "rounds": settings.experience.rounds,
         "data": _digest(exercises),
         "model": model_digest(settings.training.model),
+        "files": _digests(settings),
         "today": settings.training.today or date.today().isoformat(),
     }
     if resume:
@@ -47,9 +58,39 @@ def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
             f"output_dir must not hold a loop yet, got {str(folder)!r} with one; resume it, or "
             f"choose another output_dir"
         )
+    else:
+        _check_free(file)
     write_json(file, now)
     training = replace(settings.training, today=now["today"])
     return Given(settings._replace(training=training), folder, exercises)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within it no other process works in this folder, where the system can tell.
+
+    Raises InputError for one in which another does, and for one that cannot be written.
+    """
+    make_folder(folder)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"output_dir must be one loop's at a time, got {str(folder)!r}, in which another "
+                f"process works; wait for its end, or choose another output_dir"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(opened)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -79,12 +120,43 @@ def _checked(file: Path, now: dict[str, Any]) -> dict[str, Any]:
                 f"a resumed loop must have the {words} that it was begun with, got others; restore "
                 f"them, or start another output_dir"
             )
+    files = before.get("files", {})  # loops of before they were kept go on
+    if changed := sorted(name for name in files if files[name] != now["files"].get(name)):
+        raise InputError(
+            f"a resumed loop must have the files that it was begun with, got another text of "
+            f"{', '.join(changed)}; restore it, or start another output_dir"
+        )
     if now["rounds"] != before["rounds"] and (file.parent / LAST).exists():
         raise InputError(
             f"a loop's test problems are looked at once, at its end, and {file.parent} has done so "
             f"after {before['rounds']} rounds, got rounds {now['rounds']}; start another output_dir"
         )
     return before
+
+
+def _check_free(file: Path) -> None:
+    """Raise InputError for a folder in which something would be replaced that no loop has left."""
+    try:
+        own = {"settings", "rounds"} <= set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        own = False
+    there = [name for name in (FILE, *OTHERS, LAST) if (file.parent / name).exists()]
+    if there and not own:
+        raise InputError(
+            f"output_dir must not hold files of yours that the loop's own would replace, got "
+            f"{str(file.parent)!r} with {', '.join(there)}; choose another output_dir"
+        )
+
+
+def _digests(settings: Settings) -> dict[str, str]:
+    """Of files whose texts decide what comes of a loop, by the setting that names them."""
+    given = as_dict(settings)
+    found = {name: read_text(given[name], name) for name in FILES if given[name]}
+    if given["game"] is None:
+        found["scorer"] = load_scorer(given["scorer"]).identity
+    elif (place := given["game"].removeprefix(PYTHON).rpartition(":")[0]).endswith(".py"):
+        found["game"] = read_text(place, "game")
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in found.items()}
 
 
 def _digest(exercises: Exercises) -> str:

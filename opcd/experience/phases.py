@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opcd.errors import InputError
 from opcd.evaluation.intervals import PerRequest
 from opcd.experience.attempts import Attempt, read_attempts, summary
 from opcd.experience.contexts import (
@@ -21,6 +22,7 @@ from opcd.experience.gate import Decision, decide
 from opcd.experience.items import read_prompt, written_items
 from opcd.experience.measuring import Bench, Measured, agreement
 from opcd.experience.successes import successes
+from opcd.runtime.files import file_digest
 from opcd.training.loop import Diverged
 
 Say = Callable[[str], None]
@@ -92,6 +94,7 @@ class Phases:
         made = kept(
             folder / "candidates.json", lambda: self.candidates(number, attempts, items, folder)
         )
+        _check_as_written(made, folder / "candidates")
         found = kept(
             folder / "filter.json", lambda: self.filtered(made, weights, folder / "candidates")
         )
@@ -152,12 +155,14 @@ class Phases:
         (folder / "candidates").mkdir(exist_ok=True)
         return [
             {
-                "file": candidate.write(folder / "candidates").name,
+                "file": path.name,
                 "kind": candidate.kind,
                 "size": candidate.size,
                 "tokens": context_tokens(candidate.messages, setup),
+                "digest": file_digest(path),
             }
             for candidate in made
+            for path in [candidate.write(folder / "candidates")]
         ]
 
     def filtered(
@@ -206,6 +211,18 @@ class Phases:
             "validation": found._asdict(),
             "elsewhere": self.bench.elsewhere(name, self.validation),
         }
+
+
+def _check_as_written(made: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Raise InputError for contexts that are no longer what was, or will be, scored."""
+    for row in made:
+        file = folder / row["file"]
+        digest = file_digest(file) if file.is_file() else None
+        if digest != row.get("digest", digest) or digest is None:
+            raise InputError(
+                f"{file} must be as the loop wrote it, got {'another text' if digest else 'none'}; "
+                f"restore it, or start another output_dir"
+            )
 
 
 def _lost(counts: dict[str, Any]) -> str:

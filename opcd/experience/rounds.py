@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from opcd.experience.distilling import Distilling, Shown, Stopped
 from opcd.experience.exercises import Exercises
 from opcd.experience.final import final_columns
-from opcd.experience.folder import Given, begin
+from opcd.experience.fitting import keep_fitting
+from opcd.experience.folder import Given, alone, begin
 from opcd.experience.games.exercises import Games
 from opcd.experience.measuring import Bench
 from opcd.experience.phases import Phases, Round, Say
@@ -49,9 +50,10 @@ def learn(
     Raises InputError for whatever a user gave that does not fit.
     """
     settings.training.check()
-    with exercises_of(settings) as exercises:
+    with alone(Path(settings.training.output_dir)), exercises_of(settings) as exercises:
         given = begin(settings, exercises, resume)
         bench = Bench(given.settings.training, given.folder, exercises)
+        keep_fitting(given, bench)
         try:
             return _learn(given, Phases(given, bench, Distilling(given, bench, shown), say))
         finally:

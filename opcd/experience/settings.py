@@ -22,7 +22,10 @@ ITS_OWN = {
     "source": "a round distils what is sampled, or played; conversations go into --log",
     "guided_completions": "the prompted model makes them, a share guided_share",
     "turns": "a problem is one request",
+    "test_sets": "its test problems are one set",
 }
+# Of a training run that chooses by validation data and makes a scorecard: a round does neither.
+UNUSED = {"validate_every", "divergence_prompts", "elsewhere_tasks", "leak_tokens"}
 
 
 @dataclass(kw_only=True)
@@ -109,7 +112,7 @@ class Settings(NamedTuple):
 KINDS = get_type_hints(Experience)
 STAND_IN = "no experience yet"
 OF_GAMES = ("max_turns", "training_games", "validation_games", "test_games")
-OF_PROBLEMS = ("prompts", "validation_data", "test_data", "test_sets", "held_out_share", "scorer")
+OF_PROBLEMS = ("prompts", "validation_data", "test_data", "held_out_share", "scorer")
 
 
 def read_settings(
@@ -153,7 +156,7 @@ def read_settings(
             f"attempts are those of one model; set rounds to 1, and give the next model's log to a "
             f"loop of its own"
         )
-    return Settings(training, experience, log)
+    return Settings(training, experience, str(Path(log).expanduser().absolute()) if log else None)
 
 
 def _converted(group: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:

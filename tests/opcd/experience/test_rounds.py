@@ -17,9 +17,11 @@ from opcd.config.fields import FIELDS
 from opcd.errors import InputError
 from opcd.experience import distilling, phases
 from opcd.experience.final import COLUMNS
+from opcd.experience.folder import alone
 from opcd.experience.problems import read_problems
 from opcd.experience.settings import read_settings
 from opcd.tasks.elsewhere import BUILT_IN
+from opcd.tasks.messages import assistant, user
 from tests.conftest import in_groups, write_jsonl
 from tests.opcd.experience.loops import assert_same, killed_again_and_again, run, weights
 
@@ -314,6 +316,7 @@ def test_the_command(task: dict, tmp_path: Path, capsys: pytest.CaptureFixture) 
         ({"context": "c.md"}, "context must not be set in the experience loop"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"elsewhere_loss": 3}, "0.03 is three points"),
+        ({"test_sets": "{more: more.jsonl}"}, "test_sets must not be set in the experience loop"),
         ({"attemps_per_problem": 2}, "did you mean attempts_per_problem?"),
         ({"learn_from": "failures"}, "learn_from must be one of both, items, successes"),
         ({"items_prompt": "none.md"}, "none.md', which is not there"),
@@ -325,3 +328,79 @@ def test_wrong_settings(
     path = command(task | changed, tmp_path)
     assert main(["experience", "--config", str(path)]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_a_resumed_loop_must_find_what_it_was_begun_with(task: dict, tmp_path: Path) -> None:
+    asks = tmp_path / "asks.md"
+    asks.write_text("{problem} {attempt}")
+    others = write_jsonl(tmp_path / "others.jsonl", [{"prompt": w} for w in ("hm", "ho", "hi")])
+    task = task | {"items_prompt": str(asks), "elsewhere_data": str(others), "elsewhere_prompts": 3}
+    found = run(task)
+    (context,) = found.rounds[0]["winners"]
+    context = found.folder / "round-1" / "candidates" / context
+    for file, says in (
+        (tmp_path / "checker.py", "another text of scorer"),
+        (asks, "another text of items_prompt"),
+        (others, "another text of elsewhere_data"),
+        (tmp_path / "problems.jsonl", "must have the problems that it was begun with"),
+        (context, "must be as the loop wrote it, got another text"),
+    ):
+        text = file.read_text()
+        file.write_text(text.replace("red", "rot") if "red" in text else text + "\n")
+        with pytest.raises(InputError, match=says):
+            run(task, resume=True)
+        file.write_text(text)
+    assert run(task, resume=True).rounds == found.rounds
+    context.unlink()
+    with pytest.raises(InputError, match="must be as the loop wrote it, got none"):
+        run(task, resume=True)
+
+
+def test_a_folder_is_one_loops_at_a_time_and_holds_nothing_of_others(
+    task: dict, tmp_path: Path
+) -> None:
+    folder = Path(task["output_dir"])
+    with alone(folder), pytest.raises(InputError, match="one loop's at a time"):
+        run(task)
+    (folder / "validation.jsonl").write_text("mine")
+    with pytest.raises(InputError, match=r"files of yours .* with validation.jsonl; choose"):
+        run(task)
+    assert (folder / "validation.jsonl").read_text() == "mine"
+    assert not (folder / "settings.json").exists()
+    (folder / "validation.jsonl").unlink()
+    (folder / "settings.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match=r"with settings.json; choose"):
+        run(task)
+    # One that never came to its first phase is begun anew.
+    (folder / "settings.json").unlink()
+    with pytest.raises(InputError, match="must fit the model's 512 positions"):
+        run(task, context_tokens=600)
+    assert sorted(path.name for path in folder.glob("[!.]*.json*")) == [
+        "settings.json",
+        "validation.jsonl",
+    ]
+    (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 0")
+    assert not run(task).rounds[0]["accepted"]
+
+
+@pytest.mark.usefixtures("kept_whatever")
+def test_of_a_log_what_does_not_fit_is_left_out(task: dict, tmp_path: Path) -> None:
+    measured_on = [json.loads(line) for line in Path(task["prompts"]).read_text().splitlines()]
+    rows = [{"prompt": f"green {w}", "completion": w, "outcome": 1} for w in WORDS.split()]
+    turns = [user("dark fig"), assistant("fig"), user("blue fig"), assistant("fig")]
+    long = {"prompt": "far " * 600, "completion": "no", "outcome": 1}
+    told = [{"messages": turns, "outcome": 1}, long, *rows, long]
+    files = {
+        "log": str(write_jsonl(tmp_path / "served.jsonl", told)),
+        "validation_data": str(write_jsonl(tmp_path / "v.jsonl", measured_on[:10])),
+        "test_data": str(write_jsonl(tmp_path / "t.jsonl", measured_on[10:20])),
+    }
+    assert turns[0]["content"] in [row["prompt"] for row in measured_on[:10]]
+    (row,) = run(task, **files).rounds
+    assert row["attempts"]["dropped"] == {
+        "at validation or test problems": 1,
+        "that do not fit the model": 2,
+    }
+    assert row["attempts"]["right"] == len(rows)
+    assert row["accepted"]
