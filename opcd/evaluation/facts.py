@@ -62,9 +62,10 @@ def lost_facts(card: dict[str, Any]) -> list[str]:
     return facts
 
 
-def set_lines(card: dict[str, Any]) -> list[str]:
-    """What is said of one more set of test data."""
-    lines = [f"of {shown(card['file'])}", *constant_facts(card), *harm_facts(card["contenders"])]
+def set_lines(card: dict[str, Any], texts: bool = True) -> list[str]:
+    """What is said of one more set of test data; with answers quoted, or without texts."""
+    said = [*constant_facts(card, texts), *harm_facts(card["contenders"])]
+    lines = [f"of {shown(card['file'])}", *said]
     names = {"gain": "prompted against base", "learned": "distilled against base"}
     for name, pair in {**names, "left": "distilled against prompted"}.items():
         if found := card["differences"].get(name):

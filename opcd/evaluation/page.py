@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from opcd.config import TrainConfig
 from opcd.config.fields import FIELDS, GROUPS
+from opcd.evaluation.facts import set_lines
 from opcd.evaluation.plots import Plot, accuracy_plot, position_plot, training_plots
 from opcd.evaluation.report import check_lines, raised_alarms, scorecard_facts, spike_lines
 from opcd.evaluation.savings import savings
@@ -67,6 +68,7 @@ def _view(folder: Path, record: Record) -> dict[str, Any]:
         "columns": {},
         "facts": [],
         "rates": [],
+        "sets": [],
         "accuracy": None,
         "training": [_drawn(plot) for plot in trained],
         "position": None,
@@ -90,6 +92,10 @@ def _view(folder: Path, record: Record) -> dict[str, Any]:
         "columns": columns,
         "facts": scorecard_facts(card, texts),
         "rates": _rates(columns, named),
+        "sets": [
+            _set(name, of_set, record.answers, texts)
+            for name, of_set in card.get("test_sets", {}).items()
+        ],
         "accuracy": _drawn(accuracy_plot(columns)),
         "checked": _checked(folder, card, texts),
         "changes": _changes(columns, record.answers),
@@ -210,6 +216,16 @@ def _rates(columns: Mapping[str, Any], named: Mapping[str, str]) -> list[dict[st
         means = [column["balanced_accuracy"] for column in columns.values()]
         rows.append({"name": "balanced", "n": None, "means": means})
     return rows
+
+
+def _set(
+    name: str, card: dict[str, Any], answers: Sequence[Mapping[str, Any]], texts: bool
+) -> dict[str, Any]:
+    """One more set of test data, as the first one is shown, and what is said of it."""
+    columns = card["contenders"]
+    named = _class_names(columns, answers) if not texts else {}
+    rates = _rates(columns, named)
+    return {"name": name, "columns": columns, "rates": rates, "lines": set_lines(card, texts)}
 
 
 def _missed(answers: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:

@@ -1,7 +1,8 @@
 """A contender behind HTTP: any server of OpenAI's chat completions (vLLM, SGLang, llama.cpp, ...).
 
 It renders its own chat template and keeps its own precision: what is measured is what is served.
-Only the standard library is needed.
+Only the standard library is needed. What it sends is a stranger's: bounded in size and time, and it
+sends nobody on, who would take the key along.
 """
 
 import json
@@ -14,20 +15,36 @@ from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
+from urllib.request import (
+    HTTPRedirectHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    build_opener,
+)
 
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender
+from opcd.runtime.strict_json import parse_json
 from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 
-LOOKUP_S, ANSWER_S = 10.0, 120.0  # until an answer begins, or goes on
+LOOKUP_S, ANSWER_S = 10.0, 120.0  # until an answer begins, and from there to its end
+MOST_BYTES, PIECE_BYTES = 64 << 20, 1 << 16  # of an answer, and of what is read at once
 AT_ONCE = 8  # requests under way
+LONGEST_SAID = 200  # characters of what it sent, in an error
 BUSY = {429, 500, 502, 503, 504}  # asked again
 WAITS_S = (1.0, 4.0)
 KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
 LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class _Stays(HTTPRedirectHandler):
+    """Follows nobody: urllib would give the key to whomever a server names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """See above."""
 
 
 class Server:
@@ -38,8 +55,12 @@ class Server:
     """
 
     def __init__(self, base_url: str, model: str | None = None, key: str | None = None) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(base_url)
+            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port, or of brackets
+            right = False
+        if not right:
             raise InputError(
                 f"base_url must be an address like http://127.0.0.1:8000/v1, got {base_url!r}; "
                 f"correct it"
@@ -48,7 +69,7 @@ class Server:
         self._key = key
         # A proxy of the environment does not know what is on this machine.
         own = [ProxyHandler({})] if parts.hostname in LOCAL else []
-        self._opener: OpenerDirector = build_opener(*own)
+        self._opener: OpenerDirector = build_opener(_Stays, *own)
         served = self._served()
         if model is None and len(served) != 1:
             raise InputError(
@@ -70,7 +91,7 @@ class Server:
         bodies = [json.dumps(self._body(messages, setup), sort_keys=True) for messages in requests]
         if setup.config.eval_temperature:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                return [_answer(*said, setup) for said in pool.map(self._completed, bodies)]
+                return [_answer(*found, setup) for found in pool.map(self._completed, bodies)]
         distinct = list(dict.fromkeys(bodies))
         with ThreadPoolExecutor(AT_ONCE) as pool:
             found = dict(zip(distinct, pool.map(self._completed, distinct), strict=True))
@@ -93,12 +114,15 @@ class Server:
     def _served(self) -> list[str]:
         found = self.read("/models", None, LOOKUP_S)
         try:
-            return [model["id"] for model in found["data"]]
+            names = [model["id"] for model in found["data"]]
+            if not all(isinstance(name, str) and name.isprintable() for name in names):
+                raise TypeError("a name is a line of text")
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"{self.base_url}/models must list models as OpenAI's does, got "
-                f"{str(found)[:100]}; give the address up to /v1"
+                f"{said(found)}; give the address up to /v1"
             ) from error
+        return names
 
     def _completed(self, body: str) -> tuple[str, str]:
         """The text of an answer, and why it ended."""
@@ -106,10 +130,12 @@ class Server:
         try:
             (choice,) = found["choices"]
             text, finish = choice["message"]["content"] or "", choice["finish_reason"]
+            if not isinstance(text, str):
+                raise TypeError("an answer is a text")
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"{self.base_url} must answer with one choice and its message, got "
-                f"{str(found)[:200]}; is it a server of chat completions?"
+                f"{said(found)}; is it a server of chat completions?"
             ) from error
         return text, "length" if finish == "length" else "stop"
 
@@ -121,24 +147,24 @@ class Server:
                 break
             time.sleep(wait_s)
             status, text = self._asked(path, body, limit_s)
-        said = " ".join(text.split())[:200]
         if status >= 400:
             raise InputError(
-                f"{self.base_url}{path} must answer, got status {status}: {said}; look at the "
-                f"server's log"
+                f"{self.base_url}{path} must answer, got status {status}: {said(text)}; look at "
+                f"the server's log"
             )
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError as error:
             raise InputError(
-                f"{self.base_url}{path} must answer with JSON, got {said!r}; give the address "
-                f"up to /v1"
+                f"{self.base_url}{path} must answer with JSON, got {said(text)!r}; give the "
+                f"address up to /v1"
             ) from error
 
     def _asked(self, path: str, body: bytes | None, limit_s: float) -> tuple[int, str]:
         """Status and text of a response. Raises InputError where there is none."""
         with self.opened(self.base_url + path, body, limit_s) as response:
-            return response.status, self._text(response, limit_s)
+            text = b"".join(self.pieces(response, limit_s))
+            return response.status, text.decode("utf-8", "replace")
 
     @contextmanager
     def opened(self, url: str, body: bytes | None, limit_s: float) -> Iterator[Any]:
@@ -148,6 +174,8 @@ class Server:
         """
         headers = {"Content-Type": "application/json"}
         if key := self._key or os.environ.get(KEY):
+            if not key.isascii() or not key.isprintable():
+                raise InputError(f"{KEY} must be one line of ASCII, got another; set it anew")
             headers["Authorization"] = f"Bearer {key}"
         try:
             response = self._opener.open(Request(url, body, headers), timeout=limit_s)
@@ -156,14 +184,35 @@ class Server:
         except (URLError, HTTPException, OSError) as error:
             raise self._no_answer(error, limit_s) from error
         with response:
+            if 300 <= response.status < 400:
+                raise InputError(
+                    f"{url} must answer itself, got a redirect to "
+                    f"{said(response.headers.get('Location'))}, which is not followed, for the "
+                    f"key goes with a request; name the address that answers as base_url"
+                )
             yield response
 
-    def _text(self, response: Any, limit_s: float) -> str:
+    def pieces(self, response: Any, limit_s: float) -> Iterator[bytes]:
+        """A response as it comes.
+
+        Raises InputError for one that breaks off, takes longer than `limit_s`, or does not end.
+        """
+        deadline, size = time.monotonic() + limit_s, 0
+        while piece := self._piece(response, limit_s):
+            size += len(piece)
+            if size > MOST_BYTES or time.monotonic() > deadline:
+                raise InputError(
+                    f"{self.base_url} must answer within {limit_s:.0f} s and {MOST_BYTES >> 20} "
+                    f"MiB, got an answer that goes on; look at the server's log"
+                )
+            yield piece
+
+    def _piece(self, response: Any, limit_s: float) -> bytes:
         try:
-            text: str = response.read().decode("utf-8", "replace")
+            piece: bytes = response.read1(PIECE_BYTES)
         except (HTTPException, OSError) as error:
             raise self._no_answer(error, limit_s) from error
-        return text
+        return piece
 
     def _no_answer(self, error: Exception, limit_s: float) -> InputError:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
@@ -171,6 +220,12 @@ class Server:
             f"a server must answer at {self.base_url} within {limit_s:.0f} s, got {reason}; "
             f"start it, or correct base_url"
         )
+
+
+def said(value: Any) -> str:
+    """What a server sent, in a line for people: short, and without what a terminal acts on."""
+    text = " ".join(str(value)[:LONGEST_SAID].split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def server_contenders(server: Server, setup: Setup, name: str) -> list[Contender]:

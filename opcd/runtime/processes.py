@@ -65,9 +65,15 @@ def family(leader: Named | None, mark: str) -> list[Named]:
     """Who still runs of a process and its children.
 
     Those whose environment holds `mark`, as ``NAME=value``; and while the leader's number is its
-    own, those in its group.
+    own, those in its group. Never who asks, nor who is in its group: a child that was given a
+    session of its own cannot get there, so that a file that says so is wrong.
     """
-    found = {number: status for number in _numbers() if (status := _status(number)) is not None}
+    own = os.getpgrp()
+    found = {
+        number: status
+        for number in _numbers()
+        if number > 1 and (status := _status(number)) is not None and status.group != own
+    }
     at = found.get(leader.pid) if leader is not None else None
     verified = leader is not None and at is not None and at.began == leader.began
     group = leader.pid if verified and leader is not None else None  # else the number is another's

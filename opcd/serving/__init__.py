@@ -12,6 +12,7 @@ room          memory for keys and values, and how many requests there is room fo
 spread        a figure with what lies around it
 break_even    after how many requests training has paid; the verdict
 same_answers  whether the served model is the measured model
+apart         how far its log-probabilities are from the exported one's, and may be
 report        what was found, in words, as a table and as a file
 vllm          an installed vLLM, and how it is started
 process       the life of a server that is started here

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from opcd.serving.spread import Spread
 
+MOST_REQUESTS = 1e15
 NOT_LEARNED = ("not learned", "worse than before", "learned in part")
 
 
@@ -43,8 +44,9 @@ class BreakEven(NamedTuple):
 
     @property
     def saves(self) -> bool:
-        """Whether a request costs less without the prompt by more than rounds differ."""
-        return self.saved.low > 0
+        """Whether a request costs less without the prompt by more than rounds differ, and by so
+        much that training pays at all."""
+        return self.saved.low > 0 and (self.training is None or self.most_requests is not None)
 
 
 class Verdict(NamedTuple):
@@ -83,8 +85,13 @@ def priced(
 
 
 def break_even(counted: Counted, requests_a_day: float | None = None) -> BreakEven:
-    """Requests until ``training <= requests · (prompted - distilled)``."""
+    """Requests until ``training <= requests · (prompted - distilled)``.
+
+    What training cost counts as not known where it is no number from 0 on.
+    """
     unit, more, less, training, words = counted
+    if training is not None and not 0 <= training < math.inf:
+        training = None
     saved = Spread(
         more.median - less.median, more.low - less.high, more.high - less.low, min(more.n, less.n)
     )
@@ -96,11 +103,10 @@ def break_even(counted: Counted, requests_a_day: float | None = None) -> BreakEv
     requests = most = days = None
     if training is None:
         lines.append("after how many requests training has paid is not known: see above")
-    elif saved.median <= 0:
+    elif (requests := _after(training, saved.median)) is None:
         lines.append("nothing is saved a request, so that training never pays")
     else:
-        requests = math.ceil(training / saved.median)
-        most = math.ceil(training / saved.low) if saved.low > 0 else None
+        most = _after(training, saved.low)
         upper = f"at most {most:,}" if most is not None else "or never, as rounds differ by as much"
         lines.append(
             f"pays after training / saved = {training:.3g} / {saved.median:.3g} = {requests:,} "
@@ -110,6 +116,13 @@ def break_even(counted: Counted, requests_a_day: float | None = None) -> BreakEv
             days = requests / requests_a_day
             lines.append(f"that is {days:.3g} days at {requests_a_day:,.0f} requests a day")
     return BreakEven(unit, saved, training, requests, most, days, lines)
+
+
+def _after(training: float, saved: float) -> int | None:
+    """Requests; None where it is never, or after more than anybody sends."""
+    if not saved > 0 or not training / saved <= MOST_REQUESTS:
+        return None
+    return math.ceil(training / saved)
 
 
 def verdict(
@@ -137,6 +150,12 @@ def verdict(
             "serve it with one that counts cached tokens, and measure again",
         )
     saved = found.saved
+    if not all(map(math.isfinite, saved)):
+        return Verdict(
+            "not known",
+            "what a request costs is no number with the prompt, or without it",
+            "measure again, and look at the prices",
+        )
     amount = f"{saved.median:.3g} ({saved.low:.3g} to {saved.high:.3g})"
     unit = "s of the device a request" if found.unit == "s" else "a request, at these prices"
     if not found.saves:

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,7 +150,7 @@ def end_left_behind() -> int:
     if not folder.is_dir():
         return 0
     for own in sorted(folder.iterdir()):
-        if own.is_symlink() or not own.is_dir() or own.stat().st_uid != os.getuid():
+        if not _is_own(own):
             continue
         record = _read(own / RECORD)
         there, owner = record.get("place"), read_named(record.get("owner"))
@@ -166,6 +167,15 @@ def end_left_behind() -> int:
             ended += end_family(read_named(record.get("server")), mark)
         shutil.rmtree(own, ignore_errors=True)  # of before the machine was started: nothing lives
     return ended
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a folder of this user's; it may go away meanwhile, by another report."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
 def _read(file: Path) -> dict[str, object]:

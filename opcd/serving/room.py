@@ -11,7 +11,6 @@ from opcd.evaluation.server import Server
 
 METRIC = "vllm:cache_config_info"
 LOOK_S = 10.0
-MOST_BYTES = 16 << 20  # of a page of metrics
 MIB = 1 << 20
 
 
@@ -44,8 +43,8 @@ def blocks_of(server: Server) -> Blocks | None:
         with server.opened(url, None, LOOK_S) as response:
             if response.status >= 400:
                 return None
-            text = response.read(MOST_BYTES).decode("utf-8", "replace")
-    except (InputError, OSError):
+            text = b"".join(server.pieces(response, LOOK_S)).decode("utf-8", "replace")
+    except InputError:
         return None
     return blocks_in(text)
 
@@ -56,7 +55,8 @@ def blocks_in(metrics: str) -> Blocks | None:
         if line.startswith(METRIC + "{"):
             labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
             size, count = labels.get("block_size", ""), labels.get("num_gpu_blocks", "")
-            if size.isdigit() and count.isdigit() and int(size) and int(count):
+            whole = all(re.fullmatch("[0-9]{1,12}", x) for x in (size, count))
+            if whole and int(size) and int(count):
                 return Blocks(int(size), int(count))
     return None
 
@@ -72,7 +72,7 @@ def room(
     size = blocks.tokens if blocks is not None else 1
     shared = int(cached_tokens or 0) // size * size
     own = max(1, ceil((prompt_tokens + answer_tokens - shared) / size)) * size
-    fits = None if blocks is None else (blocks.number * size - shared) // own
+    fits = None if blocks is None else max(0, blocks.number * size - shared) // own
     return Room(own, shared, each_bytes, fits)
 
 

@@ -3,12 +3,14 @@
 Two programs that multiply in another order differ by rounding, and where two tokens are as likely
 as each other, either may come first. In float32, where rounding is a ten-thousandth, every answer
 that differs must differ first where both programs find the two tokens within `NEAR` of each other.
-In 16 bits nothing can be said of single tokens: logits between 16 and 64 are apart by 0.125 or 0.25
-or are the same, and the first of those that tie is taken. There, as in float32, both programs must
-be as right (McNemar's test).
+In 16 bits logits between 16 and 32 are multiples of 0.125, and every layer rounds: where answers
+differ first is counted there, within `NEAR` or two units in the last place, and nothing is made of
+it. In both, the log-probabilities of what was answered must lie where rounding puts them (`apart`),
+and both programs must be as right (McNemar's test).
 """
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,11 +28,12 @@ from opcd.evaluation.intervals import CHANCE, mcnemar
 from opcd.evaluation.server import ANSWER_S, AT_ONCE, Server
 from opcd.models.head import head_of
 from opcd.passes.hidden import completion_rows, scored_hidden
+from opcd.serving.apart import NEAR, Apart, apart, token_logprobs, unit_at
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
 
-NEAR = 0.1  # of logits, in float32
 EXACT: Literal["float32"] = "float32"
+UNITS = 2  # in the last place: one of each logit
 ENDED = -1  # where an answer has no token any more
 LIKELIEST = 20  # tokens of which a server gives the log-probability, at each place
 
@@ -53,15 +56,17 @@ class Differing(NamedTuple):
     theirs: int  # of the server
     our_margin: float | None  # logit of ours over theirs, by transformers; None where one has ended
     their_margin: float | None  # of theirs over ours, by the server; None: not among its likeliest
+    unit: float = 0.0  # in the last place of the larger logit, in the dtype that is served
 
     @property
     def near(self) -> bool:
-        """Whether both programs find the two as likely as rounding can tell."""
+        """Whether both programs find the two as likely as rounding of logits can tell."""
+        most = max(NEAR, UNITS * self.unit)
         return (
             self.our_margin is not None
-            and abs(self.our_margin) <= NEAR
+            and abs(self.our_margin) <= most
             and self.their_margin is not None
-            and abs(self.their_margin) <= NEAR
+            and abs(self.their_margin) <= most
         )
 
 
@@ -72,6 +77,7 @@ class Same(NamedTuple):
     requests: int
     other_prompts: int  # requests that the server turned into other tokens
     differing: list[Differing]
+    apart: Apart
     only_ours: int  # requests that transformers alone answers right; 0 without accepted answers
     only_theirs: int
     p_value: float | None  # McNemar's; None where nothing says what is right
@@ -81,6 +87,7 @@ class Same(NamedTuple):
         """Whether nothing but rounding is between them."""
         return (
             not self.other_prompts
+            and self.apart.agrees
             and (self.dtype != EXACT or all(place.near for place in self.differing))
             and (self.p_value is None or self.p_value > CHANCE)
         )
@@ -95,12 +102,14 @@ class Same(NamedTuple):
         )
         if self.other_prompts:
             found += f"; {self.other_prompts} requests were turned into OTHER TOKENS by the server"
-        if self.differing and self.dtype == EXACT:
+        if self.differing:
             near = sum(place.near for place in self.differing)
+            units = "" if self.dtype == EXACT else ", or two units in the last place,"
             found += (
                 f", {near} of the {len(self.differing)} others differ first where both programs "
-                f"have the two tokens within {NEAR} of each other"
+                f"have the two tokens within {NEAR}{units} of each other"
             )
+        found += f"; {self.apart.words}"
         if self.p_value is not None:
             found += (
                 f"; right by one alone: transformers {self.only_ours}, the server "
@@ -113,6 +122,7 @@ class Same(NamedTuple):
         return {
             **self._asdict(),
             "agrees": self.agrees,
+            "apart": {**self.apart._asdict(), "agrees": self.apart.agrees},
             "differing": [{**d._asdict(), "near": d.near} for d in self.differing],
         }
 
@@ -171,7 +181,7 @@ def _served(found: Any, server: Server) -> Served:
             "length" if choice["finish_reason"] == "length" else "stop",
             [{_id(x["token"]): float(x["logprob"]) for x in at["top_logprobs"]} for at in places],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{server.base_url} must answer with token ids and log-probabilities, as vLLM does, "
             f"got none ({type(error).__name__}: {error}); is it another server?"
@@ -186,25 +196,52 @@ def _id(token: str) -> int:
 def compared(model: str, cases: Sequence[Case], served: Sequence[Served], setup: Setup) -> Same:
     """A model's own answers, by its name or folder, against those of a server.
 
-    The model is loaded here in the dtype of `setup`, the server's, and gone at the end.
+    The model is loaded here in the dtype of `setup`, the server's, then in float32, and gone at the
+    end. Raises InputError for tokens that it does not have.
     """
     params = greedy_params(setup)
+    dtype, prompts = setup.config.dtype, [case.prompt for case in cases]
+    completions = [s.token_ids[: params.max_completion_tokens] for s in served]
     loaded = load_for_answers(setup, model, params)
     try:
+        _check_tokens(completions, len(head_of(loaded.model).weight))
         answers = loaded.alone(cases)
         differing = _differing(loaded, cases, answers, served)
+        ours = token_logprobs(loaded, prompts, completions)
     finally:
         loaded.engine.close()
-    dtype, prompts = setup.config.dtype, [case.prompt.student_ids for case in cases]
-    other = sum(ids != s.prompt_ids for ids, s in zip(prompts, served, strict=True))
+    del loaded
+    theirs = [
+        s.logprobs[i].get(token, math.nan) if i < len(s.logprobs) else math.nan
+        for s, ids in zip(served, completions, strict=True)
+        for i, token in enumerate(ids)
+    ]
+    exact = None
+    if dtype != EXACT:
+        loaded = load_for_answers(in_float32(setup), model, params)
+        try:
+            exact = token_logprobs(loaded, prompts, completions)
+        finally:
+            loaded.engine.close()
+    found = apart(theirs, ours, exact)
+    other = sum(p.student_ids != s.prompt_ids for p, s in zip(prompts, served, strict=True))
     if not setup.task.judges(cases):
-        return Same(dtype, len(cases), other, differing, 0, 0, None)
+        return Same(dtype, len(cases), other, differing, found, 0, 0, None)
     said = [read_answer(s.token_ids, s.finish, params, setup.chat) for s in served]
-    ours, theirs = (_values(cases, given, setup) for given in (answers, said))
-    pairs = list(zip(ours, theirs, strict=True))
+    right, theirs_right = (_values(cases, given, setup) for given in (answers, said))
+    pairs = list(zip(right, theirs_right, strict=True))
     only_ours, only_theirs = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     p_value = mcnemar(only_ours, only_theirs)
-    return Same(dtype, len(cases), other, differing, only_ours, only_theirs, p_value)
+    return Same(dtype, len(cases), other, differing, found, only_ours, only_theirs, p_value)
+
+
+def _check_tokens(completions: Sequence[Sequence[int]], vocab_size: int) -> None:
+    wrong = [t for ids in completions for t in ids if not 0 <= t < vocab_size]
+    if wrong:
+        raise InputError(
+            f"a server must answer with tokens of the model's {vocab_size}, got {wrong[0]}; is it "
+            f"another model's server?"
+        )
 
 
 def _values(cases: Sequence[Case], answers: Sequence[Answer], setup: Setup) -> list[float]:
@@ -231,14 +268,15 @@ def _differing(
             ids[place] if place < len(ids) else ENDED
             for ids in (answer.token_ids, theirs.token_ids)
         )
-        ours = None
+        ours, unit = None, 0.0
         if ENDED not in (own, other):
             logits = _logits(loaded, cases[i].prompt.student_ids, answer.token_ids[: place + 1])
-            ours = (logits[own] - logits[other]).item()
+            first, second = logits[own].item(), logits[other].item()
+            ours, unit = first - second, unit_at(max(first, second, key=abs), loaded.setup.dtype)
         likely = theirs.logprobs[place] if place < len(theirs.logprobs) else {}
         known = own in likely and other in likely
         margin = likely[other] - likely[own] if known else None
-        found.append(Differing(i, place, own, other, ours, margin))
+        found.append(Differing(i, place, own, other, ours, margin, unit))
     return found
 
 

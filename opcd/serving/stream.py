@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
-from opcd.evaluation.server import Server
+from opcd.evaluation.server import Server, said
 from opcd.runtime.strict_json import parse_json
 from opcd.tasks.messages import Message
 
 ANSWER_S = 300.0  # for a whole answer
-LONGEST_LINE = 1 << 20  # bytes
+MOST_TOKENS = 1 << 32  # that a usage may count
 # Beyond OpenAI's, as vLLM, SGLang and llama.cpp have it: answers of one length, each token of it
 # as text. A server that refuses them answers as long as it does.
 ONE_LENGTH = {"ignore_eos": True, "skip_special_tokens": False}
@@ -59,7 +59,8 @@ def takes_one_length(server: Server, messages: Sequence[Message]) -> bool:
     """Whether it takes requests for answers of one length."""
     url = f"{server.base_url}/chat/completions"
     with server.opened(url, body_of(server, messages, 1, {}, True), ANSWER_S) as response:
-        response.read(LONGEST_LINE)
+        for _ in server.pieces(response, ANSWER_S):
+            pass
         return bool(response.status < 400)
 
 
@@ -74,20 +75,20 @@ def timed(server: Server, body: bytes) -> Timed:
     usage: Mapping[str, Any] | None = None
     for event in _events(server, body, began + ANSWER_S):
         now = time.perf_counter()
-        if any(_says(choice) for choice in event.get("choices") or []):
+        if _says(event.get("choices")):
             first, last = first or now, now
         usage = event.get("usage") or usage
     try:
         if first is None or last is None or usage is None:
             raise KeyError("usage" if usage is None else "content")
         details = usage.get("prompt_tokens_details") or {}
-        cached = details.get("cached_tokens")
+        prompt, cached = _count(usage["prompt_tokens"]), details.get("cached_tokens")
         return Timed(
             first - began,
             last - began,
-            int(usage["prompt_tokens"]),
-            None if cached is None else int(cached),
-            int(usage["completion_tokens"]),
+            prompt,
+            None if cached is None else _count(cached, prompt),
+            _count(usage["completion_tokens"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -96,28 +97,33 @@ def timed(server: Server, body: bytes) -> Timed:
         ) from error
 
 
-def _says(choice: Any) -> bool:
+def _says(choices: Any) -> bool:
     """Whether a piece of an answer holds something that was generated."""
-    delta = choice.get("delta") if isinstance(choice, dict) else None
+    listed = choices if isinstance(choices, list) else []
+    deltas = [choice.get("delta") for choice in listed if isinstance(choice, dict)]
     names = ("content", "reasoning_content", "reasoning", "tool_calls")
-    return isinstance(delta, dict) and any(delta.get(name) for name in names)
+    return any(isinstance(delta, dict) and any(map(delta.get, names)) for delta in deltas)
+
+
+def _count(value: Any, most: int = MOST_TOKENS) -> int:
+    """Of tokens. Raises ValueError for what is none."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{said(value)!r} tokens")
+    return value
 
 
 def _events(server: Server, body: bytes, deadline: float) -> Iterator[dict[str, Any]]:
     """The objects of a response of server-sent events."""
     url = f"{server.base_url}/chat/completions"
     with server.opened(url, body, ANSWER_S) as response:
+        pieces = server.pieces(response, max(0.0, deadline - time.perf_counter()))
         if response.status >= 400:
-            said = " ".join(response.read(LONGEST_LINE).decode("utf-8", "replace").split())[:200]
+            text = b"".join(pieces).decode("utf-8", "replace")
             raise InputError(
-                f"{url} must answer, got status {response.status}: {said}; look at the server's log"
+                f"{url} must answer, got status {response.status}: {said(text)}; look at the "
+                f"server's log"
             )
-        while line := _line(response, server):
-            if time.perf_counter() > deadline:
-                raise InputError(
-                    f"{server.base_url} must answer within {ANSWER_S:.0f} s, got an answer that "
-                    f"goes on; look at the server's log"
-                )
+        for line in _lines(pieces):
             name, _, value = line.partition(b":")
             if name.strip() != b"data" or value.strip() in (b"", b"[DONE]"):
                 continue
@@ -132,13 +138,13 @@ def _events(server: Server, body: bytes, deadline: float) -> Iterator[dict[str, 
                 yield event
 
 
-def _line(response: Any, server: Server) -> bytes:
-    """The next one; b"" at the end."""
-    try:
-        line: bytes = response.readline(LONGEST_LINE)
-    except OSError as error:
-        raise InputError(
-            f"{server.base_url} must answer to the end, got {error or type(error).__name__}; look "
-            f"at the server's log"
-        ) from error
-    return line
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """What comes in pieces, as lines, each as soon as it is there."""
+    rest: list[bytes] = []
+    for piece in pieces:
+        *lines, last = piece.split(b"\n")
+        for line in lines:
+            yield b"".join((*rest, line))
+            rest = []
+        rest.append(last)
+    yield b"".join(rest)

@@ -140,13 +140,18 @@ def command(vllm: Vllm, model: Model, port: int, folder: Path) -> list[str]:
 
 
 def surroundings(own: Mapping[str, str], folder: Path, key: str) -> dict[str, str]:
-    """The environment of a server: what it writes goes into its folder, and it asks no network."""
+    """The environment of a server: what it writes goes into its folder, and it asks no network.
+
+    Its processes talk over the loopback interface alone.
+    """
     kept = {name: value for name, value in own.items() if name not in LEFT_OUT}
     return {
         "VLLM_CPU_KVCACHE_SPACE": CPU_GIB,
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         **kept,
         "VLLM_API_KEY": key,
+        "VLLM_HOST_IP": HOST,
+        "GLOO_SOCKET_IFNAME": "lo",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
         "VLLM_CONFIG_ROOT": str(folder / "config"),
         "VLLM_NO_USAGE_STATS": "1",

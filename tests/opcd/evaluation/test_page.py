@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from opcd.config.settings import gather
 from opcd.evaluation.page import LONGEST, Record, write_page
 from opcd.evaluation.plots import _thinned, position_plot, training_plots
 from opcd.runtime.files import read_jsonl, read_metrics, write_json
+from tests.screenshots import browser_path, shots
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \u202e\x00 \ud800"
 MOST_BYTES = 300_000
@@ -162,13 +162,56 @@ def test_the_worst_answers_come_first(copied_run: Path) -> None:
     assert "as right as prompted</th><td>9</td>" in page
 
 
+SAVED = [["", "first token, ms"], ["prompted_cached", "12.0 (11.0 – 13.5)"], ["distilled", "–"]]
+
+
 def test_savings_are_shown_where_they_were_measured(copied_run: Path) -> None:
-    table = [["server", "time to first token"], ["prompted, cached", "12 ms"]]
-    write_json(copied_run / "serving.json", {"summary": ["keep <b>the</b> prompt"], "table": table})
+    summary = ["keep <b>the</b> prompt", "by a server"]
+    write_json(copied_run / "serving.json", {"summary": summary, "table": SAVED})
     page = written(copied_run, record_of(copied_run))
     assert "<h2>What it saves</h2>" in page
-    assert "keep &lt;b&gt;the&lt;/b&gt; prompt" in page
-    assert '<th scope="row">prompted, cached</th><td>12 ms</td>' in page
+    verdict, table, by = (
+        page.index(part)
+        for part in (
+            '<p class="says">keep &lt;b&gt;the&lt;/b&gt; prompt</p>',
+            '<th scope="row">prompted cached</th><td>12.0<small>11.0 – 13.5</small></td>',
+            "<li>by a server</li>",
+        )
+    )
+    assert verdict < table < by, "the verdict first, and how last"
+    assert '<th scope="row">distilled</th><td>–</td>' in page
+
+
+def a_set(record: Record) -> dict[str, Any]:
+    """One more set of test data, as a scorecard has it: the first one's, with a class's answer."""
+    names = ("contenders", "differences", "constant")
+    found = {name: record.card[name] for name in names if name in record.card}  # type: ignore[index]
+    found = json.loads(json.dumps(found)) | {"file": "far.jsonl"}
+    for column in found["contenders"].values():
+        column["accuracy"] = 0.125
+        column["rates"] = {"dog food": {"mean": 0.375, "n": 5}}
+        column["balanced_accuracy"] = 0.25
+    found["constant"] = {"answer": "dog food", "accuracy": 0.75}
+    return found
+
+
+@pytest.mark.parametrize("without_texts", [False, True])
+def test_more_test_data_have_their_place(copied_run: Path, without_texts: bool) -> None:
+    record = record_of(copied_run, without_texts=without_texts)
+    record.card["test_sets"] = {"far <b>": a_set(record)}  # type: ignore[index]
+    page = written(copied_run, record)
+    Tags(page)
+    whole, _, section = page.partition("<h2>Other test data</h2>\n<h3>far &lt;b&gt;</h3>")
+    section, _, _ = section.partition("</section>")
+    assert "Other test data" not in written(copied_run, record_of(copied_run))
+    assert section.count("12.5%<small>") == len(record.card["contenders"])  # type: ignore[index]
+    assert "12.5%" not in whole
+    assert "37.5%" in section
+    assert "<li>of far.jsonl</li>" in section
+    assert re.search(r"<li>distilled against prompted: [+-]\d+\.\d points", section)
+    assert ("dog food" in section) == (not without_texts)
+    assert ("class 1" in section) == without_texts
+    assert "one answer for all" in section
 
 
 def test_a_run_without_test_data_has_a_page(copied_run: Path) -> None:
@@ -236,50 +279,30 @@ def test_the_gap_by_position_is_a_mean_over_answers() -> None:
     assert position_plot({}) is None
 
 
-WIDTHS = (390, 1280)
-
-
 def test_a_browser_lays_it_out_at_two_widths(copied_run: Path, tmp_path: Path) -> None:
-    playwright = pytest.importorskip(
+    """Light and dark, nothing is fetched, complained of, or wider than phone and screen."""
+    pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'"
     )
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser_path = next(filter(None, map(shutil.which, names)), None)
-    if browser_path is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(names)}")
+    if browser_path() is None:
+        pytest.skip("no browser is installed: apt-get install chromium")
     record = record_of(copied_run)
     long = "a_word_that_no_line_can_hold_" * 12
     for row in record.answers:
         row["distilled"] = long  # type: ignore[index]
+    record.card["test_sets"] = {long: a_set(record)}  # type: ignore[index]
+    table = [
+        [*SAVED[0], *["requests/s"] * 9],
+        *([*row, *["1.90 (1.64 – 1.97)"] * 9] for row in SAVED[1:]),
+    ]
+    write_json(copied_run / "serving.json", {"summary": [long, "more"], "table": table})
     write_page(copied_run, record)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        for width in WIDTHS:
-            for scheme in ("light", "dark"):
-                context = browser.new_context(
-                    viewport={"width": width, "height": 800},
-                    color_scheme=scheme,
-                    offline=True,
-                    java_script_enabled=True,
-                )
-                page, said = context.new_page(), []
-                page.on("console", lambda message, said=said: said.append(message.text))
-                page.on("pageerror", lambda error, said=said: said.append(str(error)))
-                page.on("request", lambda request, said=said: said.append(request.url))
-                address = (copied_run / "report.html").as_uri()
-                page.goto(address)
-                assert said == [address], "nothing else is fetched, and nothing is complained of"
-                wider = page.evaluate(
-                    "[...document.querySelectorAll('body *')].filter(e => "
-                    "e.getBoundingClientRect().right > document.documentElement.clientWidth + 1 "
-                    "&& !e.closest('.scroll')).map(e => e.outerHTML.slice(0, 80))"
-                )
-                assert wider == []
-                assert page.evaluate(
-                    "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-                )
-                page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
-                assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 20_000
-        browser.close()
+    found = shots(copied_run / "report.html", tmp_path)
+    assert [picture.name for picture in found] == [
+        f"report-{width}-{scheme}.png" for width in (390, 1280) for scheme in ("light", "dark")
+    ]
+    assert list(found.values()) == [[]] * 4
+    assert all(picture.stat().st_size > 20_000 for picture in found)
+    (copied_run / "wide.html").write_text("<p style='width:2000px'>x<script src='y.js'></script>")
+    found = shots(copied_run / "wide.html", tmp_path, height=100)
+    assert all("y.js" in str(wrong) and "width:2000px" in str(wrong) for wrong in found.values())

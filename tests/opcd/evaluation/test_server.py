@@ -1,8 +1,10 @@
 """A contender behind HTTP, on a server of this process."""
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +27,7 @@ class Served:
 
     def __init__(self) -> None:
         self.models: Any = ["tiny"]
+        self.moved: str | None = None
         self.reply: Reply = lambda body: (200, choice(body["messages"][-1]["content"][0]))
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
@@ -33,10 +36,13 @@ class Served:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 models = served.models
+                served.headers.append(dict(self.headers))
+                if served.moved is not None:
+                    return self._send(307, served.moved + self.path)
                 listed = (
                     {"data": [{"id": m} for m in models]} if isinstance(models, list) else models
                 )
-                self._send(200 if self.path == "/v1/models" else 404, listed)
+                return self._send(200 if self.path == "/v1/models" else 404, listed)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,15 +51,25 @@ class Served:
                 self._send(*served.reply(body))
 
             def _send(self, status: int, value: Any) -> None:
-                text = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", value)
                 self.end_headers()
-                self.wfile.write(text)
+                if isinstance(value, Iterator):
+                    for piece in value:
+                        self.wfile.write(piece)
+                        self.wfile.flush()
+                    return
+                self.wfile.write(value if isinstance(value, bytes) else json.dumps(value).encode())
 
             def log_message(self, *_: object) -> None:
                 """Nothing."""
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Quiet(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Clients go away in the middle of an answer."""
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
 
@@ -61,18 +77,25 @@ def choice(text: str | None, finish: str = "stop") -> dict:
     return {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr("opcd.evaluation.server.WAITS_S", (0.0, 0.0))
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nobody answers at
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+@contextlib.contextmanager
+def running() -> Iterator[Served]:
     it = Served()
-    thread = threading.Thread(target=it.http.serve_forever, daemon=True)
+    waits = {"poll_interval": 0.01}
+    thread = threading.Thread(target=it.http.serve_forever, kwargs=waits, daemon=True)
     thread.start()
     yield it
     it.http.shutdown()
     it.http.server_close()
     thread.join()
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr("opcd.evaluation.server.WAITS_S", (0.0, 0.0))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nobody answers at
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with running() as it:
+        yield it
 
 
 def test_it_answers_without_and_with_the_context(settings: dict, served: Served) -> None:
@@ -92,7 +115,7 @@ def test_it_answers_without_and_with_the_context(settings: dict, served: Served)
         "temperature": 0.0,
         "chat_template_kwargs": {"thinking": False},
     }
-    assert "Authorization" not in served.headers[0]
+    assert not [headers for headers in served.headers if "Authorization" in headers]
     served.bodies.clear()
     prompted.answer(cases[:1])
     assert served.bodies[0]["messages"] == [system("Answer with one letter."), user("cat")]
@@ -105,7 +128,30 @@ def test_a_key_of_the_environment_is_sent(
     monkeypatch.setenv("OPENAI_API_KEY", "for-tests")
     setup = prepare(TrainConfig(**settings))
     Server(served.url).answers([[user("x")]], setup)
-    assert served.headers[0]["Authorization"] == "Bearer for-tests"
+    assert [headers["Authorization"] for headers in served.headers] == ["Bearer for-tests"] * 2
+    for wrong in ("for\ntests", "f\u00fcr-tests"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(InputError, match=r"OPENAI_API_KEY must be one line of ASCII") as raised:
+            Server(served.url)
+        assert wrong not in str(raised.value), "nobody's log has it"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_nobody_is_followed_elsewhere_with_a_key(
+    settings: dict, served: Served, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "for-tests")
+    server, setup = Server(served.url), prepare(TrainConfig(**settings))
+    with running() as other:
+        served.reply = lambda _: (status, f"{other.url}/chat/completions")
+        with pytest.raises(InputError, match=rf"got a redirect to {other.url}/chat/c.* as base_u"):
+            server.answers([[user("x")]], setup)
+        served.moved = other.url.removesuffix("/v1")
+        with pytest.raises(InputError, match=rf"got a redirect to {other.url}/models"):
+            Server(served.url)
+        assert other.headers == [], "it was asked nothing"
+        assert len(Server(other.url).answers([[user("x")]], setup)) == 1
+        assert other.headers[0]["Authorization"] == "Bearer for-tests", "named, it is"
 
 
 def test_one_that_is_busy_is_asked_again(settings: dict, served: Served) -> None:
@@ -128,6 +174,9 @@ def test_one_that_is_busy_is_asked_again(settings: dict, served: Served) -> None
     [
         ((400, {"error": "max_tokens is too large"}), "status 400: .*max_tokens is too large"),
         ((200, b"<html>"), "must answer with JSON, got '<html>'; give the address up to /v1"),
+        ((200, b"[" * 100_000), "must answer with JSON, got '\\[\\["),
+        ((200, b"\x1b[2J<html>"), "must answer with JSON, got '\ufffd\\[2J<html>'"),
+        ((200, choice(["text"])), "must answer with one choice and its message"),  # type: ignore[arg-type]
         ((200, {"choices": []}), "must answer with one choice and its message"),
         ((200, ["?"]), "must answer with one choice and its message"),
     ],
@@ -142,6 +191,31 @@ def test_what_is_no_answer_is_an_error(
     assert len(served.bodies) == 1, "only one that is busy is asked again"
 
 
+def test_one_that_does_not_end_is_left(
+    settings: dict, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By size, and by time where it comes a byte at a time."""
+    server, setup = Server(served.url), prepare(TrainConfig(**settings))
+    over = threading.Event()
+
+    def drip() -> Iterator[bytes]:
+        while not over.wait(0.01):
+            yield b" "
+
+    monkeypatch.setattr("opcd.evaluation.server.ANSWER_S", 0.2)
+    served.reply = lambda _: (200, drip())
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"must answer within 0 s .*got an answer that goes on"):
+        server.answers([[user("x")]], setup)
+    over.set()
+    assert time.monotonic() - began < 2
+    monkeypatch.setattr("opcd.evaluation.server.ANSWER_S", 30.0)
+    monkeypatch.setattr("opcd.evaluation.server.MOST_BYTES", 1 << 20)
+    served.reply = lambda _: (200, iter([b" " * (1 << 16)] * 1000))
+    with pytest.raises(InputError, match="within 30 s and 1 MiB, got an answer that goes on"):
+        server.answers([[user("x")]], setup)
+
+
 def test_an_answer_without_text_is_empty(settings: dict, served: Served) -> None:
     served.reply = lambda _: (200, choice(None))
     (answer,) = Server(served.url).answers([[user("x")]], prepare(TrainConfig(**settings)))
@@ -154,7 +228,8 @@ def test_where_no_server_is(monkeypatch: pytest.MonkeyPatch) -> None:
         port = free.getsockname()[1]
     with pytest.raises(InputError, match=rf"a server must answer at http://127.0.0.1:{port}/v1 wi"):
         Server(f"http://127.0.0.1:{port}/v1")
-    for address in ("file:///etc/hosts", "127.0.0.1:8000", "http:///v1"):
+    wrong = ("file:///etc/hosts", "127.0.0.1:8000", "http:///v1", "http://[v1", "http://x:99999/v1")
+    for address in wrong:
         with pytest.raises(InputError, match="base_url must be an address like"):
             Server(address)
 
@@ -175,9 +250,11 @@ def test_the_model_must_be_one_of_the_server(served: Served) -> None:
         Server(served.url)
     with pytest.raises(InputError, match="got 'huge' where there are small, large; name one"):
         Server(served.url, "huge")
-    served.models = {"object": "list"}
-    with pytest.raises(InputError, match="must list models as OpenAI's does"):
-        Server(served.url)
+    for wrong in ({"object": "list"}, [7], ["tiny\x1b[2J"], "tiny"):
+        served.models = wrong
+        with pytest.raises(InputError, match="must list models as OpenAI's does") as raised:
+            Server(served.url)
+        assert "\x1b" not in str(raised.value), "a terminal is not told what to do"
     with pytest.raises(InputError, match="must answer, got status 404"):
         Server(served.url.removesuffix("/v1"))
 

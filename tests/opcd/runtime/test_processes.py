@@ -70,6 +70,17 @@ def test_without_a_leader_no_group_is_anybodys() -> None:
     assert family(Named(2**22 + 1, 1), "no=mark") == []
 
 
+def test_who_asks_is_never_found_nor_its_group(started: list) -> None:
+    """Whatever a file says: it would end the caller, or the shell that called it."""
+    start(started, mark="16")
+    asks, shell = named(os.getpid()), named(os.getpgrp())
+    for leader in (asks, shell):
+        assert leader is not None
+        assert family(leader, f"{MARK}=16") == []
+        assert end_family(leader, f"{MARK}=16") == 0
+    assert started[0].poll() is None
+
+
 def test_children_are_found_by_their_mark_and_by_their_group(started: list) -> None:
     # `process_group` came with Python 3.11, `preexec_fn` was there before.
     leader = start(started, mark="17", preexec_fn=os.setpgrp)

@@ -86,6 +86,46 @@ def test_the_word(learned: str | None, expected: float | None, word: str) -> Non
     assert verdict(learned, break_even(counted()), expected).word == word
 
 
+@pytest.mark.parametrize("training", [math.nan, math.inf, -1.0])
+def test_what_is_no_cost_is_not_known(training: float) -> None:
+    found = break_even(counted(training), 500)
+    assert (found.training, found.requests, found.days) == (None, None, None)
+    assert "is not known" in found.lines[-1]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_figures_that_are_none_decide_nothing(wrong: float) -> None:
+    for more, less in (
+        (Spread(wrong, wrong, wrong, 3), LESS),
+        (MORE, Spread(0.04, wrong, 0.05, 3)),
+    ):
+        decided = verdict("learned", break_even(counted(more=more, less=less), 500))
+        assert decided.word == "not known"
+    assert verdict(
+        "not learned", break_even(counted(more=Spread(wrong, wrong, wrong, 3)))
+    ).word == ("keep the prompt")
+
+
+def test_prices_of_nothing_save_nothing() -> None:
+    free = break_even(priced(Prices(0.0, 0.0, hour=0.0), 1000, 800, 100, 10.0), 500)
+    assert (free.saved.median, free.training, free.requests) == (0.0, 0.0, None)
+    assert verdict("learned", free).word == "keep the prompt"
+    # All of the prompt is cached, and that is free: the request alone costs, on both sides.
+    same = break_even(priced(Prices(1.0, 0.0), 1100, 1000, 100, None))
+    assert verdict("learned", same).word == "keep the prompt"
+    # Training that cost nothing has paid before the first request.
+    given = break_even(priced(Prices(1.0, 1.0, hour=0.0), 1000, 0, 100, 10.0), 500)
+    assert (given.requests, given.days) == (0, 0.0)
+    tiny = break_even(priced(Prices(5e-324, 0.0, hour=1.0), 10**7, 0, 100, 1e9))
+    assert tiny.saved.median > 0
+    assert tiny.requests is None, "more than anybody sends"
+    assert "never pays" in tiny.lines[-1]
+
+
+def test_no_requests_pay_for_nothing() -> None:
+    assert verdict("learned", break_even(counted()), expected_requests=0).word == "keep the prompt"
+
+
 def test_without_a_cached_prompt_nothing_is_known() -> None:
     assert verdict("learned", None).word == "not known"
     assert verdict("not learned", None).word == "keep the prompt"

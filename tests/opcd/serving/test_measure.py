@@ -91,6 +91,10 @@ SAYS = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
 USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
 
 
+def usage(**other: object) -> list[bytes]:
+    return [b"data: " + json.dumps({"usage": USAGE | other}).encode() + b"\n"]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -99,6 +103,12 @@ USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
         ([b"data: <html>\n"], "must stream JSON, got b'<html>'"),
         ([SAYS, b'data: {"usage": {"prompt_tokens": "many"}}\n'], "with their text and their"),
         ([SAYS, b'data: {"usage": 7}\n'], "with their text and their"),
+        ([b'data: {"choices": 7}\n', *usage()], "got none: 'content'"),
+        ([SAYS, *usage(prompt_tokens=float("inf"))], "'inf' tokens"),
+        ([SAYS, *usage(prompt_tokens=-1)], "'-1' tokens"),
+        ([SAYS, *usage(completion_tokens=True)], "'True' tokens"),
+        ([SAYS, *usage(prompt_tokens_details={"cached_tokens": 2})], "'2' tokens"),
+        ([b"data: " + b"[" * 100_000 + b"\n"], "must stream JSON"),
     ],
 )
 def test_what_is_no_stream_is_an_error(
@@ -116,6 +126,20 @@ def test_an_answer_without_end_is_not_waited_for(
     behaviour.each_s = 0.02
     with pytest.raises(InputError, match="got an answer that goes on"):
         timed(served, body_of(served, REQUESTS[0], 100, {}, True))
+
+
+def test_a_stream_that_never_ends_a_line_is_left(
+    served: Server, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opcd.evaluation.server.MOST_BYTES", 1 << 20)
+    behaviour.lines = [SAYS, *[b"x" * (1 << 16)] * 1000]
+    with pytest.raises(InputError, match="1 MiB, got an answer that goes on"):
+        timed(served, body_of(served, REQUESTS[0], 2, {}, True))
+
+
+def test_a_line_may_come_in_pieces() -> None:
+    pieces = iter([b"da", b"ta: 1\nda", b"ta: 2\n\n", b"data: 3"])
+    assert [*stream._lines(pieces)] == [b"data: 1", b"data: 2", b"", b"data: 3"]
 
 
 def test_a_status_is_said(behaviour: Behaviour, url: str) -> None:

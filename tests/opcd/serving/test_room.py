@@ -44,6 +44,7 @@ def test_a_request_takes_whole_blocks_behind_those_it_shares() -> None:
     assert whole.own_mib == pytest.approx(768 * 23_040 / 2**20)
     shared = room(728, 640, 2, blocks, 23_040)
     assert (shared.own_tokens, shared.shared_tokens, shared.fits) == (128, 640, 695)
+    assert room(728, 640, 2, Blocks(128, 4), 23_040).fits == 0, "and none less"
     alone = room(45, None, 2, None, None)
     assert (alone.own_tokens, alone.fits, alone.own_mib) == (47, None, None)
 
@@ -52,6 +53,10 @@ def test_blocks_are_read_from_metrics(served: Server, behaviour: Behaviour) -> N
     assert blocks_of(served) == Blocks(8, 100)
     for text in ("", "# nothing", 'vllm:cache_config_info{block_size="8",num_gpu_blocks="None"} 1'):
         assert blocks_in(text) is None
+    for size in ("\u00b2", "9" * 5000, "-8"):
+        assert (
+            blocks_in(f'vllm:cache_config_info{{block_size="{size}",num_gpu_blocks="1"}} 1') is None
+        )
     behaviour.metrics = None
     assert blocks_of(served) is None
     assert blocks_of(Server(served.base_url + "/")) is None

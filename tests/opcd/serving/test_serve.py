@@ -20,6 +20,7 @@ from opcd.models.by_name import load_model
 from opcd.runtime.files import write_json
 from opcd.runtime.processes import are_known
 from opcd.serving import in_process, measure, serve
+from opcd.serving.apart import token_logprobs
 from opcd.serving.process import Started, servers_folder
 from opcd.serving.report import Served
 from opcd.serving.wanted import Wanted
@@ -52,7 +53,11 @@ def answers_of(run: Path, file: Path, model: str = "final") -> None:
     loaded = load_for_answers(setup, str(run / model))
     found = {}
     for case, answer in zip(setup.task.test, loaded.alone(setup.task.test), strict=True):
-        content = [{"top_logprobs": []}] * answer.tokens
+        logprobs = token_logprobs(loaded, [case.prompt], [answer.token_ids])
+        content = [
+            {"top_logprobs": [{"token": f"token_id:{token}", "logprob": logprob}]}
+            for token, logprob in zip(answer.token_ids, logprobs, strict=True)
+        ]
         choice = {
             "token_ids": answer.token_ids,
             "finish_reason": answer.finish,
