@@ -85,9 +85,8 @@ def budget(setup: Setup) -> Budget:
 def _needs(setup: Setup) -> Needs | str:
     if setup.config.source == "played":
         return "games grow by what they tell their players"
-    models, task = Models(setup), setup.task
-    written = disk(models.sizes(), setup.config, len(task.validation), len(task.test))
-    return Needs(models.memory(), written)
+    models = Models(setup)
+    return Needs(models.memory(), disk(models.sizes(), setup))
 
 
 def _fits(needed: int, room: Room) -> bool:

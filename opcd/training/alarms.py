@@ -225,9 +225,9 @@ def _length(course: Course) -> Alarm | None:
 
 
 def _empty(course: Course) -> Alarm | None:
-    """Answers without a text."""
+    """Answers without a text, that training has not put an end to or has brought about."""
     now, usual = course.validations[-1], course.prompted["empty_share"]
-    if now["empty_share"] <= usual + EMPTY_MORE:
+    if now["step"] == 0 or now["empty_share"] <= usual + EMPTY_MORE:
         return None
     return Alarm(
         "empty",

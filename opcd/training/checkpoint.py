@@ -27,6 +27,7 @@ from opcd.runtime.files import (
     write_folder,
 )
 from opcd.runtime.untrusted import OPTIMIZER
+from opcd.tasks.prepare import Setup
 from opcd.training.loop import Distiller
 from opcd.training.model_writer import ModelWriter
 
@@ -124,11 +125,9 @@ def finish(folder: Path, config: TrainConfig, steps_done: int) -> None:
         remove_folder(checkpoint)
 
 
-def check_room(
-    folder: Path, distiller: Distiller, writer: ModelWriter, validation: int, test: int
-) -> None:
+def check_room(folder: Path, distiller: Distiller, writer: ModelWriter, setup: Setup) -> None:
     """Raise InputError if checkpoints and model of a run will not fit on the disk of `folder`."""
-    needed = disk(_sizes(distiller, writer), distiller.config, validation, test).peak
+    needed = disk(_sizes(distiller, writer), setup).peak
     room = free_bytes(folder) + folder_bytes(folder / "checkpoints")
     if needed > room:
         raise InputError(

@@ -138,7 +138,7 @@ def _fit(
             f"restore it, or start another output_dir"
         )
     write_config(config, folder / "config.yaml")
-    check_room(folder, distiller, writer, len(task.validation), len(task.test))
+    check_room(folder, distiller, writer, setup)
     writer.rehearse(checkpoints)
     progress.say(run_plan(setup, distiller))
     metrics_file = folder / "metrics.jsonl"

@@ -10,11 +10,13 @@ import opcd.preflight.budget as budgets
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.preflight.budget import Budget, Needs, budget, budget_lines, check_memory
+from opcd.preflight.disk import REPORT_BYTES, scored_bytes
 from opcd.runtime.files import folder_bytes, shown_size
 from opcd.runtime.memory import Room, memory_room, resident_memory
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import prepare
 from opcd.training import checkpoint, run
+from tests.conftest import write_jsonl
 
 
 def of(settings: dict, **overrides: Any) -> Budget:
@@ -24,6 +26,20 @@ def of(settings: dict, **overrides: Any) -> Budget:
 def needs(made: Budget) -> Needs:
     assert isinstance(made.needs, Needs), made.needs
     return made.needs
+
+
+def test_what_answers_take(settings: dict) -> None:
+    """Every file that grows with the requests; of a run with few steps the report is smaller."""
+    rows = [{"prompt": f"how much is {i} and {i}", "answer": str(2 * i)} for i in range(99)]
+    write_jsonl(Path(settings["test_data"]), rows)
+    words = " ".join(f"w{i}" for i in range(20))
+    Path(settings["context"]).write_text(f"Answer with a number. {words}", encoding="utf-8")
+    settings |= {"steps": 1, "validation_data": None, "elsewhere_prompts": 45, "leak_tokens": 16}
+    setup = prepare(TrainConfig(**settings), for_training=True)
+    run.train(TrainConfig(**settings))
+    names = ("answers.jsonl", "answers.csv", "elsewhere.jsonl", "leak.jsonl")
+    taken = [(Path(settings["output_dir"]) / name).stat().st_size for name in names]
+    assert scored_bytes(setup) - REPORT_BYTES == pytest.approx(sum(taken), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

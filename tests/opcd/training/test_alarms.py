@@ -239,6 +239,8 @@ def test_empty_answers() -> None:
         nothing | {"prompted": PROMPTED | {"empty_share": 0.1}},
     ):
         assert "empty" not in raised(course(20, {0: BASE, 20: found}))
+    before = {0: BASE | {"empty_share": 0.21}, 20: WELL}
+    assert raised(course(20, before)) == {}, "nothing is trained by then"
 
 
 def test_one_answer_for_everything() -> None:
