@@ -219,7 +219,8 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         if parts[part]:
             remarks += _unjudged(parts[part], str(files[part] or config.prompts), scorer, config)
     remarks += check_gold([example for part in measured for example in parts[part]], scorer)
-    return TaskFiles(contexts, parts, scorer, remarks)
+    # What is said of a file holds of each part that comes of it.
+    return TaskFiles(contexts, parts, scorer, [*dict.fromkeys(remarks)])
 
 
 def _held_out_remarks(parts: Parts, config: TrainConfig) -> list[str]:

@@ -44,6 +44,7 @@ def test_prompts_are_kept_out_and_measured_on(
     assert (
         "of 60 prompts 42 are trained on, 6 to choose the checkpoint by and 12 to test" in printed
     )
+    assert printed.count("has no answers: models are held against") == 1
     run = Path(unlabelled["output_dir"])
     rows = [row["validation"] for row in read_metrics(run / "metrics.jsonl") if "validation" in row]
     assert len(rows) == 3
