@@ -55,7 +55,7 @@ def _rate_rows(columns: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", *columns)]
     for name, rate in first.get("rates", {}).items():
         means = [f"{column['rates'][name]['mean']:.1%}" for column in columns.values()]
-        rows.append((f"{_short(name, 40)} ({rate['n']})", *means))
+        rows.append((f"{excerpt(name, 40)} ({rate['n']})", *means))
     if "balanced_accuracy" in first:
         means = [f"{column['balanced_accuracy']:.1%}" for column in columns.values()]
         rows.append(("balanced", *means))
@@ -175,7 +175,7 @@ def elsewhere_table(found: dict[str, Any]) -> str:
     for kind, means in [("all", {"prompts": found["prompts"], **whole}), *kinds]:
         rows.append(
             (
-                f"{_short(kind, 40)} ({means['prompts']})",
+                f"{excerpt(kind, 40)} ({means['prompts']})",
                 f"{means['agreement']:.0%}",
                 f"{means['common_prefix']:.0%}",
                 f"{means['reverse_kl']:.3f}",
@@ -209,12 +209,12 @@ def before_after(answers: Sequence[dict[str, Any]], count: int = 5) -> str:
     lines = []
     for i in range(min(count, len(answers))):
         row = answers[i * len(answers) // count if len(answers) > count else i]
-        lines.append(f"  {_short(asked(row['prompt']), 88)}")
+        lines.append(f"  {excerpt(asked(row['prompt']), 88)}")
         for name in ("base", "prompted", "teacher", "distilled"):
             if name in row:
                 value = row.get(f"{name}_right")
                 mark = " " if value is None else {1: "✓", 0: "✗"}.get(value, f"{value:.0%}")
-                lines.append(f"    {mark} {name:<10} {_short(row[name], 74)}")
+                lines.append(f"    {mark} {name:<10} {excerpt(row[name], 74)}")
     return "\n".join(lines)
 
 
@@ -353,6 +353,7 @@ def draw_curve(
     pyplot.close(figure)
 
 
-def _short(text: str, width: int) -> str:
+def excerpt(text: str, width: int) -> str:
+    """A text in a line of at most `width` characters, without control characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 from opcd.errors import InputError
 from opcd.evaluation.intervals import Difference
 from opcd.evaluation.measured import measured_by
+from opcd.evaluation.report import excerpt
 from opcd.preflight.budget import Budget, budget, budget_lines
 from opcd.preflight.measure import measure
 from opcd.preflight.rendering import Rendering, rendering, rendering_lines
 from opcd.preflight.sample import sample, sample_line
-from opcd.preflight.verdict import Found, Measured, Verdict, hindrance, verdict
+from opcd.preflight.verdict import Example, Found, Measured, Verdict, hindrance, verdict
 from opcd.runtime.files import write_json
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
 
 FILE = "check.json"
+SHOWN = 100  # characters of a text
 
 
 class Checked(NamedTuple):
@@ -36,7 +38,8 @@ class Checked(NamedTuple):
         found = self.found._asdict()
         if (measured := self.found.measured) is not None:
             gain = measured.gain.summary() if measured.gain is not None else None
-            found["measured"] = measured._asdict() | {"gain": gain}
+            examples = [example._asdict() for example in measured.examples]
+            found["measured"] = measured._asdict() | {"gain": gain, "examples": examples}
         return {
             "verdict": self.verdict._asdict(),
             **found,
@@ -77,7 +80,7 @@ def check(
     needs = budget(setup) if setup.task.training else None
     if needs is not None:
         say(*budget_lines(needs))
-    repeated = len(lines)
+    repeated, examples = len(lines), []
     say(sample_line(cases, setup.task))
     found = Found(
         wrong_inputs="; ".join(seen.differing[:3]),
@@ -90,6 +93,8 @@ def check(
         measured = measure(setup, cases)
         found = found._replace(measured=measured)
         say(*_measured_lines(measured, setup))
+        examples = [_example_line(example) for example in measured.examples]
+        say(*examples)
         if found.fits:
             release_memory()
             seconds = run_seconds()
@@ -100,7 +105,8 @@ def check(
             say("time      not measured: nobody knows whether a step would fit")
         decided = verdict(found)
     say(f"verdict   {decided}")
-    return Checked(found, decided, seen, measured_by(setup), lines, lines[repeated:])
+    summary = [line for line in lines[repeated:] if line not in examples]
+    return Checked(found, decided, seen, measured_by(setup), lines, summary)
 
 
 def _needed(made: Budget) -> dict[str, Any]:
@@ -141,6 +147,11 @@ def _measured_lines(measured: Measured, setup: Setup) -> list[str]:
             f"{measured.empty_context:.2g} nats a token, more than rounding explains"
         )
     return lines
+
+
+def _example_line(example: Example) -> str:
+    request, without, prompted = (excerpt(text, SHOWN) for text in example)
+    return f"example   {request!r}: without the prompt {without!r}, with it {prompted!r}"
 
 
 def _accuracy_line(measured: Measured, gain: Difference) -> str:

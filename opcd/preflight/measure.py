@@ -20,10 +20,10 @@ from opcd.models.lm import last_logits
 from opcd.passes.agreement import Agreement
 from opcd.passes.hidden import Row
 from opcd.passes.prefix import shared_prefix_length
-from opcd.preflight.verdict import Measured
+from opcd.preflight.verdict import Example, Measured
 from opcd.runtime.batches import batches_by_tokens
 from opcd.tasks.prepare import Setup
-from opcd.tasks.task import Case
+from opcd.tasks.task import Case, spread
 from opcd.teacher import teacher_of
 
 HARD = math.log(0.01)  # log p of a token that few samples hold
@@ -31,6 +31,7 @@ MET = 2  # hard tokens of an answer that own samples come to: those of a label, 
 PLACES = 8  # of an answer, whose likelihood is kept
 COMPARED = 8  # answers that are passed behind an empty context
 READINGS = 3  # of a prompt, that are timed
+EXAMPLES = 3  # requests whose answers are shown
 
 
 class Alone(NamedTuple):
@@ -102,8 +103,20 @@ def summarised(
         missed_at=setup.tokenizer.decode([_missed_at(said, student.gap)]),
         cut=fmean(answer.finish == "length" for answer in said),
         empty=fmean(not answer.text for answer in said),
+        examples=_examples(cases, unprompted.answers, said),
         **_judged(setup, cases, said, unprompted, student),
     )
+
+
+def _examples(
+    cases: Sequence[Case], unprompted: Sequence[Answer], said: Sequence[Answer]
+) -> list[Example]:
+    """Requests whose answers the prompt changes, spread over the sample; any if it changes none."""
+    each = [
+        Example(case.example.text, a.text, b.text)
+        for case, a, b in zip(cases, unprompted, said, strict=True)
+    ]
+    return spread([x for x in each if x.without != x.prompted] or each, EXAMPLES)
 
 
 def _judged(

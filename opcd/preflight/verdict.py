@@ -4,6 +4,7 @@ A claim is made where the requests show it, by the far end of an interval; where
 that a prompt is worth a run nor that it is not, they are too few.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from opcd.evaluation.constant import hardly_better
@@ -19,6 +20,14 @@ APART = 0.1  # of the gap: a difference of two passes that is not small beside w
 # See `_needs_guidance`. At 135M plain runs learned 0.00 and 0.16 (voice_assistant, safety), and
 # learned 0.31 and 0.34 in part (policy, structured_output).
 UNMET = 0.25
+
+
+class Example(NamedTuple):
+    """A request, and what the prompted model answers without the prompt and with it."""
+
+    request: str
+    without: str
+    prompted: str
 
 
 class Measured(NamedTuple):
@@ -48,6 +57,7 @@ class Measured(NamedTuple):
     prompted: float | None = None
     gain: Difference | None = None  # by the prompt, over whichever of the other two gains least
     constant: float | None = None  # accuracy of the best one answer for all; None if all share it
+    examples: Sequence[Example] = ()  # to look at: a verdict does not
 
 
 class Found(NamedTuple):
@@ -109,7 +119,7 @@ def verdict(found: Found) -> Verdict:
         or _passes_differ(measured)
         or _does_not_pay(found)
         or _needs_guidance(measured, found.guided_share)
-        or Verdict("go", _what_speaks_for_it(measured), _gain(measured), "")
+        or _go(measured)
     )
 
 
@@ -275,9 +285,16 @@ def _needs_guidance(measured: Measured, guided_share: float) -> Verdict | None:
     )
 
 
-def _what_speaks_for_it(measured: Measured) -> str:
-    works = "works" if measured.gain is not None else "changes what the model says"
-    return f"the prompt {works}, and the model can reach what it asks for"
+def _go(measured: Measured) -> Verdict:
+    reach = "and the model can reach what it asks for"
+    if measured.gain is not None:
+        return Verdict("go", f"the prompt works, {reach}", _gain(measured), "")
+    return Verdict(
+        "go",
+        f"the prompt changes what the model says, {reach}",
+        _gain(measured),
+        "nobody has judged its answers with the prompt: read some, they are what is learned",
+    )
 
 
 def _gain(measured: Measured) -> str:

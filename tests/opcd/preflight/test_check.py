@@ -162,6 +162,31 @@ def test_a_model_that_hears_nothing_needs_no_prompt(many: dict, deaf: str, loads
     assert loads.names == [deaf], "once"
 
 
+def test_answers_are_shown_without_the_prompt_and_with_it(
+    many: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few, of those that differ."""
+    spoken = {}
+
+    def noted(setup: Setup, cases: Any, said: Any, unprompted: Any, student: Any) -> Measured:
+        for case, without, prompted in zip(cases, unprompted.answers, said, strict=True):
+            spoken[case.example.text] = (without.text, prompted.text)
+        return summarised(setup, cases, said, unprompted, student)
+
+    summarised = measuring.summarised
+    monkeypatch.setattr(measuring, "summarised", noted)
+    found = check(prepared(many), lambda: 60.0)
+    examples = measured(found).examples
+    assert len(examples) == len(set(examples)) == 3
+    for example in examples:
+        assert spoken[example.request] == (example.without, example.prompted)
+        assert example.without != example.prompted
+    shown = [line for line in found.lines if line.startswith("example   ")]
+    assert len(shown) == 3
+    assert f"example   {examples[0].request!r}: without the prompt " in shown[0]
+    assert found.as_dict()["measured"]["examples"][0]["request"] == examples[0].request
+
+
 def test_a_larger_teacher_is_held_against_itself(many: dict, deaf: str, loads: Loads) -> None:
     """It says something else than the student, which is nothing that the prompt does."""
     setup = prepared(many, teacher=deaf)
@@ -330,6 +355,7 @@ def test_the_report_of_a_run_repeats_it(settings: dict, monkeypatch: pytest.Monk
     assert outcome.evaluation is not None
     card = outcome.evaluation.card
     assert check_lines(folder, card) == found.summary
+    assert not [line for line in found.summary if line.startswith("example")], "texts"
     card["measured_by"]["form"] = "of another prompt"
     assert check_lines(folder, card) == [
         "other     check.json is of another prompt, or of other models"

@@ -96,6 +96,11 @@ def test_one_reason_at_a_time(change: dict, word: str, says: str) -> None:
     assert found.goes == (word == "go")
 
 
+def test_answers_that_nobody_judged_are_to_be_read() -> None:
+    assert "nobody has judged its answers with the prompt" in str(said_of({}, UNJUDGED))
+    assert said_of({}, GOES).setting == ""
+
+
 @pytest.mark.parametrize(
     ("answers", "word", "says"),
     [
