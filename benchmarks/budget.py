@@ -138,7 +138,7 @@ def measured(settings: dict[str, Any]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder of another model")
     parser.add_argument("--save", default="cpu", metavar="NAME", help="results/budget-NAME.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

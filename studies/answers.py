@@ -14,7 +14,7 @@ from opcd.tasks.prepare import prepare
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path, help="of the task")
     parser.add_argument("base", help="the model before training")
     parser.add_argument("model", help="the model that answers: the same, or one trained from it")

@@ -28,7 +28,7 @@ APART = 0.02  # nats a token, at most: rounding in bf16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path, help="of a run")
     parser.add_argument("out", type=Path, help="JSON file for the seconds")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
