@@ -93,7 +93,7 @@ def ran(config: TrainConfig) -> dict[str, Any]:
         "disk": most[0],
         "disk_end": folder_bytes(folder),
         "seconds": progress.ended - progress.begun,
-        "steps_s": sum(row["step_time_s"] for row in rows),
+        "steps_s": sum(row.get("step_time_s", 0.0) for row in rows),
     }
 
 

@@ -1,6 +1,7 @@
 """A program that starts a server and holds it, for tests that end it in all ways."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ def main(how: str) -> None:
 
 
 if __name__ == "__main__":
+    # A shell's background job, and all that it starts, would not hear of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1])
     except Ended as error:
