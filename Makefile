@@ -12,7 +12,7 @@
 # make test-oldest   the tests with the lowest versions that are promised, but torch's
 # make test-newest   the tests with the newest versions there are, but torch's
 # make serve-env   vLLM for CPUs, in an environment of its own (Python 3.11 or later, 2.5 GB)
-# make serve-report   what that serves of two short runs: speed, and whether it is the same model
+# make serve-report   what that serves of two runs that it trains: speed, savings, and whether it is the same model
 # make test-gpu   the tests that need a GPU; fails where there is none
 
 PYTHON ?= python3

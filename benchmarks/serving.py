@@ -1,12 +1,11 @@
-"""What a distilled prompt saves on a real server: two short runs, measured behind a vLLM.
+"""What a distilled prompt saves on a real server: two runs, measured behind a vLLM.
 
     python -m benchmarks.serving --server_python PYTHON [--folder FOLDER] [--save]
 
 The demo's prompt, and one of some 2,800 tokens: the same with 95 more demonstrations. Both are
-trained for a few steps, an adapter, which suffices for what is asked here: how fast each of the
-contenders is served, and whether a server says what was exported. It does not suffice to learn the
-prompt; what is learned is in docs/results.md. A run that is there is not trained again, and figures
-that are there are not measured again.
+trained as the example says, but as an adapter, so that the merged model and the adapter are served
+of one run. A run that is there is not trained again, and figures that are there are not measured
+again.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from typing import Any
 import opcd
 from benchmarks.rows import commit
 from opcd.config.settings import gather
-from opcd.runtime.files import file_digest, read_jsonl, write_json, write_jsonl
+from opcd.runtime.files import file_digest, read_jsonl, write_json
 from opcd.runtime.strict_json import parse_json
 from opcd.terminal import Terminal
 from opcd.training.run import train
@@ -26,12 +25,10 @@ ROOT = Path(__file__).parent.parent
 TASK = ROOT / "examples" / "voice_assistant"
 RESULTS = ROOT / "benchmarks" / "results" / "serving-cpu.json"
 MORE = 95  # demonstrations: labelled requests, which the long prompt's run does not validate on
-TESTED = 60  # requests, of the long prompt
 SETTINGS: dict[str, Any] = {
     "lora_rank": 16,
     "learning_rate": 1e-3,
-    "steps": 10,
-    "validate_every": 10,
+    "validate_every": 25,
     "elsewhere_prompts": 0,
     "leak_tokens": 0,
     "divergence_prompts": 8,
@@ -52,13 +49,10 @@ def long(folder: Path) -> dict[str, Any]:
         messages.append({"role": "user", "content": row["prompt"]})
         messages.append({"role": "assistant", "content": row["answer"]})
     write_json(inputs / "context.json", messages)
-    write_jsonl(inputs / "test.jsonl", read_jsonl(TASK / "test.jsonl")[:TESTED])
     return {
         **SETTINGS,
-        "steps": 4,
         "output_dir": str(folder),
         "context": str(inputs / "context.json"),
-        "test_data": str(inputs / "test.jsonl"),
         "validation_data": None,
     }
 
