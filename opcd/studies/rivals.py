@@ -33,7 +33,7 @@ from opcd.studies.compression import (
 )
 from opcd.studies.published import TOP, top_divergence
 from opcd.studies.soft_prompts import train_soft_prompt
-from opcd.studies.stored import store_completions
+from opcd.studies.stored import Stored, store_completions
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, user
 from opcd.tasks.prepare import Setup, prepare
@@ -182,12 +182,14 @@ class _Study:
     def _trained(self, name: str, rival: Trained) -> list[dict[str, Any]]:
         config = replace(self._config, **rival.settings)
         if rival.stored:
-            file, steps = self._stored()
-            config = replace(config, steps=steps)
+            file, made = self._stored()
+            config = replace(config, steps=made.steps)
             if not (own := make_folder(self.folder / name) / STORED_FILE).is_file():
                 shutil.copyfile(file, own)
         found = self._run(name, config, rival.divergence)
         row = self._row(name, rival.what, found, "distilled") | self._cost(name)
+        if rival.stored:
+            row["train_s"] += made.seconds
         if name != REFERENCE:
             return [row]
         meanings = {"base": "no prompt", "prompted": "the prompt"}
@@ -228,19 +230,20 @@ class _Study:
             self.add(name)
         return self.rows[name]
 
-    def _stored(self) -> tuple[Path, int]:
-        """The teacher's completions, and in how many steps they come to the reference's tokens."""
+    def _stored(self) -> tuple[Path, Stored]:
+        """The teacher's completions: their file, in how many steps they come to the reference's
+        tokens, and what they took."""
         folder = self.folder / "stored"
-        kept = folder / "steps.json"
+        kept = folder / "made.json"
         if not kept.is_file():
             tokens = self._needed(REFERENCE)["tokens"]
             setup = prepare(replace(self._config, **BARE), for_training=True)
-            write_json(kept, store_completions(setup, tokens, folder)[1])
-        return folder / STORED_FILE, json.loads(kept.read_text("utf-8"))
+            write_json(kept, store_completions(setup, tokens, folder)._asdict())
+        return folder / STORED_FILE, Stored(**json.loads(kept.read_text("utf-8")))
 
     def _soft(self, name: str) -> list[dict[str, Any]]:
-        file, steps = self._stored()
-        config = replace(self._config, guided_share=1.0, steps=steps, **BARE)
+        file, made = self._stored()
+        config = replace(self._config, guided_share=1.0, steps=made.steps, **BARE)
         setup, folder = prepare(config, for_training=True), self.folder / name
         seconds, tokens = train_soft_prompt(setup, file, SOFT[name], folder, self._progress)
         card = self._on_base(name, str(folder))
@@ -251,7 +254,7 @@ class _Study:
                 "prompt_tokens": SOFT[name],
                 "extra_work": "vectors in front, which servers must take",
             }
-            | {"train_s": seconds, "tokens": tokens, "steps": steps}
+            | {"train_s": seconds + made.seconds, "tokens": tokens, "steps": made.steps}
         ]
 
     def _demonstrations(self) -> list[dict[str, Any]]:

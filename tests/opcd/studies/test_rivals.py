@@ -103,6 +103,14 @@ def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
     stored = ("off_policy", "sequence_level", "soft_20", "soft_100")
     (same,) = {(by_name[name]["steps"], by_name[name]["tokens"]) for name in stored}
     assert same[1] == pytest.approx(tokens, abs=4 * 8 / 2), "half of the longest step"
+    made = json.loads((folder / "stored" / "made.json").read_text("utf-8"))
+    assert made["seconds"] > 0
+    for name in trained:
+        steps = [m for m in read_metrics(folder / name / "metrics.jsonl") if "loss" in m]
+        alone = sum(m["step_time_s"] for m in steps)
+        own = made["seconds"] if name in stored else 0.0
+        assert by_name[name]["train_s"] == pytest.approx(alone + own), "with what it learns from"
+    assert by_name["soft_20"]["train_s"] > made["seconds"]
     for name in (*trained, "teacher_without", "other_context"):
         assert by_name[name]["train_s"] > 0
         assert by_name[name]["prompt_tokens"] == 0
