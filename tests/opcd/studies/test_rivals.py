@@ -22,6 +22,7 @@ from opcd.studies.soft_prompts import stored, train_soft_prompt
 from opcd.tasks.messages import assistant, user
 from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import prepare
+from opcd.training.run import Outcome
 from opcd_kernels import reference
 from tests.conftest import in_groups, tiny_llama, write_jsonl
 
@@ -239,6 +240,21 @@ def test_a_soft_prompt_learns_the_teachers_completions(
         train_soft_prompt(setup, file, 900, tmp_path / "long", heard)
 
 
+@pytest.mark.parametrize("name", ["opcd", "other_context"])
+def test_a_run_that_was_stopped_is_no_rival(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stopped = Outcome(tmp_path, 1, "SIGINT", None)
+    monkeypatch.setattr("opcd.studies.rivals.train", lambda *_: stopped)
+    kept = Path(settings["output_dir"]) / "rivals" / "rivals.jsonl"
+    (tmp_path / "other.md").write_text("Answer with two digits.", encoding="utf-8")
+    if name != "opcd":
+        kept.parent.mkdir(parents=True)
+        write_jsonl(kept, [{"rival": other} for other in ("base", "prompted", "opcd")])
+    with pytest.raises(InputError, match=f"must go to its end, but {name} was stopped by SIGINT"):
+        rivals(TrainConfig(**settings), [name], str(tmp_path / "other.md"))
+
+
 def test_what_rivals_cannot_share_is_refused(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -255,6 +271,12 @@ def test_what_rivals_cannot_share_is_refused(
     ):
         with pytest.raises(InputError, match=message):
             rivals(config, *arguments)
+    for other, message in (
+        (str(tmp_path / "nowhere.md"), "context must be a file, got .*nowhere.md"),
+        (settings["context"], "other_context must be another task's, got the same as context in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            rivals(config, ["other_context"], other)
     for change, message in (
         ({"test_data": None}, "rivals need test data, got none"),
         ({"guided_completions": "x", "guided_share": 0.5}, "completions|guided"),
