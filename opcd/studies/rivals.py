@@ -349,7 +349,8 @@ class _Study:
         column = card["contenders"][who]
         judged = "accuracy" in column
         agrees = column["greedy_agreement"]
-        harm = card["contenders"].get(f"{who}_prompted", {}).get("harm")
+        behind = "prompted" if who == "base" else f"{who}_prompted"
+        harm = card["contenders"].get(behind, {}).get("harm")
         own = who != "distilled"  # the base's weights
         kept = card.get("elsewhere", {}).get("agreement", {})
         return {

@@ -14,7 +14,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.objective import head_divergence
-from opcd.runtime.files import read_metrics
+from opcd.runtime.files import make_folder, read_metrics, write_json
 from opcd.runtime.progress import Progress
 from opcd.studies.published import top_divergence
 from opcd.studies.rivals import rivals
@@ -238,6 +238,22 @@ def test_a_soft_prompt_learns_the_teachers_completions(
     assert named["base_model_name_or_path"] == settings["model"]
     with pytest.raises(InputError, match="a soft prompt must be shorter than the context, got 900"):
         train_soft_prompt(setup, file, 900, tmp_path / "long", heard)
+
+
+def test_harm_is_of_the_model_of_the_row(settings: dict) -> None:
+    """What the prompt spoils for the base, and for the distilled model; from a scorecard."""
+
+    def share(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "interval_95": [mean - 0.1, mean + 0.1]}
+
+    column = {"greedy_agreement": share(0.5), "n": 4, "mean_completion_tokens": 2.0}
+    harms = {"base": None, "prompted": 0.25, "distilled": None, "distilled_prompted": 0.75}
+    columns = {name: column | ({"harm": share(x)} if x else {}) for name, x in harms.items()}
+    run = make_folder(Path(settings["output_dir"]) / "rivals" / "opcd")
+    write_json(run / "scorecard.json", {"contenders": columns, "prompt_tokens_saved": 33.0})
+    write_jsonl(run / "metrics.jsonl", [{"loss": 1.0, "step_time_s": 2.0, "completion_tokens": 9}])
+    found = {row["rival"]: row["harm"] for row in rivals(TrainConfig(**settings), ["opcd"])}
+    assert found == {"base": 0.25, "prompted": None, "opcd": 0.75}
 
 
 @pytest.mark.parametrize("name", ["opcd", "other_context"])
