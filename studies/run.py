@@ -94,6 +94,7 @@ def main() -> int:
     begin = time.monotonic()
     kept = (work if arguments.smoke else RESULTS) / f"{arguments.study.stem}.jsonl"
     finished = {key(row) for row in read(kept)} if kept.exists() else set()
+    _check_named(arguments.study, arguments.cell or (), arguments.task or ())
     wanted = [*runs(arguments.study, arguments.stage, arguments.cell)]
     if arguments.task:
         wanted = [run for run in wanted if run.task in arguments.task]
@@ -138,6 +139,20 @@ def runs(
                     model = settings.pop("model", None) or _model_of(task)
                     if cell != BEFORE or seed == stage["seeds"][0]:
                         yield Run(name, cell, task, seed, model, settings, measure, other)
+
+
+def _check_named(study: Path, cells: Sequence[str], tasks: Sequence[str]) -> None:
+    """End with a word for cells and tasks that no stage has: else nothing would run."""
+    every = [*runs(study)]
+    for name, given, known in (
+        ("cell", cells, {run.cell for run in every}),
+        ("task", tasks, {run.task for run in every}),
+    ):
+        if unknown := set(given) - known:
+            raise SystemExit(
+                f"--{name} must be one of {', '.join(sorted(known))}, got "
+                f"{', '.join(sorted(unknown))}"
+            )
 
 
 def read(kept: Path) -> list[dict[str, Any]]:

@@ -71,20 +71,23 @@ def of_scorecards(cards: Rows) -> str:
 
 
 def of_rivals(rows: Rows) -> str:
-    """A line a rival: means over seeds, and their range."""
+    """A line a rival: means over its seeds, and their range; each seed's interval of accuracy."""
     lines = [
-        "| | accuracy | tokens left | elsewhere | harm | train s | trained on |",
-        "|---|---|---|---|---|---|---|",
+        "| | seeds | accuracy | 95 % intervals | tokens left | elsewhere | harm | train s "
+        "| trained on | extra work |",
+        f"|{'---|' * 10}",
     ]
     for name in dict.fromkeys(row["rival"] for row in rows):
         found = [row for row in rows if row["rival"] == name]
         shares = (over_seeds([row[what] for row in found]) for what in ("elsewhere", "harm"))
         tokens, seconds, trained = (
-            f"{fmean(row[what] for row in found):.0f}"
-            for what in ("prompt_tokens", "train_s", "tokens")
+            fmean(row[what] for row in found) for what in ("prompt_tokens", "train_s", "tokens")
         )
         accuracy = over_seeds([row["accuracy"] for row in found])
-        cells = [name, accuracy, tokens, *shares, seconds, trained]
+        intervals = ", ".join("{:.1%} – {:.1%}".format(*row["interval_95"]) for row in found)
+        cost = [f"{x:.0f}" if trained else "–" for x in (seconds, trained)]
+        cells = [name, str(len(found)), accuracy, intervals, f"{tokens:.0f}", *shares, *cost]
+        cells.append(found[0]["extra_work"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,11 +42,11 @@ def compare(folders: Sequence[Path]) -> list[Scored]:
     scorecards judge answers and others do not.
     """
     cards = [read_scorecard(folder) for folder in folders]
-    lacking = [str(f) for f, card in zip(folders, cards, strict=True) if card is None]
+    lacking = [str(f) for f, card in zip(folders, cards, strict=True) if not _is_whole(card)]
     if lacking:
         raise InputError(
-            f"each folder must hold a scorecard.json, got none in {', '.join(lacking)}; name "
-            f"output_dirs of runs that have ended, or folders of `opcd eval`"
+            f"each folder must hold a scorecard.json of opcd, got none in {', '.join(lacking)}; "
+            f"name output_dirs of runs that have ended, or folders of `opcd eval`"
         )
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("each folder must be named once, got one twice; leave it out")
@@ -135,15 +135,28 @@ def draw_comparison(runs: Sequence[Scored], file: Path) -> None:
         pyplot.close(figure)
 
 
+def _is_whole(card: dict[str, Any] | None) -> bool:
+    """Whether a file holds what lines are made of: somebody else may have written it."""
+    try:
+        columns, _ = (card or {})["contenders"], (card or {})["measured_by"].get
+        run = Scored("", card or {})
+        reached = [run.reached(who) for who in ("base", reference_of(columns), "distilled")]
+        numbers = [x for found in reached if found for x in (found[0], *found[1])]
+        return reached[0] is not None and sum(numbers) >= 0 and columns["base"]["n"] > 0
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
 def _cautions(runs: Sequence[Scored]) -> list[str]:
     """Where lines are of other requests, models or scorers than the first one's."""
     lines = []
     first = runs[0].card["measured_by"]
-    for what in ("test_data", "model", "teacher", "scorer", "elsewhere_data", "decoding"):
+    for what in ("form", "test_data", "model", "teacher", "scorer", "elsewhere_data", "decoding"):
         found = [(run.name, run.card["measured_by"].get(what, first.get(what))) for run in runs]
         other = [name for name, value in found if value != first.get(what, value)]
         if other:
-            lines.append(f"other {what} than the first: {', '.join(other)}")
+            called = "context, or form of prompts," if what == "form" else what
+            lines.append(f"other {called} than the first: {', '.join(other)}")
     return lines
 
 

@@ -68,6 +68,7 @@ def _maker(name: str, what: str, setup: Setup, served_model: str | None) -> Name
                 f"a soft prompt must be asked for its likeliest answers, got eval_temperature "
                 f"{setup.config.eval_temperature}; set it to 0, or leave {name} out"
             )
+        check_adapter(folder, base)
         vectors = read_soft_prompt(folder, base)
         meaning = f"before, behind a soft prompt of {len(vectors)}"
         return lambda models: [

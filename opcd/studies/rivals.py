@@ -1,8 +1,8 @@
 """On-policy context distillation against what else a prompt can become.
 
-Each rival has the same training prompts, the same seed and as many tokens to train on as the run
-that is configured; those that learn from stored completions, which are shorter or longer, take as
-many steps as come closest to that. Rows are kept as they come: what is there is not run again.
+Each rival has the same training prompts and the same seed. Those that learn from their own
+completions take as many steps as the run that is configured; those that learn from stored ones as
+many as come closest to its tokens. Rows are kept as they come: what is there is not run again.
 """
 
 import json
@@ -33,13 +33,13 @@ from opcd.studies.compression import (
 )
 from opcd.studies.published import TOP, top_divergence
 from opcd.studies.soft_prompts import train_soft_prompt
-from opcd.studies.stored import store_completions
+from opcd.studies.stored import Stored, store_completions
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, user
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.task import rendered, spread
 from opcd.training.guided import FILE as STORED_FILE
-from opcd.training.run import train
+from opcd.training.run import Outcome, train
 
 SHOWN = 4  # demonstrations
 REFERENCE, STORED = "opcd", "off_policy"
@@ -105,6 +105,8 @@ def rivals(
     chosen = _chosen(wanted, other_context, len(setup.task.a_prefix))
     if not (wanted or is_installed()):
         progress.say(f"rivals    without {', '.join(COMPRESSED)}: {PACKAGE} is not installed")
+    if "other_context" in chosen:
+        _check_other(setup, other_context)
     folder = make_folder(Path(config.output_dir) / FOLDER)
     study = _Study(_same_settings(setup.config, folder), folder, other_context, progress)
     for name in chosen:
@@ -182,12 +184,14 @@ class _Study:
     def _trained(self, name: str, rival: Trained) -> list[dict[str, Any]]:
         config = replace(self._config, **rival.settings)
         if rival.stored:
-            file, steps = self._stored()
-            config = replace(config, steps=steps)
+            file, made = self._stored()
+            config = replace(config, steps=made.steps)
             if not (own := make_folder(self.folder / name) / STORED_FILE).is_file():
                 shutil.copyfile(file, own)
         found = self._run(name, config, rival.divergence)
         row = self._row(name, rival.what, found, "distilled") | self._cost(name)
+        if rival.stored:
+            row["train_s"] += made.seconds
         if name != REFERENCE:
             return [row]
         meanings = {"base": "no prompt", "prompted": "the prompt"}
@@ -202,12 +206,7 @@ class _Study:
         if (card := read_scorecard(folder)) is None:
             own = replace(config, output_dir=str(folder))
             begun = (folder / "config.yaml").is_file()
-            outcome = train(own, begun, self._progress, divergence)
-            if outcome.stopped:
-                raise InputError(
-                    f"a rival's run must go to its end, but {name} was stopped by "
-                    f"{outcome.stopped}; start again, and it goes on"
-                )
+            _check_ended(name, train(own, begun, self._progress, divergence))
             card = read_scorecard(folder)
         assert card is not None
         _delete_weights(folder)
@@ -228,19 +227,20 @@ class _Study:
             self.add(name)
         return self.rows[name]
 
-    def _stored(self) -> tuple[Path, int]:
-        """The teacher's completions, and in how many steps they come to the reference's tokens."""
+    def _stored(self) -> tuple[Path, Stored]:
+        """The teacher's completions: their file, in how many steps they come to the reference's
+        tokens, and what they took."""
         folder = self.folder / "stored"
-        kept = folder / "steps.json"
+        kept = folder / "made.json"
         if not kept.is_file():
             tokens = self._needed(REFERENCE)["tokens"]
             setup = prepare(replace(self._config, **BARE), for_training=True)
-            write_json(kept, store_completions(setup, tokens, folder)[1])
-        return folder / STORED_FILE, json.loads(kept.read_text("utf-8"))
+            write_json(kept, store_completions(setup, tokens, folder)._asdict())
+        return folder / STORED_FILE, Stored(**json.loads(kept.read_text("utf-8")))
 
     def _soft(self, name: str) -> list[dict[str, Any]]:
-        file, steps = self._stored()
-        config = replace(self._config, guided_share=1.0, steps=steps, **BARE)
+        file, made = self._stored()
+        config = replace(self._config, guided_share=1.0, steps=made.steps, **BARE)
         setup, folder = prepare(config, for_training=True), self.folder / name
         seconds, tokens = train_soft_prompt(setup, file, SOFT[name], folder, self._progress)
         card = self._on_base(name, str(folder))
@@ -251,7 +251,7 @@ class _Study:
                 "prompt_tokens": SOFT[name],
                 "extra_work": "vectors in front, which servers must take",
             }
-            | {"train_s": seconds, "tokens": tokens, "steps": steps}
+            | {"train_s": seconds + made.seconds, "tokens": tokens, "steps": made.steps}
         ]
 
     def _demonstrations(self) -> list[dict[str, Any]]:
@@ -337,7 +337,7 @@ class _Study:
         assert self._other_context is not None
         folder = self.folder / name
         other = replace(self._config, context=self._other_context, output_dir=str(folder))
-        train(other, (folder / "config.yaml").is_file(), self._progress)
+        _check_ended(name, train(other, (folder / "config.yaml").is_file(), self._progress))
         setup = prepare(self._config)
         found = evaluate(setup, str(folder / "final"), self._progress)
         write_evaluation(make_folder(self.folder / f"{name}_scored"), found, setup)
@@ -349,7 +349,8 @@ class _Study:
         column = card["contenders"][who]
         judged = "accuracy" in column
         agrees = column["greedy_agreement"]
-        harm = card["contenders"].get(f"{who}_prompted", {}).get("harm")
+        behind = "prompted" if who == "base" else f"{who}_prompted"
+        harm = card["contenders"].get(behind, {}).get("harm")
         own = who != "distilled"  # the base's weights
         kept = card.get("elsewhere", {}).get("agreement", {})
         return {
@@ -388,6 +389,15 @@ def in_front(messages: Sequence[Message], setup: Setup) -> float:
         len(rendered(chat.teacher_ids, case.example)) - len(case.prompt.student_ids)
         for case in cases
     )
+
+
+def _check_ended(name: str, outcome: Outcome) -> None:
+    """Raise InputError for a rival's run that was stopped."""
+    if outcome.stopped:
+        raise InputError(
+            f"a rival's run must go to its end, but {name} was stopped by {outcome.stopped}; start "
+            f"again, and it goes on"
+        )
 
 
 def _delete_weights(folder: Path) -> None:
@@ -431,6 +441,22 @@ def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: in
             check_installed(name)
     chosen = set(wanted) or set(NAMES) - left_out
     return [name for name in NAMES if name in chosen | {REFERENCE}]
+
+
+def _check_other(setup: Setup, context: str | None) -> None:
+    """Raise InputError for a control's context that cannot stand in the task's place, or is it."""
+    assert context is not None
+    other = prepare(replace(setup.config, context=context), for_training=True)
+    if len(other.chats) > 1 or other.task.tools:
+        raise InputError(
+            f"other_context must be one context without tools, got {context!r} with several, or "
+            f"with tools; name another file"
+        )
+    if other.task.context_digests == setup.task.context_digests:
+        raise InputError(
+            f"other_context must be another task's, got the same as context in {context!r}: "
+            f"nothing would be controlled; name another file"
+        )
 
 
 def _checked(config: TrainConfig) -> Setup:

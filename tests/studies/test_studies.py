@@ -113,7 +113,9 @@ def test_rivals_share_a_folder_and_scorecards_are_kept(
 
 def test_tables_are_means_over_seeds() -> None:
     def rival(name: str, accuracy: float, harm: float | None = None) -> dict[str, Any]:
-        rest = {"prompt_tokens": 20.0, "train_s": 10.4, "tokens": 900, "elsewhere": 0.5}
+        cost = {"train_s": 10.4, "tokens": 900} if name == "opcd" else {"train_s": 0.0, "tokens": 0}
+        rest = {"prompt_tokens": 20.0, "elsewhere": 0.5, "extra_work": "none", **cost}
+        rest["interval_95"] = [accuracy - 0.1, accuracy + 0.1]
         return {"rival": name, "accuracy": accuracy, "harm": harm, **rest}
 
     rows = [
@@ -121,9 +123,13 @@ def test_tables_are_means_over_seeds() -> None:
         {"task": "a", "cell": "opcd", "rivals": [rival("base", 0.0), rival("opcd", 0.9, 0.2)]},
     ]
     *_, base, opcd = table(rows).splitlines()
-    assert base.startswith("| base | 0.0% (0.0% – 0.0%) | 20 |")
-    assert base.endswith("| – | 10 | 900 |")
-    assert "| opcd | 85.0% (80.0% – 90.0%) | 20 | 50.0% (50.0% – 50.0%) | 15.0% (10" in opcd
+    assert base.startswith(
+        "| base | 2 | 0.0% (0.0% – 0.0%) | -10.0% – 10.0%, -10.0% – 10.0% | 20 |"
+    )
+    assert base.endswith("| – | – | – | none |")
+    intervals = "70.0% – 90.0%, 80.0% – 100.0%"
+    assert opcd.startswith(f"| opcd | 2 | 85.0% (80.0% – 90.0%) | {intervals} | 20 | 50.0% (")
+    assert opcd.endswith("| 15.0% (10.0% – 20.0%) | 10 | 900 | none |")
     of = {"distilled": {"accuracy": 0.5}} | CARD["contenders"]
     scored = {"task": "a", "cell": "x", "train_s": 60, "scorecard": CARD | {"contenders": of}}
     last = table([scored]).splitlines()[-1]
@@ -137,6 +143,19 @@ def test_a_smoke_run_keeps_to_itself(
     assert len(studied) == 2, "of the first seed"
     assert all(command[command.index("--steps") + 1] == "2" for command in studied)
     assert not study.RESULTS.exists()
+
+
+def test_a_name_that_no_stage_has_is_said(
+    studied: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, message in (
+        (("--cell", "opdc"), "--cell must be one of demonstrations, opcd, other_context, x, got"),
+        (("--task", "c"), "--task must be one of a, b, got c"),
+        (("--stage", "four"), "--stage must be one of one, two, three, got four"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            carry_out(monkeypatch, *given)
+    assert not studied
 
 
 def test_long_prompts_begin_as_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def a_run(folder: Path, *accuracies: float | None, **measured: str) -> Path:
 
 def test_six_runs_in_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     runs = [
-        a_run(tmp_path / task / f"seed{i}", 0.1, 0.8, 0.7 + i / 20, 0.6, test_data=task)
+        a_run(tmp_path / task / f"seed{i}", 0.1, 0.8, 0.7 + i / 20, 0.6, test_data=task, form=task)
         for task in ("intents", "policy")
         for i in range(3)
     ]
@@ -57,6 +57,7 @@ def test_six_runs_in_a_table_and_a_picture(tmp_path: Path, capsys: pytest.Captur
     assert len([x for x in lines if "seed" in x and "%" in x]) == 6
     other = "other test_data than the first: policy/seed0, policy/seed1, policy/seed2"
     assert other in lines
+    assert other.replace("test_data", "context, or form of prompts,") in lines
     picture = (target / "compare.svg").read_text()
     for name in ("intents/seed0", "policy/seed2", "distilled", "prompted", "base", "accuracy"):
         assert f">{name}<" in picture
@@ -79,13 +80,22 @@ def test_where_nothing_is_judged_agreement_is_shown(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     judged = a_run(tmp_path / "judged", 0.1, 0.2, 0.3)
     with pytest.raises(
-        InputError, match=r"must hold a scorecard.json, got none in .*nowhere; name"
+        InputError, match=r"must hold a scorecard.json of opcd, got none in .*nowhere; name"
     ):
         compare([judged, tmp_path / "nowhere"])
     with pytest.raises(InputError, match="got unjudged without accepted answers beside others"):
         compare([judged, a_run(tmp_path / "unjudged", None, None)])
     with pytest.raises(InputError, match="each folder must be named once"):
         compare([judged, tmp_path / "unjudged" / ".." / "judged"])
+    base = column(0.5)
+    broken: list[Any] = [{}, {"contenders": []}, {"contenders": {"base": {"n": 1}}}]
+    broken += [{"contenders": {"base": base, "distilled": base}}]
+    broken += [{"contenders": {"base": base | {"accuracy": "1"}}, "measured_by": {}}]
+    for number, card in enumerate(broken):
+        (folder := tmp_path / str(number)).mkdir()
+        (folder / "scorecard.json").write_text(json.dumps(card))
+        with pytest.raises(InputError, match=r"must hold a scorecard.json of opcd, got none"):
+            compare([judged, folder])
     assert main(["eval", "--compare", str(tmp_path / "nowhere")]) == 2
     assert "must hold a scorecard.json" in capsys.readouterr().err
 

@@ -145,6 +145,8 @@ def test_what_is_of_another_base_is_refused(settings: dict, tmp_path: Path) -> N
     refused(setup, wide, r"an adapter must fit the weights of .* got 64 inputs of model\.layers")
     vectors = soft(base, tmp_path / "vectors", hidden_size=64)
     refused(setup, vectors, r"must be as wide as the embeddings of .*, 32, got 64 in")
+    theirs = soft("org/another-model", tmp_path / "theirs")
+    refused(setup, theirs, "must be of the model .* got one of 'org/another-model' in")
     changed = tmp_path / "changed"  # another model in a folder of the same name
     tiny_llama(seed=9).save_pretrained(changed / Path(base).name)
     moved = lora(str(changed / Path(base).name), tmp_path / "moved")

@@ -14,7 +14,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.objective import head_divergence
-from opcd.runtime.files import read_metrics
+from opcd.runtime.files import make_folder, read_metrics, write_json
 from opcd.runtime.progress import Progress
 from opcd.studies.published import top_divergence
 from opcd.studies.rivals import rivals
@@ -22,6 +22,7 @@ from opcd.studies.soft_prompts import stored, train_soft_prompt
 from opcd.tasks.messages import assistant, user
 from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import prepare
+from opcd.training.run import Outcome
 from opcd_kernels import reference
 from tests.conftest import in_groups, tiny_llama, write_jsonl
 
@@ -103,6 +104,14 @@ def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
     stored = ("off_policy", "sequence_level", "soft_20", "soft_100")
     (same,) = {(by_name[name]["steps"], by_name[name]["tokens"]) for name in stored}
     assert same[1] == pytest.approx(tokens, abs=4 * 8 / 2), "half of the longest step"
+    made = json.loads((folder / "stored" / "made.json").read_text("utf-8"))
+    assert made["seconds"] > 0
+    for name in trained:
+        steps = [m for m in read_metrics(folder / name / "metrics.jsonl") if "loss" in m]
+        alone = sum(m["step_time_s"] for m in steps)
+        own = made["seconds"] if name in stored else 0.0
+        assert by_name[name]["train_s"] == pytest.approx(alone + own), "with what it learns from"
+    assert by_name["soft_20"]["train_s"] > made["seconds"]
     for name in (*trained, "teacher_without", "other_context"):
         assert by_name[name]["train_s"] > 0
         assert by_name[name]["prompt_tokens"] == 0
@@ -231,6 +240,37 @@ def test_a_soft_prompt_learns_the_teachers_completions(
         train_soft_prompt(setup, file, 900, tmp_path / "long", heard)
 
 
+def test_harm_is_of_the_model_of_the_row(settings: dict) -> None:
+    """What the prompt spoils for the base, and for the distilled model; from a scorecard."""
+
+    def share(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "interval_95": [mean - 0.1, mean + 0.1]}
+
+    column = {"greedy_agreement": share(0.5), "n": 4, "mean_completion_tokens": 2.0}
+    harms = {"base": None, "prompted": 0.25, "distilled": None, "distilled_prompted": 0.75}
+    columns = {name: column | ({"harm": share(x)} if x else {}) for name, x in harms.items()}
+    run = make_folder(Path(settings["output_dir"]) / "rivals" / "opcd")
+    write_json(run / "scorecard.json", {"contenders": columns, "prompt_tokens_saved": 33.0})
+    write_jsonl(run / "metrics.jsonl", [{"loss": 1.0, "step_time_s": 2.0, "completion_tokens": 9}])
+    found = {row["rival"]: row["harm"] for row in rivals(TrainConfig(**settings), ["opcd"])}
+    assert found == {"base": 0.25, "prompted": None, "opcd": 0.75}
+
+
+@pytest.mark.parametrize("name", ["opcd", "other_context"])
+def test_a_run_that_was_stopped_is_no_rival(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stopped = Outcome(tmp_path, 1, "SIGINT", None)
+    monkeypatch.setattr("opcd.studies.rivals.train", lambda *_: stopped)
+    kept = Path(settings["output_dir"]) / "rivals" / "rivals.jsonl"
+    (tmp_path / "other.md").write_text("Answer with two digits.", encoding="utf-8")
+    if name != "opcd":
+        kept.parent.mkdir(parents=True)
+        write_jsonl(kept, [{"rival": other} for other in ("base", "prompted", "opcd")])
+    with pytest.raises(InputError, match=f"must go to its end, but {name} was stopped by SIGINT"):
+        rivals(TrainConfig(**settings), [name], str(tmp_path / "other.md"))
+
+
 def test_what_rivals_cannot_share_is_refused(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -247,6 +287,12 @@ def test_what_rivals_cannot_share_is_refused(
     ):
         with pytest.raises(InputError, match=message):
             rivals(config, *arguments)
+    for other, message in (
+        (str(tmp_path / "nowhere.md"), "context must be a file, got .*nowhere.md"),
+        (settings["context"], "other_context must be another task's, got the same as context in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            rivals(config, ["other_context"], other)
     for change, message in (
         ({"test_data": None}, "rivals need test data, got none"),
         ({"guided_completions": "x", "guided_share": 0.5}, "completions|guided"),
