@@ -66,7 +66,10 @@ class Run(NamedTuple):
     @property
     def group(self) -> str:
         """What tells its folder from others: rivals need what those before them have left."""
-        parts = ("rivals", self.task, self.seed) if self.measure == "rivals" else self.key
+        parts: tuple[object, ...] = self.key
+        if self.measure == "rivals":
+            rate = self.settings.get("learning_rate")
+            parts = ("rivals", self.task, self.seed, *([rate] if rate is not None else []))
         return "-".join(map(str, parts))
 
 

@@ -30,6 +30,15 @@ def test_every_cell_is_a_run_that_can_be_begun(file: Path) -> None:
         assert run.measure != "rivals" or run.cell in NAMES
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_rivals_that_share_a_folder_share_their_settings(file: Path) -> None:
+    """Else `opcd rivals` refuses the second one, when the first is trained."""
+    settings: dict[str, dict[str, Any]] = {}
+    for run in study.runs(file):
+        if run.measure == "rivals":
+            assert settings.setdefault(run.group, run.settings) == run.settings
+
+
 def test_the_studies_show_the_four_examples() -> None:
     """What is lost of each: rows of rivals and scorecards hold harm and elsewhere."""
     tasks = {
