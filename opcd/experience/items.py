@@ -1,7 +1,8 @@
 """Items: what a model writes down about its own attempts, in lines that help with other problems.
 
 The model sees a problem and one attempt, without the right answer, and is asked for lines
-``- EXPERIENCE ITEM: ...``; only those lines are kept (arXiv 2602.12275).
+``- EXPERIENCE ITEM: ...``; only those lines are kept (arXiv 2602.12275), and of them only those
+that do not just repeat the request: small models give the problem or the instructions back.
 """
 
 import re
@@ -45,14 +46,25 @@ def written_items(model: LoadedModel, requests: Sequence[str], round_number: int
     config, chat = model.setup.config, model.setup.chat
     limit = max_positions(model.model.config)
     asked = [chat.template.ids([user(request)]) for request in requests]
-    fitting = [ids for ids in asked if limit is None or len(ids) + ITEM_TOKENS <= limit]
+    fitting = [
+        (request, ids)
+        for request, ids in zip(requests, asked, strict=True)
+        if limit is None or len(ids) + ITEM_TOKENS <= limit
+    ]
     if not fitting:
         return []
-    numbers = streams(config.seed, ATTEMPTS - round_number, [Prompt(i, i) for i in fitting])
+    prompt_ids = [ids for _, ids in fitting]
+    numbers = streams(config.seed, ATTEMPTS - round_number, [Prompt(i, i) for i in prompt_ids])
     params = SamplingParams(ITEM_TOKENS, config.temperature)
-    rollouts = model.engine.generate(fitting, params, numbers)
-    texts = [chat.decode(rollout.completion_token_ids) for rollout in rollouts]
-    return distinct([item for text in texts for item in items_in(text)])
+    rollouts = model.engine.generate(prompt_ids, params, numbers)
+    return distinct(
+        [
+            item
+            for (request, _), rollout in zip(fitting, rollouts, strict=True)
+            for item in items_in(chat.decode(rollout.completion_token_ids))
+            if not repeats(item, request)
+        ]
+    )
 
 
 def request_for_items(prompt: str, attempt: Attempt, reward: bool) -> str:
@@ -79,6 +91,15 @@ def items_in(text: str) -> list[str]:
     return [line for line in lines if line.startswith(MARK) and line.removeprefix(MARK).strip()]
 
 
+def repeats(item: str, request: str) -> bool:
+    """Whether a request says, word by word, what an item says."""
+    return f" {_words(item.removeprefix(MARK))} " in f" {_words(request)} "
+
+
 def distinct(items: Sequence[str]) -> list[str]:
     """Items, of those that say the same the last spelling, where it was said first."""
     return list({folded(item): item for item in items}.values())
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", folded(text)))

@@ -15,6 +15,7 @@ from opcd.experience.items import (
     distinct,
     items_in,
     read_prompt,
+    repeats,
     request_for_items,
 )
 from opcd.experience.successes import demonstrations, diverse, successes
@@ -37,6 +38,16 @@ def test_only_lines_that_are_items_are_kept() -> None:
         "- EXPERIENCE ITEM: read TWICE.",
     ]
     assert len(distinct(said)) == 2
+
+
+def test_an_item_that_only_repeats_the_request_is_none() -> None:
+    request = (
+        "PROBLEM\nLena finds 7 buttons, Gita 28.\nWrite down how to begin, what to watch out for."
+    )
+    for echo in ("What to watch out for.", "Lena finds 7 **buttons**!", "gita 28"):
+        assert repeats(f"- EXPERIENCE ITEM: {echo}", request)
+    for own in ("Add what each one finds.", "Lena finds 7 buttons: add them.", "7 butt"):
+        assert not repeats(f"- EXPERIENCE ITEM: {own}", request)
 
 
 def test_the_model_is_told_what_is_known_and_no_answer() -> None:
