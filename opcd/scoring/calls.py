@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from opcd.runtime.strict_json import NO_JSON
+from opcd.scoring.reasoning import split_thought
 from opcd.scoring.values import DECODER, comparable, read_value
 
 # Where the name stands in front of the arguments and not among them. The others write an object
@@ -20,6 +21,11 @@ _NAMES = (
 _NAMED = re.compile(rf"(?:{'|'.join(_NAMES)})\Z")
 _LONGEST_NAME = 200  # characters in front of an object that are looked at for its name
 _ARGUMENTS = ("arguments", "parameters")
+# In front of each call, or of all; also of families whose calls are not read.
+_MARKS = re.compile(
+    r"<tool_call>|\[TOOL_CALLS\]|<function=|<\|python_tag\|>|<\|tool_call(?:_begin|_start)?\|>"
+    r"|<｜tool▁call▁begin｜>"
+)
 
 
 class Call(NamedTuple):
@@ -48,17 +54,28 @@ def calls_in(text: str) -> list[Call]:
 
 
 def accepted_calls(text: str) -> list[Call]:
-    """The calls of an accepted answer: JSON of one or of a list; other text is an answer without.
+    """The calls of an accepted answer: JSON of one or of a list, or as a completion makes them,
+    with whatever stands around; text without any is an answer without.
 
-    Raises ValueError for JSON that is no call.
+    Raises ValueError for JSON that is no call, and for marks of more calls than can be read.
     """
-    if not text.lstrip().startswith(("{", "[")):
-        return []
+    text = (split_thought(text).answer or "").strip()
+    marks = _MARKS.findall(text)
+    if text.startswith(("{", "[")) and not text.startswith(tuple(marks)):
+        return _calls_alone(text)
+    found = calls_in(text)
+    if len(marks) > len(found):
+        raise ValueError(f"no call that can be read, behind {marks[len(found)]}")
+    return found
+
+
+def _calls_alone(text: str) -> list[Call]:
+    """The calls of JSON with nothing around. Raises ValueError for what is none."""
     try:
         read_value(text)
     except NO_JSON as error:
         raise ValueError(f"no JSON: {error}") from error
-    value = next(value for _, value in _values(text.strip()))
+    value = next(value for _, value in _values(text))
     calls = _calls_of(value)
     if not calls or len(calls) != (len(value) if isinstance(value, list) else 1):
         raise ValueError("no call")
@@ -90,7 +107,10 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _calls_of(value: Any) -> list[Call]:
-    """The calls that a JSON value spells: {"name", "arguments"}, one inside "function", a list."""
+    """The calls that a JSON value spells: {"name", "arguments"}, one inside "function", a list.
+
+    With a description it is a schema that is quoted.
+    """
     if isinstance(value, list):
         return [call for item in value for call in _calls_of(item)]
     if not isinstance(value, dict):
@@ -98,7 +118,7 @@ def _calls_of(value: Any) -> list[Call]:
     if isinstance(value.get("function"), dict):
         return _calls_of(value["function"])
     given = [value[key] for key in _ARGUMENTS if key in value]
-    if not isinstance(value.get("name"), str) or len(given) != 1:
+    if not isinstance(value.get("name"), str) or len(given) != 1 or "description" in value:
         return []
     arguments = given[0]
     if isinstance(arguments, str):  # as OpenAI's interface spells them
@@ -106,4 +126,6 @@ def _calls_of(value: Any) -> list[Call]:
             arguments = DECODER.decode(arguments)
         except NO_JSON:
             return []
-    return [Call(value["name"], comparable(arguments))] if isinstance(arguments, dict) else []
+    if not isinstance(arguments, dict):
+        return []
+    return [Call(comparable(value["name"]), comparable(arguments))]

@@ -114,9 +114,9 @@ def load_scorer(spec: str) -> Scorer:
     - ``math``: equals an accepted expression, as the package math-verify compares them (LaTeX,
       fractions, sets).
     - ``calls``: makes the accepted call ``{"name": ..., "arguments": {...}}``, or the list of calls
-      in whatever order, or none where the accepted answer is text; see `calls` for the forms that
-      are read. Four rates: called when needed, right tool, right arguments (as under ``json``), not
-      called without need.
+      in whatever order, or none where the accepted answer is text without any; see `calls` for the
+      forms that are read. Four rates: called when needed, right tool, right arguments (as under
+      ``json``), not called without need.
     - ``regex:PATTERN``: the first text that PATTERN (its group, where it has one) finds in the
       answer as it is written equals an accepted answer as under ``exact``; ``regex-last:PATTERN``
       takes the last. Case matters in the pattern, and ``.`` ends at a line's end.

@@ -23,9 +23,12 @@ def read_value(text: str) -> Any:
 
 
 def comparable(value: Any) -> Any:
-    """A decoded value with true and false told apart from 1 and 0, which Python takes for equal."""
+    """A decoded value with true and false told apart from 1 and 0, which Python takes for equal,
+    and each text in one Unicode form, which an escape may be another of."""
     if isinstance(value, dict):
-        return {key: comparable(item) for key, item in value.items()}
+        return {comparable(key): comparable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [comparable(item) for item in value]
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
     return ("bool", value) if isinstance(value, bool) else value

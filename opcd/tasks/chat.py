@@ -5,10 +5,10 @@ from itertools import groupby
 
 from opcd.errors import InputError
 from opcd.scoring.reasoning import MARKS, opened_thought
-from opcd.tasks.kept import behind_last, check_behind, check_kept, without_thoughts
+from opcd.tasks.kept import behind_last, check_behind, check_kept, holds_text, without_thoughts
 from opcd.tasks.messages import Message, split_system, system, user, words_of
 from opcd.tasks.template import REQUEST, Template
-from opcd.tasks.tools import Tool, names_of
+from opcd.tasks.tools import Tool, arguments_of, names_of
 from opcd.tasks.turn import completion_text, turn_text
 
 APART = "\n\n"  # between texts that share a message
@@ -74,8 +74,8 @@ class Chat:
 
         Raises InputError for a request's own system message that does not stay behind the context,
         if the template drops one of several messages, or the context in front of them, if it opens
-        the answer to what a tool gave otherwise than for the student, and for tools that no user
-        message follows.
+        the answer to several otherwise than for the student, and for tools that no user message
+        follows.
         """
         own, rest = split_system(messages)
         if own is not None:
@@ -87,9 +87,8 @@ class Chat:
             )
         if len(rest) > 1:
             text = self._marked_prompted(messages)
-            if rest[-1]["role"] == "tool":
-                alone = behind_last(self._marked_alone(messages), len(messages))
-                self._check_ends(alone, behind_last(text, len(self.context) + len(rest)))
+            alone = behind_last(self._marked_alone(messages), len(messages))
+            self._check_ends(alone, behind_last(text, len(self.context) + len(rest)))
         return self.template.ids(self.teacher_messages(messages), self.tools)
 
     def completion_ids(self, messages: Sequence[Message], text: str) -> list[int]:
@@ -255,7 +254,8 @@ class Chat:
         return "system"
 
     def _check_tools(self) -> None:
-        """Raise InputError for a template that does not write the tools, all of them."""
+        """Raise InputError for a template that does not write the tools, all of them with the names
+        of their arguments."""
         template, request = self.template, [user(REQUEST)]
         text = template.text(request, tools=self.tools)
         if text == template.text(request):
@@ -264,7 +264,9 @@ class Chat:
                 f"text is the same without them; name a file with another template as "
                 f"chat_template, or describe the tools in the system message"
             )
-        if dropped := [name for name in names_of(self.tools) if name not in text]:
+        parts = [(name, name) for name in names_of(self.tools)]
+        parts += [(f"{name} of {tool}", name) for tool, name in arguments_of(self.tools)]
+        if dropped := [what for what, name in parts if not holds_text(text, name)]:
             raise InputError(
                 f"the chat template of {template.name!r} must write the context's tools, but it "
                 f"drops {', '.join(dropped)}; name a file with another template as chat_template"

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.tasks.messages import Conversation, Message, calls_of, is_tool_turn, read_messages
+from opcd.tasks.messages import (
+    Conversation,
+    Message,
+    calls_of,
+    is_learned,
+    is_tool_turn,
+    read_messages,
+)
 from opcd.tasks.tools import ToolCall
 
 
@@ -43,6 +50,12 @@ def answering_turns(messages: Sequence[Message], source: str) -> list[int]:
             )
         found.append(i)
     return found
+
+
+def learned_turns(messages: Sequence[Message], source: str) -> list[int]:
+    """Those of the answering turns that are trained on as they were recorded: all but those of
+    weight 0, which are history. Raises InputError as `answering_turns`."""
+    return [i for i in answering_turns(messages, source) if is_learned(messages[i])]
 
 
 def check_results(messages: Sequence[Message], source: str) -> None:

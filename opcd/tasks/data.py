@@ -10,15 +10,17 @@ from opcd.errors import InputError
 from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import folded, normalised
 from opcd.tasks.contexts import Context
-from opcd.tasks.conversation import answering_turns
+from opcd.tasks.conversation import learned_turns
 from opcd.tasks.formats import ANSWERS, COMPLETIONS, LABELS, Row, guess, read_row
 from opcd.tasks.messages import (
     Message,
     asked,
     assistant,
     calls_of,
+    is_learned,
     is_tool_turn,
     split_system,
+    unlearned,
     words_of,
 )
 from opcd.tasks.records import Record, read_records
@@ -114,17 +116,23 @@ def _recorded(
 ) -> tuple[list[Message], Message, list[str]]:
     """A conversation up to its last assistant turn, that turn, and how the row was read."""
     if row.completion or row.calls:
-        messages = [*messages, assistant(row.completion, row.calls)]
-    turns = answering_turns(messages, source)
+        turn = assistant(row.completion, row.calls)
+        messages = [*messages, turn if row.learned else unlearned(turn)]
+    turns = learned_turns(messages, source)
     if not turns:
         raise InputError(
             f"{source}: with source recorded a row must hold an assistant turn behind a user's "
-            f"message, got roles {', '.join(m['role'] for m in messages)}; add what the assistant "
-            f'said, as the last message or as "completion", or remove the row'
+            f"message, and not of weight 0, got roles {', '.join(m['role'] for m in messages)}; "
+            f'add what the assistant said, as the last message or as "completion", or remove the '
+            f"row"
         )
     last = turns[-1]
-    cut = ["what stands behind the last assistant turn left out"] if messages[last + 1 :] else []
-    return messages[:last], messages[last], [*row.answer_notes, *cut]
+    notes = []
+    if not all(map(is_learned, messages)):
+        notes.append("assistant turns of weight 0 are not trained on")
+    if messages[last + 1 :]:
+        notes.append("what stands behind the last assistant turn left out")
+    return messages[:last], messages[last], [*row.answer_notes, *notes]
 
 
 def strip_context(row: Row, context: Context, source: str) -> tuple[list[Message], list[str]]:

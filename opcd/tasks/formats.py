@@ -18,6 +18,7 @@ from opcd.tasks.messages import (
     calls_of,
     check_unicode,
     is_answer,
+    is_learned,
     read_messages,
 )
 from opcd.tasks.records import Record
@@ -74,6 +75,7 @@ class Row(NamedTuple):
     answers: tuple[str, ...]  # from a column for them
     completion: str  # a whole answer; "" where there is none, or none is wanted
     calls: list[ToolCall]  # of tools, that the completion makes
+    learned: bool  # whether the completion is to be learned, where recorded turns are
     origin: str  # where the completion was found
     context: str  # the name of its context
     notes: list[str]  # how the request was read, for people
@@ -140,6 +142,7 @@ def read_row(record: Record, source: str, wanted: Collection[str] = LABELS) -> R
         answers,
         completion["content"],
         calls_of(completion),
+        is_learned(completion),
         origin,
         context,
         notes,

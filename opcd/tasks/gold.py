@@ -19,6 +19,7 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
     blanks_right = 0
     examples = [e for e in examples if e.answers or not scorer.needs_answers]
     for example in examples:
+        _check_answers(example, scorer)  # first: those at fault are not for the scorer to read
         probes = ("", "a completion", *example.answers)
         about: dict[str, Any] = {"prompt": example.messages, "teacher_answer": "a completion"}
         try:
@@ -26,14 +27,11 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
         except InputError as error:
             raise InputError(f"{example.source}: {error}") from error
         blanks_right += scores[0].value == 1
-        for answer in example.answers:
-            if scorer.fault and (fault := scorer.fault(answer)):
-                raise InputError(
-                    f"{example.source}: scorer {scorer.spec} must be able to find the answer "
-                    f"{answer!r} right, but {fault}"
-                )
-            if not scorer.fault and scorer(answer, (answer,), **about).value < 1:
-                below.append(f"{answer!r} at {example.source}")
+        below += [
+            f"{answer!r} at {example.source}"
+            for answer in example.answers
+            if not scorer.fault and scorer(answer, (answer,), **about).value < 1
+        ]
     total = sum(len(example.answers) for example in examples)
     remarks = []
     if 0 < len(below) < total:
@@ -51,3 +49,13 @@ def check_gold(examples: Sequence[Example], scorer: Scorer) -> list[str]:
             f"scorer {scorer.spec} finds an empty completion right for all {len(examples)} examples"
         )
     return remarks
+
+
+def _check_answers(example: Example, scorer: Scorer) -> None:
+    """Raise InputError for an answer that a built-in scorer can never find right."""
+    for answer in example.answers:
+        if scorer.fault and (fault := scorer.fault(answer)):
+            raise InputError(
+                f"{example.source}: scorer {scorer.spec} must be able to find the answer "
+                f"{answer!r} right, but {fault}"
+            )

@@ -121,6 +121,11 @@ def _spellings(value: Any) -> set[str]:
     return {json.dumps(value), str(value)}
 
 
+def holds_text(text: str, part: str) -> bool:
+    """Whether a text stands in another, as it is or as JSON or Python spells it."""
+    return _holds(text, _spellings(part))
+
+
 def _holds(text: str, spellings: set[str]) -> bool:
     return any(spelling in text for spelling in spellings)
 

@@ -18,6 +18,7 @@ class Message(_Said, total=False):
     tool_calls: list[ToolCall]  # of an assistant's; never []
     tool_call_id: str  # of a tool's: the call that it answers
     name: str  # of a tool's: the function that was called
+    weight: int  # of an assistant's: 0 where what it says is not to be learned; never another
 
 
 ROLES = {
@@ -34,6 +35,8 @@ SHAREGPT_CALLS = "function_call"
 SHAREGPT_TOOL_ROLES = {SHAREGPT_CALLS: "assistant", "observation": "tool", "tool": "tool"}
 # What messages of a role may have beside their content.
 EXTRAS = {"assistant": {"tool_calls", "function_call"}, "tool": {"tool_call_id", "name"}}
+# What says whether an assistant's turn is to be learned: OpenAI's key, and those of others.
+WEIGHTS = ("weight", "train", "loss")
 TEXT_PARTS = {"text", "input_text", "output_text"}
 TOOL_PARTS = {"tool_use", "tool_result", "tool_call"}
 PARTS_JOINED = "text parts joined by line breaks"
@@ -63,6 +66,16 @@ def assistant(content: str, calls: Sequence[ToolCall] = ()) -> Message:
     if calls:
         message["tool_calls"] = list(calls)
     return message
+
+
+def unlearned(message: Message) -> Message:
+    """The same, not to be learned."""
+    return {**message, "weight": 0}
+
+
+def is_learned(message: Message) -> bool:
+    """Whether an assistant's turn is to be learned, where recorded ones are."""
+    return message.get("weight") != 0
 
 
 def calls_of(message: Message) -> list[ToolCall]:
@@ -163,6 +176,8 @@ def _read_message(given: Any, i: int, source: str, notes: set[str]) -> Message:
             message["tool_call_id"] = number
         if name := _key(given, "name", i, source):
             message["name"] = name
+    if message["role"] == "assistant" and not _weight(given, i, source):
+        return unlearned(message)
     return message
 
 
@@ -223,12 +238,22 @@ def _key(given: dict[str, Any], key: str, i: int, source: str) -> str:
     return value
 
 
+def _weight(given: dict[str, Any], i: int, source: str) -> bool:
+    """Whether an assistant's message is to be learned."""
+    for key in WEIGHTS:
+        if given.get(key) not in (None, 0, 1):
+            raise InputError(
+                f'{source}: "{key}" of message {i} must be 0 or 1, got {given[key]!r:.80}; correct '
+                f"it, or remove it"
+            )
+    return not any(given.get(key) == 0 for key in WEIGHTS)
+
+
 def _check_extras(
     given: dict[str, Any], names: tuple[str, str], role: str, i: int, source: str
 ) -> None:
-    """Keys beside role and content must be empty, or such as messages of that role have; a weight
-    is of no matter where nothing of it is trained on."""
-    for key in set(given) - set(names) - {"weight"} - EXTRAS.get(role, set()):
+    """Keys beside role and content must be empty, or such as messages of that role have."""
+    for key in set(given) - set(names) - set(WEIGHTS) - EXTRAS.get(role, set()):
         if not given[key]:
             continue
         if key in EXTRAS["assistant"]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from opcd.episodes import Span
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
-from opcd.tasks.conversation import answering_turns
+from opcd.tasks.conversation import learned_turns
 from opcd.tasks.data import Example
 from opcd.tasks.kept import check_kept, without_thoughts
 from opcd.tasks.messages import Message, words_of
@@ -51,7 +51,7 @@ def recorded_ids(chat: Chat, example: Example, stop_ids: Collection[int]) -> lis
     turn, or ends it without one of `stop_ids`; and for a turn that spells one of them.
     """
     messages = example.conversation
-    turns = answering_turns(messages, example.source)
+    turns = learned_turns(messages, example.source)
     try:
         try:
             return [_sequence(chat, messages, turns, stop_ids)]

@@ -84,6 +84,16 @@ def names_of(tools: Sequence[Tool]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
+def arguments_of(tools: Sequence[Tool]) -> list[tuple[str, str]]:
+    """The names of the arguments that the tools' schemas list, each behind its tool's name."""
+    found = []
+    for tool in tools:
+        listed = tool["function"].get("parameters", {}).get("properties")
+        names = listed if isinstance(listed, dict) else ()
+        found += [(tool["function"]["name"], name) for name in names]
+    return found
+
+
 def read_calls(value: Any, place: str) -> list[ToolCall]:
     """The calls of a message: OpenAI's, or each ``{"name", "arguments"}`` alone.
 

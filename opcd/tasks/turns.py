@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from opcd.tasks.conversation import answering_turns
+from opcd.tasks.conversation import answering_turns, learned_turns
 from opcd.tasks.data import Example
 
 
@@ -12,9 +12,11 @@ def prompts_in(example: Example) -> list[Example]:
     """The prompts of a conversation, in order; the example itself is the last.
 
     Each is all that was said in front of an assistant turn that answers something, with the
-    example's own system message. Raises InputError for an assistant turn behind another one.
+    example's own system message; of a recorded one, in front of each that is trained on. Raises
+    InputError for an assistant turn behind another one.
     """
-    turns = answering_turns(example.messages, example.source)
+    turns_of = learned_turns if example.turn else answering_turns
+    turns = turns_of(example.messages, example.source)
     inside = [replace(example, messages=example.messages[:i], turn=None) for i in turns]
     return [*inside, example]
 

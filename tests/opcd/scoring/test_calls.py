@@ -49,6 +49,7 @@ ALARM = '{"name": "set_alarm", "arguments": {"at": "07:00", "days": [1, 2]}}'
         ('<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>', []),
         ('{"name": "f", "arguments": {}, "parameters": {}}', []),
         ("[get_weather(city='Paris')]", []),
+        ('{"name": "f", "description": "Of a city.", "parameters": {"type": "object"}}', []),
         ("{" * 3000, []),
     ],
 )
@@ -60,6 +61,16 @@ def test_calls_are_found_as_families_write_them(text: str, calls: list[Call] | i
 def test_calls_are_found_in_a_letter_and_its_accent() -> None:
     (call,) = calls_in('Cafe\u0301 {"name": "f", "arguments": {"at": "Cafe\u0301"}}')
     assert call == Call("f", {"at": "Caf\u00e9"})
+
+
+@pytest.mark.parametrize("spelled", ["Cafe\u0301", r"Cafe\u0301", "Caf\u00e9", r"Caf\u00e9"])
+@pytest.mark.parametrize("accepted", ["Cafe\u0301", r"Cafe\u0301", "Caf\u00e9", r"Caf\u00e9"])
+def test_a_letter_and_its_accent_are_one_however_they_are_spelled(
+    spelled: str, accepted: str
+) -> None:
+    call = '{{"name": "f", "arguments": {{"{0}": ["{0}"]}}}}'.format
+    assert rates(call(spelled), call(accepted))["right arguments"] == 1
+    assert load_scorer("json")(call(spelled), [call(accepted)]).value == 1
 
 
 def rates(completion: str, *accepted: str) -> dict[str, float]:
@@ -135,6 +146,40 @@ def test_accepted_answers(text: str) -> None:
     expected = [] if text == "Hello." else json.loads(text)
     names = [c["name"] for c in (expected if isinstance(expected, list) else [expected])]
     assert [c.name for c in accepted_calls(text)] == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<tool_call>\n{WEATHER}\n</tool_call>",  # as Hermes' recorded conversations have them
+        f"I look.\n<tool_call>\n{WEATHER}\n</tool_call>",
+        f"[TOOL_CALLS] [{WEATHER}]",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}',
+        '<function=get_weather>{"city": "Paris"}</function>',
+        f"```json\n{WEATHER}\n```",
+        f"<think>It is {ALARM}</think>{WEATHER}",
+    ],
+)
+def test_accepted_answers_as_families_write_calls(text: str) -> None:
+    assert load_scorer("calls").fault(text) is None
+    assert accepted_calls(text) == [PARIS]
+    assert rates(WEATHER, text) == dict.fromkeys(rates(WEATHER, WEATHER), 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<tool_call>\n{WEATHER[:-1]}\n</tool_call>",
+        f"<tool_call>{WEATHER}</tool_call><tool_call>{WEATHER[:-1]}</tool_call>",
+        "<tool_call>\n<function=f>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}",
+        "[TOOL_CALLS] get_weather(Paris)",
+    ],
+)
+def test_accepted_answers_with_marks_of_calls_that_cannot_be_read_are_refused(text: str) -> None:
+    fault = load_scorer("calls").fault
+    assert fault is not None
+    assert "no call that can be read, behind " in (fault(text) or "")
 
 
 @pytest.mark.parametrize(

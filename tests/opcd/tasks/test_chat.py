@@ -95,6 +95,15 @@ DEMONSTRATIONS = [
 ]
 
 
+def test_an_answer_to_several_turns_is_opened_the_same_way() -> None:
+    """Also where a request of one turn is."""
+    long = "{% if add_generation_prompt and messages[3:] and messages[0].role == 'system' %}"
+    chat = Chat(Template(tiny_tokenizer(f"{CHATML}{long}So: {{% endif %}}")), CONTEXT)
+    assert chat.teacher_ids(PROMPT)
+    with pytest.raises(InputError, match=r"must open the answer the same way .*nSo: ' and .*nt.n'"):
+        chat.teacher_ids([*PROMPT, *ANSWER, *PROMPT])
+
+
 def test_a_dropped_message_is_found_out_though_its_words_stand_elsewhere() -> None:
     """The demonstrations' words are in the system message and in the request."""
     first_and_last = (

@@ -25,6 +25,16 @@ def test_an_answer_that_can_never_be_right_is_named() -> None:
         check_gold(examples("42", "many"), load_scorer("number"))
 
 
+@pytest.mark.parametrize(
+    "answer", ["[Laughs] No.", '{"name": "f", "arguments": {}', "<tool_call>f()</tool_call>"]
+)
+def test_an_answer_that_is_no_call_is_named(answer: str) -> None:
+    with pytest.raises(
+        InputError, match=r"^test\.jsonl:2: scorer calls must be able to find the a"
+    ):
+        check_gold(examples("No.", answer), load_scorer("calls"))
+
+
 def of_a_user(judge: Callable[[str, Sequence[str]], Score]) -> Scorer:
     return Scorer("python:m:f", lambda it: judge(it.completion, it.answers), None)
 

@@ -11,7 +11,7 @@ from opcd.episodes import Episode
 from opcd.errors import InputError
 from opcd.tasks.chat import Chat
 from opcd.tasks.data import Example
-from opcd.tasks.messages import Message, assistant, system, user
+from opcd.tasks.messages import Message, assistant, system, unlearned, user
 from opcd.tasks.recorded import Recorded, recorded_ids
 from opcd.tasks.template import Template
 from opcd.tasks.tools import Tool
@@ -94,6 +94,16 @@ def test_a_conversation_that_the_assistant_begins() -> None:
         "<|im_start|>assistant\nWelcome.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧"
     )
+
+
+def test_a_turn_of_weight_0_is_history() -> None:
+    messages = [COLOURS[0], unlearned(COLOURS[1]), *COLOURS[2:]]
+    for text in marked(chat_of(tiny_tokenizer()), messages):
+        assert text.endswith(
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+            "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n⟦r<|im_end|>⟧"
+        )
+        assert text.count("⟦") == 1
 
 
 def test_a_system_message_of_its_own() -> None:

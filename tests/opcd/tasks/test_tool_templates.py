@@ -145,6 +145,10 @@ def test_a_template_of_several_is_for_tools() -> None:
 
 IN_FRONT = "{% if tools %}{{ tools | tojson }}{% endif %}"
 CALLS = "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+FORECAST = TOOL | {
+    "function": TOOL["function"]
+    | {"parameters": {"type": "object", "properties": {"city": {}, "days": {"type": "integer"}}}}
+}
 WITH_CALLS = IN_FRONT + CHATML_TURNS.replace("{{ m.content }}", "{{ m.content }}" + CALLS)
 
 
@@ -159,6 +163,11 @@ WITH_CALLS = IN_FRONT + CHATML_TURNS.replace("{{ m.content }}", "{{ m.content }}
         (
             "{% if tools %}{{ tools[:1] | tojson }}{% endif %}" + CHATML_TURNS,
             "must write the context's tools, but it drops clock; name a file",
+        ),
+        (
+            "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}"
+            "{% endfor %}" + CHATML_TURNS.replace("{{ m.content }}", "{{ m.content | trim }}"),
+            "must write the context's tools, but it drops days of weather; name a file",
         ),
         (
             "{% if tools %}{{ tools | tojson }}{% set messages = messages[1:] %}{% endif %}"
@@ -186,7 +195,14 @@ WITH_CALLS = IN_FRONT + CHATML_TURNS.replace("{{ m.content }}", "{{ m.content }}
 )
 def test_templates_that_drop_tools_or_messages_for_them(template: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        with_template(template, [TOOL, CLOCK])
+        with_template(template, [FORECAST, CLOCK])
+
+
+def test_names_that_are_not_in_ascii_are_kept() -> None:
+    given = {"type": "object", "properties": {"größe": {"type": "string"}}}
+    tool = TOOL | {"function": TOOL["function"] | {"name": "größe", "parameters": given}}
+    for form in ("tojson", "string", "tojson(ensure_ascii=true)"):
+        with_template(WITH_CALLS.replace("tools | tojson", f"tools | {form}"), [tool])
 
 
 @pytest.mark.parametrize(

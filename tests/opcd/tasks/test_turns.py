@@ -7,7 +7,9 @@ import pytest
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
+from opcd.tasks.conversation import learned_turns
 from opcd.tasks.data import request_of
+from opcd.tasks.messages import assistant, user
 from opcd.tasks.task import TaskFiles, read_task_files
 from tests.conftest import write_jsonl
 
@@ -139,10 +141,39 @@ def test_recorded_rows_are_conversations(settings: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"loss": False}], ids=str)
+def test_recorded_turns_of_weight_0_are_history(settings: dict, key: dict) -> None:
+    """Also the last one, as message or as completion: then the row ends in front of it."""
+    (one, first), (two, second) = (chat(f"u {n}. a {n}") for n in ("one", "two"))
+    found = recorded(
+        settings,
+        {"messages": [one, first | key, two, second | {"weight": 1}]},
+        {"messages": [user("three"), first, two, second | key]},
+        {"prompt": chat("u four. a 4. u five"), "completion": [assistant("5") | key]},
+    )
+    trained = [
+        [example.conversation[i]["content"] for i in learned_turns(example.conversation, "")]
+        for example in found.parts["train"]
+    ]
+    assert trained == [["two"], ["one"], ["4"]]
+    assert "assistant turns of weight 0 are not trained on" in found.remarks[-2]
+    assert found.remarks[-1].startswith("prompts.jsonl: 3 prompts of 3 rows")
+
+
+def test_weights_of_turns_mean_nothing_where_the_student_answers(settings: dict) -> None:
+    one, first = chat("u one. a 1")
+    assert len(files(settings, {"messages": [one, first | {"weight": 0}, one]}).parts["train"]) == 2
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("u one", r"must hold an assistant turn behind a user's message, got roles user; add"),
+        ({"messages": [user("one"), assistant("1") | {"weight": 0}]}, "and not of weight 0, got"),
+        (
+            {"messages": [user("one"), assistant("1") | {"weight": 0.5}]},
+            '"weight" of message 1 must be 0 or 1, got 0.5; correct it, or remove it',
+        ),
+        ("u one", r"must hold an assistant turn behind a user's message, .* got roles user; add"),
         ("a hello. u one", "got roles assistant, user"),
         ({"prompt": "one", "chosen": "1"}, 'rename it to "completion"'),
         ({"prompt": "one", "completion": "1", "response": "2"}, "must have one completion"),
