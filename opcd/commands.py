@@ -143,7 +143,8 @@ def _evaluate(arguments: argparse.Namespace, config: TrainConfig) -> int:
 
 
 def _rivals(arguments: argparse.Namespace, config: TrainConfig) -> int:
-    from opcd.studies.rivals import rivals, rivals_table
+    from opcd.studies.rivals import rivals
+    from opcd.studies.table import rivals_table
     from opcd.terminal import Terminal
 
     with _scorecard_alone(arguments) as show, Terminal(finishes_steps=False) as terminal:

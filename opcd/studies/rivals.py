@@ -11,29 +11,50 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from opcd.config import TrainConfig
-from opcd.config.settings import gather, write_config
-from opcd.errors import InputError, did_you_mean
+from opcd.errors import InputError
 from opcd.evaluation.contenders import Contender, Models
 from opcd.evaluation.evaluate import evaluate, read_scorecard, write_evaluation
 from opcd.evaluation.named import named_contenders
-from opcd.evaluation.report import aligned
 from opcd.objective import Divergence, head_divergence
-from opcd.runtime.files import make_folder, read_metrics, write_json, write_jsonl, write_text
+from opcd.runtime.files import (
+    file_digest,
+    make_folder,
+    read_metrics,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
+from opcd.studies import compression
+from opcd.studies.catalogue import (
+    BARE,
+    COMPRESSED,
+    CONTROLS,
+    OWN,
+    REFERENCE,
+    SOFT,
+    TRAINED,
+    Trained,
+)
+from opcd.studies.checks import (
+    check_other,
+    checked_task,
+    chosen_rivals,
+    same_settings,
+)
 from opcd.studies.compression import (
     PACKAGE,
     check_installed,
     compress_to,
-    is_installed,
     llmlingua,
 )
-from opcd.studies.published import TOP, top_divergence
 from opcd.studies.soft_prompts import train_soft_prompt
 from opcd.studies.stored import Stored, store_completions
+from opcd.studies.table import rivals_table
 from opcd.tasks.chat import Chat
 from opcd.tasks.messages import Message, assistant, user
 from opcd.tasks.prepare import Setup, prepare
@@ -42,48 +63,7 @@ from opcd.training.guided import FILE as STORED_FILE
 from opcd.training.run import Outcome, train
 
 SHOWN = 4  # demonstrations
-REFERENCE, STORED = "opcd", "off_policy"
 FOLDER = "rivals"
-NOTHING = "–"
-
-
-class Trained(NamedTuple):
-    """A rival whose weights are trained."""
-
-    what: str
-    settings: dict[str, Any]
-    stored: bool = False  # whether it learns from the teacher's completions alone
-    divergence: Divergence = head_divergence
-
-
-BARE: dict[str, Any] = {"replay_share": 0.0, "replay_data": None, "return_anchor": 0.0}
-OWN: dict[str, Any] = {"guided_share": 0.0, "forward_share": 0.0, **BARE}
-TRAINED = {
-    REFERENCE: Trained("as configured", {}),
-    "plain": Trained("own completions alone, the exact reverse KL", OWN),
-    "published": Trained(
-        f"own completions alone, the student's top {TOP}, not renormalised",
-        OWN,
-        divergence=top_divergence,
-    ),
-    STORED: Trained(
-        "forward KL on the teacher's completions",
-        {"guided_share": 1.0, "guided_objective": "forward_kl", **BARE},
-        stored=True,
-    ),
-    "sequence_level": Trained(
-        "cross-entropy on the teacher's completions",
-        {"guided_share": 1.0, "guided_objective": "cross_entropy", **BARE},
-        stored=True,
-    ),
-}
-COMPRESSED = {"llmlingua_2": 2, "llmlingua_4": 4, "llmlingua_8": 8}  # by how much
-SOFT = {"soft_20": 20, "soft_100": 100}
-CONTROLS = {
-    "teacher_without": "control: a teacher without the context",
-    "other_context": "control: a teacher with another task's context",
-}
-NAMES = (*TRAINED, "demonstrations", *COMPRESSED, *SOFT, *CONTROLS)
 
 
 def rivals(
@@ -101,51 +81,24 @@ def rivals(
     of other settings.
     """
     progress = progress or Progress()
-    setup = _checked(config)
-    chosen = _chosen(wanted, other_context, len(setup.task.a_prefix))
-    if not (wanted or is_installed()):
+    setup = checked_task(config)
+    chosen = chosen_rivals(wanted, other_context, len(setup.task.a_prefix))
+    if not (wanted or compression.is_installed()):
         progress.say(f"rivals    without {', '.join(COMPRESSED)}: {PACKAGE} is not installed")
-    if "other_context" in chosen:
-        _check_other(setup, other_context)
+    digest = check_other(setup, other_context) if "other_context" in chosen else None
     folder = make_folder(Path(config.output_dir) / FOLDER)
-    study = _Study(_same_settings(setup.config, folder), folder, other_context, progress)
+    study = _Study(same_settings(setup.config, folder), folder, other_context, progress)
+    if digest and study.rows.get("other_context", {}).get("context", digest) != digest:
+        raise InputError(
+            f"{folder} has the rival other_context with another context than {other_context!r}; "
+            f"name that one, or another output_dir"
+        )
     for name in chosen:
         if name not in study.rows:
             study.add(name)
     rows = [study.rows[name] for name in ("base", "prompted", *chosen)]
     write_text(study.folder / "rivals.md", f"```\n{rivals_table(rows)}\n```\n")
     return rows
-
-
-def rivals_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a rival."""
-    judged = "accuracy" in rows[0]
-    what = "accuracy" if judged else "agrees"
-    lines: list[tuple[str, ...]] = [
-        ("", what, "95 % interval", "tokens left", "elsewhere", "harm", "train s", "trained on", "")
-    ]
-    for row in rows:
-        reached = row.get("accuracy") if judged else row["greedy_agreement"]
-        low, high = row["interval_95"]
-        lines.append(
-            (
-                row["rival"],
-                f"{reached:.1%}",
-                f"{low:.1%} – {high:.1%}",
-                f"{row['prompt_tokens']:.0f}",
-                _percent(row["elsewhere"]),
-                _percent(row["harm"]),
-                f"{row['train_s']:.0f}" if row["train_s"] else NOTHING,
-                f"{row['tokens']:.0f}" if row["tokens"] else NOTHING,
-                row["extra_work"],
-            )
-        )
-    legend = (
-        "tokens left: what a request still carries in front; elsewhere: answers on other requests "
-        "that are the original model's; harm: right without the prompt, wrong with it; trained on: "
-        "tokens"
-    )
-    return f"{aligned(lines, texts=1)}\n\n{legend}"
 
 
 class _Study:
@@ -316,8 +269,10 @@ class _Study:
             card = self._run(name, self._without_teacher(name), head_divergence)
         else:
             card = self._of_another(name)
-        row = self._row(name, CONTROLS[name], card, "distilled")
-        return [row | self._cost(name)]
+        row = self._row(name, CONTROLS[name], card, "distilled") | self._cost(name)
+        if self._other_context is not None and name == "other_context":
+            row["context"] = file_digest(Path(self._other_context))
+        return [row]
 
     def _without_teacher(self, name: str) -> TrainConfig:
         """The training prompts, and no others of their file, held to the model as it was."""
@@ -336,7 +291,12 @@ class _Study:
         """Trained on another context, and scored by this task's."""
         assert self._other_context is not None
         folder = self.folder / name
-        other = replace(self._config, context=self._other_context, output_dir=str(folder))
+        other = replace(
+            self._config,
+            context=self._other_context,
+            output_dir=str(folder),
+            **{"elsewhere_prompts": 0, "leak_tokens": 0},  # it is scored below
+        )
         _check_ended(name, train(other, (folder / "config.yaml").is_file(), self._progress))
         setup = prepare(self._config)
         found = evaluate(setup, str(folder / "final"), self._progress)
@@ -403,85 +363,3 @@ def _check_ended(name: str, outcome: Outcome) -> None:
 def _delete_weights(folder: Path) -> None:
     for weights in ("checkpoints", "final"):
         shutil.rmtree(folder / weights, ignore_errors=True)
-
-
-def _same_settings(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The settings of a study, kept beside its rows. Raises InputError for others than those."""
-    file = folder / "config.yaml"
-    if file.is_file():
-        saved = gather({}, file)
-        config = replace(config, today=config.today and saved.today)
-        if differing := saved.differing_fields(config):
-            raise InputError(
-                f"{folder} must hold rivals of these settings, got others of "
-                f"{', '.join(differing)}; name another output_dir"
-            )
-    write_config(config, file)
-    return config
-
-
-def _chosen(wanted: Sequence[str], other_context: str | None, context_tokens: int) -> list[str]:
-    """The names in their order, the reference first. Raises InputError for others."""
-    for name in wanted:
-        if name not in NAMES:
-            raise InputError(
-                f"a rival must be one of {', '.join(NAMES)}, got {name!r}"
-                f"{did_you_mean(name, NAMES)}"
-            )
-    if "other_context" in wanted and other_context is None:
-        raise InputError(
-            "the rival other_context needs another task's context, got none; name a file with "
-            "--other_context"
-        )
-    left_out = {name for name, tokens in SOFT.items() if tokens >= context_tokens}
-    left_out |= set() if other_context is not None else {"other_context"}
-    left_out |= set() if is_installed() else set(COMPRESSED)
-    for name in wanted:
-        if name in COMPRESSED:
-            check_installed(name)
-    chosen = set(wanted) or set(NAMES) - left_out
-    return [name for name in NAMES if name in chosen | {REFERENCE}]
-
-
-def _check_other(setup: Setup, context: str | None) -> None:
-    """Raise InputError for a control's context that cannot stand in the task's place, or is it."""
-    assert context is not None
-    other = prepare(replace(setup.config, context=context), for_training=True)
-    if len(other.chats) > 1 or other.task.tools:
-        raise InputError(
-            f"other_context must be one context without tools, got {context!r} with several, or "
-            f"with tools; name another file"
-        )
-    if other.task.context_digests == setup.task.context_digests:
-        raise InputError(
-            f"other_context must be another task's, got the same as context in {context!r}: "
-            f"nothing would be controlled; name another file"
-        )
-
-
-def _checked(config: TrainConfig) -> Setup:
-    """The task, before anything is trained. Raises InputError for one that rivals cannot share."""
-    setup = prepare(config, for_training=True)
-    if len(setup.chats) > 1 or setup.task.tools or config.source != "sampled":
-        raise InputError(
-            "rivals need one context without tools, and sampled completions, got several contexts, "
-            "tools or source recorded; take them apart"
-        )
-    if config.eval_temperature:
-        raise InputError(
-            f"rivals are scored by their likeliest answers, got eval_temperature "
-            f"{config.eval_temperature}; set it to 0"
-        )
-    if config.teacher is not None:
-        raise InputError(f"rivals have one model, got the teacher {config.teacher!r}; leave it out")
-    if not setup.task.test:
-        raise InputError("rivals need test data, got none; name a file as test_data")
-    if config.guided_completions is not None:
-        raise InputError(
-            "rivals learn from the teacher's own completions, got guided_completions; leave it out"
-        )
-    return setup
-
-
-def _percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{share:.1%}"

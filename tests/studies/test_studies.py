@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opcd.config.settings import gather
-from opcd.studies.rivals import NAMES
+from opcd.studies.catalogue import NAMES
 from studies import long_prompts
 from studies import run as study
 from studies.table import table

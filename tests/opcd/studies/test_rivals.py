@@ -14,7 +14,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.models.head import head_of
 from opcd.objective import head_divergence
-from opcd.runtime.files import make_folder, read_metrics, write_json
+from opcd.runtime.files import file_digest, make_folder, read_metrics, write_json
 from opcd.runtime.progress import Progress
 from opcd.studies.published import top_divergence
 from opcd.studies.rivals import rivals
@@ -84,7 +84,7 @@ def a_study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[
     other = context.with_name("other.md")
     other.write_text("Answer with two digits, whatever you are asked by anybody.", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opcd.studies.rivals.is_installed", lambda: False)
+        patch.setattr("opcd.studies.compression.is_installed", lambda: False)
         patch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
         return settings, rivals(TrainConfig(**settings), other_context=str(other))
 
@@ -126,6 +126,9 @@ def test_every_rival_has_a_row(a_study: tuple[dict, list[dict]]) -> None:
     low, high = by_name["opcd"]["elsewhere_interval_95"]
     assert low <= by_name["opcd"]["elsewhere"] <= high
     assert by_name["teacher_without"]["n"] == 4
+    other = Path(settings["context"]).with_name("other.md")
+    assert by_name["other_context"]["context"] == file_digest(other)
+    assert by_name["other_context"]["elsewhere"] is not None
 
 
 def test_what_is_there_is_not_run_again(
@@ -171,7 +174,7 @@ def test_turns_are_counted_and_what_is_held_out_is_not_replayed(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Conversations of one to three turns; the test requests are some of them."""
-    monkeypatch.setattr("opcd.studies.rivals.is_installed", lambda: False)
+    monkeypatch.setattr("opcd.studies.compression.is_installed", lambda: False)
     monkeypatch.setattr("opcd.evaluation.evaluate.write_page", lambda *_: None)
 
     def talk(number: int) -> dict[str, Any]:
@@ -269,6 +272,21 @@ def test_a_run_that_was_stopped_is_no_rival(
         write_jsonl(kept, [{"rival": other} for other in ("base", "prompted", "opcd")])
     with pytest.raises(InputError, match=f"must go to its end, but {name} was stopped by SIGINT"):
         rivals(TrainConfig(**settings), [name], str(tmp_path / "other.md"))
+
+
+def test_a_row_of_another_other_context_is_not_taken_for_this_ones(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opcd.studies.rivals.train", None)
+    first, second = tmp_path / "first.md", tmp_path / "second.md"
+    first.write_text("Answer with two digits.", encoding="utf-8")
+    second.write_text("Answer with three digits.", encoding="utf-8")
+    kept = Path(settings["output_dir"]) / "rivals" / "rivals.jsonl"
+    kept.parent.mkdir(parents=True)
+    row = {"rival": "other_context", "context": file_digest(first)}
+    write_jsonl(kept, [{"rival": name} for name in ("base", "prompted", "opcd")] + [row])
+    with pytest.raises(InputError, match=r"another context than .*second\.md"):
+        rivals(TrainConfig(**settings), ["other_context"], str(second))
 
 
 def test_what_rivals_cannot_share_is_refused(
