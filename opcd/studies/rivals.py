@@ -295,7 +295,8 @@ class _Study:
             self._config,
             context=self._other_context,
             output_dir=str(folder),
-            **{"elsewhere_prompts": 0, "leak_tokens": 0},  # it is scored below
+            elsewhere_prompts=0,  # that is asked below
+            leak_tokens=0,
         )
         _check_ended(name, train(other, (folder / "config.yaml").is_file(), self._progress))
         setup = prepare(self._config)
