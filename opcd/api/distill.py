@@ -2,18 +2,14 @@
 
 import contextlib
 import logging
-import random
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from opcd.api.caller import as_found
 from opcd.api.inputs import Inputs
 from opcd.api.results import Distilled, Evaluated
 from opcd.config.fields import FIELDS, MEASURING
@@ -105,7 +101,7 @@ def distill(
         "test_data": test_data,
         "elsewhere_data": elsewhere_data,
     }
-    with _folder(output_dir) as (folder, kept), _as_found():
+    with _folder(output_dir) as (folder, kept), as_found():
         inputs = Inputs(folder / "inputs")
         with (Silent if quiet else Terminal)() as shown:
             told = _Told(shown, on_step, on_validation)
@@ -147,7 +143,7 @@ def check(
     report of a run there repeats. Raises InputError for whatever does not fit.
     """
     parts = {"prompts": prompts, "validation_data": validation_data, "test_data": test_data}
-    with _folder(output_dir) as (folder, kept), _as_found():
+    with _folder(output_dir) as (folder, kept), as_found():
         inputs = Inputs(folder / "inputs")
         with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
             try:
@@ -191,7 +187,7 @@ def evaluate(
             f"{', '.join(training)}: for training, and nothing to do in evaluate; leave it out"
         )
     name = str(distilled.folder / "final" if isinstance(distilled, Distilled) else distilled)
-    with _folder(output_dir) as (folder, kept), _as_found():
+    with _folder(output_dir) as (folder, kept), as_found():
         inputs = Inputs(folder / "inputs")
         with (Silent if quiet else Terminal)(finishes_steps=False) as shown:
             try:
@@ -297,37 +293,3 @@ def _folder(
         else:
             kept.cleanup()
         raise
-
-
-@contextlib.contextmanager
-def _as_found() -> Iterator[None]:
-    """Random generators, gradient mode and threads are the caller's again where it ends."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    state, threads = random.getstate(), torch.get_num_threads()
-    try:
-        with (
-            torch.random.fork_rng(list(devices)),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _no_bars_of_transformers(),
-        ):
-            yield
-    finally:
-        random.setstate(state)
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _no_bars_of_transformers() -> Iterator[None]:
-    """Without a bar for every model that is loaded; the switch is transformers' and the hub's."""
-    shown, hubs = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # where the environment has them off
-                transformers_logging.enable_progress_bar()
-        if not hubs:
-            disable_progress_bars()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opcd.api.caller import as_found
 from opcd.api.results import Distilled
 from opcd.config.settings import check_code, converted_to, gather
 from opcd.errors import InputError, did_you_mean
@@ -39,7 +40,8 @@ def serve_report(
     if not allow_code:
         check_code(config, (), "opcd.serve_report")
     given = Wanted(**_converted(wanted))
-    with (Silent if quiet else Terminal)(finishes_steps=False) as shown, raised():
+    shows = Silent if quiet else Terminal
+    with as_found(), shows(finishes_steps=False) as shown, raised():
         return run_report(folder, config, given, shown)
 
 

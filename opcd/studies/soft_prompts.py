@@ -77,7 +77,7 @@ def train_soft_prompt(
         progress.part(f"cross-entropy {loss:.3f}")
     progress.end()
     seconds = time.perf_counter() - begin
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     named = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     write_json(folder / ADAPTER_CONFIG, named | {"base_model_name_or_path": config.model})
     return seconds, seen

@@ -149,7 +149,10 @@ def _sizes(distiller: Distiller, writer: ModelWriter) -> Sizes:
 def _save_student(student: Any, writer: ModelWriter, folder: Path) -> None:
     if isinstance(student, PeftModel):
         student.peft_config["default"].save_pretrained(folder)
-        save_file(get_peft_model_state_dict(student), folder / ADAPTER_WEIGHTS)
+        save_file(
+            get_peft_model_state_dict(student, save_embedding_layers=False),
+            folder / ADAPTER_WEIGHTS,
+        )
     else:
         writer.write(folder, writer.base.names_for(student).get, as_stored=False)
 

@@ -44,6 +44,21 @@ def untrained_export(settings: dict, base: Path, lora_rank: int = 0) -> Path:
     return run / "final"
 
 
+def test_an_adapter_is_saved_without_asking_the_hub_for_its_base(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in model's name is that of no folder."""
+    setup = prepare(TrainConfig(**settings | {"lora_rank": 4}), True)
+    distiller = build_distiller(setup)
+    writer = ModelWriter(ModelFiles(settings["model"]), distiller.student)
+    distiller.student.peft_config["default"].base_model_name_or_path = "a-model-of-this-name"
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", None)
+    checkpoint = save_checkpoint(Path(settings["output_dir"]), distiller, writer, {})
+    saved = load_file(next(checkpoint.rglob("adapter_model.safetensors")))
+    assert saved.keys()
+    assert all("lora_" in name for name in saved)
+
+
 def run_of(settings: dict, **overrides: object) -> Path:
     config = Path(settings["output_dir"]).parent / "config.yaml"
     short = {"steps": 2, "test_data": None, "validation_data": None}
