@@ -102,6 +102,7 @@ def test_a_page_says_what_the_scorecard_says(finished_run: Path) -> None:
     for heading in ("Scorecard", "Before and after", "Training", "Elsewhere", "Configuration"):
         assert f"<h2>{heading}</h2>" in page
     assert "What it saves" not in page
+    assert "On a server" not in page
     assert evidence["weights"]["out"]["files"]["model.safetensors"] in page
     assert evidence["made_by"]["packages"]["torch"] in page
     assert page.count("<svg") == 5  # accuracy, divergence, validation, length, gap by position
@@ -179,6 +180,7 @@ def test_savings_are_shown_where_they_were_measured(copied_run: Path) -> None:
         )
     )
     assert verdict < table < by, "the verdict first, and how last"
+    assert page.index("<p>On a server: keep &lt;b&gt;the&lt;/b&gt; prompt</p>") < verdict, "and on top"
     assert '<th scope="row">distilled</th><td>–</td>' in page
 
 
