@@ -180,7 +180,7 @@ def test_savings_are_shown_where_they_were_measured(copied_run: Path) -> None:
         )
     )
     assert verdict < table < by, "the verdict first, and how last"
-    assert page.index("<p>On a server: keep &lt;b&gt;the&lt;/b&gt; prompt</p>") < verdict, "and on top"
+    assert page.index("<p>On a server: keep &lt;b&gt;the&lt;/b&gt; prompt</p>") < verdict
     assert '<th scope="row">distilled</th><td>–</td>' in page
 
 
