@@ -179,6 +179,6 @@ def _elsewhere(card: dict[str, Any]) -> str:
         return ""
     low, high = kept["interval_95"]
     return (
-        f"give it such requests alone: on others {kept['mean']:.0%} ({low:.0%} – {high:.0%}) of "
-        f"its answers are still the original model's"
+        f"use it for requests like these only: of its answers to others {kept['mean']:.0%} "
+        f"({low:.0%} – {high:.0%}) are still the original model's"
     )

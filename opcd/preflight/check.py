@@ -13,7 +13,7 @@ from opcd.preflight.budget import Budget, budget, budget_lines
 from opcd.preflight.measure import measure
 from opcd.preflight.rendering import Rendering, rendering, rendering_lines
 from opcd.preflight.sample import sample, sample_line
-from opcd.preflight.verdict import Example, Found, Measured, Verdict, hindrance, verdict
+from opcd.preflight.verdict import UNMET, Example, Found, Measured, Verdict, hindrance, verdict
 from opcd.runtime.files import write_json
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
@@ -135,9 +135,10 @@ def _measured_lines(measured: Measured, setup: Setup) -> list[str]:
         f"gap       {measured.gap:.2f} nats a token ({least:.2f} – {most:.2f}) on what it makes "
         f"the model say{teachers}; most is missed at {measured.missed_at!r}",
         f"reach     without it the answer's first tokens have the probabilities "
-        f"{', '.join(f'{p:.2g}' for p in measured.likelihood)} (medians); "
-        f"{measured.hard_tokens:.1f} of {measured.tokens:.1f} tokens are below 0.01, and "
-        f"{measured.unmet:.0%} of the nats are missed at such behind the first two",
+        f"{', '.join(f'{p:.2g}' for p in measured.likelihood)} (medians), and "
+        f"{measured.hard_tokens:.1f} of its {measured.tokens:.1f} tokens are hard (below 0.01); "
+        f"{measured.unmet:.0%} of the gap lies at hard tokens behind two others, where the model's "
+        f"own samples hardly lead (above {UNMET:.0%} it needs guided_share)",
     ]
     if measured.gain is not None:
         lines.append(_accuracy_line(measured, measured.gain))

@@ -278,9 +278,9 @@ def _needs_guidance(measured: Measured, guided_share: float) -> Verdict | None:
     return Verdict(
         "needs guided rollouts",
         "by itself the model may never say what the prompt asks for",
-        f"{measured.unmet:.0%} of what it misses stands at tokens less likely than one in a "
-        f"hundred behind two such; {measured.hard_tokens:.1f} of {measured.tokens:.1f} tokens an "
-        f"answer are",
+        f"{measured.unmet:.0%} of the gap lies at tokens less likely than one in a hundred that "
+        f"come after two others of that kind; {measured.hard_tokens:.1f} of {measured.tokens:.1f} "
+        f"tokens of an answer are so unlikely",
         "set guided_share to 0.25",
     )
 

@@ -110,7 +110,7 @@ def test_what_is_lost_elsewhere_is_said_with_the_advice(kept: int, warned: bool)
     share = {"mean": kept / 300, "interval_95": wilson_interval(kept, 300)}
     found = verdict(card | {"elsewhere": {"agreement": share}})
     assert (found.word, found.reason) == (before.word, before.reason)
-    said = f"; give it such requests alone: on others {kept / 300:.0%} ("
+    said = f"; use it for requests like these only: of its answers to others {kept / 300:.0%} ("
     assert found.advice.startswith(before.advice)
     assert (said in found.advice) == warned
 

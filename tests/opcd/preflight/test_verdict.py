@@ -82,7 +82,7 @@ def said_of(change: dict[str, Any], measured: Measured = GOES) -> Any:
         ({"pays_after": 5000.0, "expected_requests": 5000.0}, "go", ""),
         ({"pays_after": 5000.0}, "go", ""),
         ({"expected_requests": 1.0}, "go", ""),
-        ({"unmet": 0.3}, "needs guided rollouts", "30% of what it misses"),
+        ({"unmet": 0.3}, "needs guided rollouts", "30% of the gap lies"),
         ({"unmet": 0.25}, "go", ""),
         ({"unmet": 0.3, "guided_share": 0.25}, "go", ""),
         ({"empty_context": 0.21}, "wrong inputs", "the same tokens (0.21 nats a token apart"),
