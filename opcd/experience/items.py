@@ -61,7 +61,9 @@ def written_items(model: LoadedModel, requests: Sequence[str], round_number: int
         [
             item
             for (request, _), rollout in zip(fitting, rollouts, strict=True)
-            for item in items_in(chat.decode(rollout.completion_token_ids))
+            for item in items_in(
+                chat.decode(rollout.completion_token_ids), rollout.finish_reason == "length"
+            )
             if not repeats(item, request)
         ]
     )
@@ -85,9 +87,9 @@ def filled(prompt: str, texts: Mapping[str, str]) -> str:
     return re.sub("|".join(map(re.escape, texts)), lambda place: texts[place[0]], prompt)
 
 
-def items_in(text: str) -> list[str]:
-    """The lines of a text that are items."""
-    lines = (line.strip() for line in text.splitlines())
+def items_in(text: str, cut: bool = False) -> list[str]:
+    """The lines of a text that are items; without the last one of a text that was cut."""
+    lines = (line.strip() for line in text.splitlines()[: -1 if cut else None])
     return [line for line in lines if line.startswith(MARK) and line.removeprefix(MARK).strip()]
 
 

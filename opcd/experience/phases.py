@@ -101,7 +101,7 @@ class Phases:
         contexts = [folder / "candidates" / name for name in found["winners"]]
         after: Weights | None = None
         if not contexts:
-            decision = Decision(False, _why_none(counts, items, made))
+            decision = Decision(False, _why_none(counts, items, found))
         else:
             self.say(f"filter    {_filter_line(found)}")
             decision, after = self.distilled(number, weights, contexts, folder)
@@ -230,9 +230,13 @@ def _lost(counts: dict[str, Any]) -> str:
     return f"; dropped: {lost}" if lost else ""
 
 
-def _why_none(counts: dict[str, Any], items: Sequence[str], made: Sequence[object]) -> str:
-    if made:
-        return f"none of {len(made)} contexts is better on validation than no experience"
+def _why_none(counts: dict[str, Any], items: Sequence[str], found: dict[str, Any]) -> str:
+    if candidates := found["candidates"]:
+        best, without = candidates[0]["accuracy"], found["without"]["accuracy"]
+        return (
+            f"none of {len(candidates)} contexts is better on validation than no experience (the "
+            f"best {best:.1%}, without {without:.1%})"
+        )
     written = f"{len(items)} items were" if items else "no item was"
     right = f"{counts['right']} of {counts['judged']} attempts are right"
     fits = "; none of it fits context_tokens" if items or counts["right"] else ""

@@ -32,6 +32,9 @@ def test_only_lines_that_are_items_are_kept() -> None:
         "- EXPERIENCE ITEM: Read twice.",
         "- EXPERIENCE ITEM: Check the sign.",
     ]
+    cut = "- EXPERIENCE ITEM: Read twice.\n- EXPERIENCE ITEM: Sha"
+    assert items_in(cut, cut=True) == ["- EXPERIENCE ITEM: Read twice."]
+    assert items_in("- EXPERIENCE ITEM: Sha", cut=True) == []
     said = [
         "- EXPERIENCE ITEM: Read twice.",
         "- EXPERIENCE ITEM: a",

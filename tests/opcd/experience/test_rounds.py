@@ -210,7 +210,10 @@ def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(phases.Bench, "measure", worse)
     (row,) = run(task).rounds
-    assert row["reason"] == "none of 1 contexts is better on validation than no experience"
+    assert row["reason"] == (
+        "none of 1 contexts is better on validation than no experience (the best 0.0%, without "
+        "100.0%)"
+    )
     assert [c["accuracy"] for c in row["candidates"]] == [0.0]
 
 
