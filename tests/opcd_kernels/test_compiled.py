@@ -18,6 +18,8 @@ SHARED_BYTES = {
 }
 HERE = Path(__file__).parents[2]  # this code, whatever else is installed
 
+pytestmark = pytest.mark.timeout(900)  # one fixture compiles all: 60 to 300 s
+
 
 @pytest.fixture(scope="module")
 def reports(everything: list[dict]) -> list[dict]:
