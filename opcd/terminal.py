@@ -110,25 +110,33 @@ class _Bar:
 
 
 class _Lines:
-    """A phase as lines, for logs: the first part, the last one, and one now and then."""
+    """A phase as lines, for logs: the first part, the last one, and one now and then.
+
+    The first part counts for nothing in what the others take: it also makes what they share.
+    """
 
     def __init__(self, what: str, total: int, done: int) -> None:
         self._what, self._total, self._done = what, total, done
-        self._first, self._begin = done, time.monotonic()
+        self._begin = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done then, and when it was
         self._told = self._begin - SECONDS_A_LINE
 
     def part(self, note: str) -> None:
         self._done += 1
         now = time.monotonic()
+        first = self._first = self._first or (self._done, now)
         if self._done < self._total and now - self._told < SECONDS_A_LINE:
             return
         self._told = now
-        each = (now - self._begin) / (self._done - self._first)
-        left = each * (self._total - self._done)
-        ahead = f", about {_duration(left)} left" if self._done < self._total else ""
-        print(
-            f"{self._what} {self._done}/{self._total}, {each:.1f} s each{ahead}: {note}", flush=True
-        )
+        print(f"{self._what} {self._done}/{self._total}, {self._pace(*first)}: {note}", flush=True)
+
+    def _pace(self, done: int, since: float) -> str:
+        """What a part takes, and all that are left, where more than the first says so."""
+        if self._done == done:
+            return f"the first in {_duration(since - self._begin)}"
+        each = (time.monotonic() - since) / (self._done - done)
+        left = self._total - self._done
+        return f"{each:.1f} s each" + (f", about {_duration(each * left)} left" if left else "")
 
     def end(self) -> None:
         """Nothing is left open."""
