@@ -1,6 +1,7 @@
 """What was gained: contenders on the same requests.
 
 evaluate    the models before and after, without and with the context, on the test data
+observed    what all models say and make of each other's words, before any figure
 scorecard   what contenders reached, and how sure that is
 measured    what a scorecard was measured by
 decoding    how completions are drawn, in training and for a scorecard

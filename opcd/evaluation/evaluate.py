@@ -6,33 +6,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from opcd.config.settings import write_config
-from opcd.episodes import Episode
 from opcd.errors import InputError
-from opcd.evaluation.agreement import (
-    Divergences,
-    Gap,
-    Side,
-    divergences,
-    gap_between,
-    own_side,
-    student_side,
-    teacher_side,
-)
+from opcd.evaluation.agreement import Divergences, Gap
 from opcd.evaluation.constant import best_constant
-from opcd.evaluation.contenders import (
-    Answer,
-    Contender,
-    LoadedModel,
-    Models,
-    both_contenders,
-)
-from opcd.evaluation.decoding import answer_params, decoding_of, rollout_params
-from opcd.evaluation.elsewhere import Elsewhere, held_against, original_side
-from opcd.evaluation.elsewhere_tasks import Results, compared, results_of, tasks_of
+from opcd.evaluation.contenders import Answer, Contender, Models
+from opcd.evaluation.decoding import decoding_of
+from opcd.evaluation.elsewhere_tasks import compared, tasks_of
 from opcd.evaluation.evidence import write_evidence
 from opcd.evaluation.intervals import paired_difference
-from opcd.evaluation.leak import Revealed, context_grams, leak, leak_rows, revealed
+from opcd.evaluation.leak import context_grams, leak, leak_rows
 from opcd.evaluation.measured import measured_by
+from opcd.evaluation.observed import AFTER, BEFORE, CONTENDERS, Observed, observe
 from opcd.evaluation.page import Record, write_page
 from opcd.evaluation.report import write_report
 from opcd.evaluation.scorecard import (
@@ -50,10 +34,7 @@ from opcd.runtime.progress import Progress
 from opcd.runtime.strict_json import parse_json
 from opcd.scoring.scorers import Scorer
 from opcd.tasks.prepare import Setup
-from opcd.tasks.task import Case, spread
-from opcd.teacher import SharedPrefixTeacher, teacher_of
-
-CONTENDERS = {"before": ("base", "prompted"), "after": ("distilled", "distilled_prompted")}
+from opcd.tasks.task import Case
 
 
 class Evaluation(NamedTuple):
@@ -74,85 +55,52 @@ def evaluate(
     others: Callable[[Models], Sequence[Contender]] = lambda _: (),  # who answers beside them
 ) -> Evaluation:
     """Measure on the test requests, one model in memory at a time."""
-    config, task = setup.config, setup.task
-    cases = task.scored
+    config = setup.config
     tasks_of(config)
-    teacher_name = config.teacher or config.model
-    names = {"before": config.model}
+    names = {BEFORE: config.model}
     if distilled is not None:
         _check_same_kind(setup, distilled)
-        names["after"] = distilled
-    held_out = spread(task.test, config.divergence_prompts)
-    models = Models(setup, answer_params(setup))
-    contenders: list[Contender] = []
-    answers: dict[str, list[Answer]] = {}
-    owns: dict[str, Side] = {}
-    gaps: dict[str, Gap] = {}
-    original: Side | None = None
-    elsewhere: Elsewhere | None = None
-    wanted = bool(setup.elsewhere) and distilled is not None
-    secret = context_grams(setup) if config.leak_tokens else set()
-    told: dict[str, Revealed | None] = {}
-    judged: dict[str, Results] = {}  # by tasks of lm-eval
-    named = others(models)
-    progress.begin("evaluate", total=1 + (4 if wanted else 3) * len(names) + len(named))
-    try:
-        said = models.get(teacher_name).prompted(cases)
-        shown = teacher_side(_teacher(models, setup), episodes_of(cases, said, held_out))
-        progress.part("prompted teacher")
-        for when, name in names.items():
-            pair = both_contenders(models, name, when, CONTENDERS[when])
-            for contender in pair:
-                same = contender.name == "prompted" and name == teacher_name
-                answers[contender.name] = said if same else contender.answer(cases)
-                progress.part(contender.name)
-            owns[when], missed = _sides(models.get(name), held_out, shown)
-            gaps[when] = gap_between(missed, shown, config.temperature)
-            contenders += pair
-            if when == "before" and teacher_name != config.model:
-                contenders.append(Contender("teacher", _who(teacher_name), lambda _: said))
-                answers["teacher"] = said
-            if secret:
-                told[pair[0].name] = revealed(models.get(name), prompted=False)
-                if when == "before":
-                    told["prompted"] = revealed(models.get(name), prompted=True)
-            if config.elsewhere_tasks and distilled is not None:
-                judged[when] = results_of(models.get(name))
-            if wanted:
-                if original is None:
-                    original = original_side(models.get(name))
-                else:
-                    elsewhere = held_against(original, models.get(name))
-                progress.part(f"elsewhere {when}")
-        for contender in named:
-            answers[contender.name] = contender.answer(cases)
-            progress.part(contender.name)
-        contenders += named
-        teacher = _teacher(models, setup)
-        apart: dict[str, Divergences] = {}
-        for when, own in owns.items():
-            theirs = teacher_side(teacher, own.episodes)
-            apart[when] = divergences(own, theirs, config.temperature)
-            progress.part(f"divergence {when}")
-    finally:
-        progress.end()
-        models.close()
-    found, rows = reached(contenders, answers, said, task.test, task.scorer, gaps)
-    columns = found["contenders"]
+        names[AFTER] = distilled
+    seen = observe(setup, names, others, progress)
+    card, rows = _of_test(setup, seen, distilled)
+    more_rows = _add_sets(card, setup, seen)
+    if selection is not None:
+        card["selection"] = selection
+    if seen.elsewhere is not None:
+        card["elsewhere"] = seen.elsewhere.card
+    if seen.tasks:
+        card["elsewhere_tasks"] = compared(seen.tasks)
+    if seen.told:
+        card["leak"] = leak(context_grams(setup), seen.told, setup)
+    if distilled is not None:
+        card["verdict"] = verdict(card, config.shown_share)._asdict()
+    asked = seen.elsewhere.answers if seen.elsewhere is not None else []
+    return Evaluation(card, rows, asked, more_rows, leak_rows(seen.told))
+
+
+def _of_test(
+    setup: Setup, seen: Observed, distilled: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the test data say, and every answer to them."""
+    config, task = setup.config, setup.task
+    found, rows = reached(
+        seen.contenders, seen.answers, seen.said, task.test, task.scorer, seen.gaps
+    )
     for when, (alone, _) in CONTENDERS.items():
-        if when in names:
-            columns[alone] |= agreement_of(gaps[when], apart[when])
-            _keep_nats(rows, task.test, held_out, alone, gaps[when], apart[when])
-    card = {
+        if when in seen.apart:
+            found["contenders"][alone] |= agreement_of(seen.gaps[when], seen.apart[when])
+            _keep_nats(rows, seen, task.test, when)
+    nats = {when: seen.apart[when].reverse_kl.mean for when in seen.apart}
+    return {
         "context": config.context,
         "model": config.model,
         "distilled": distilled,
-        "teacher": teacher_name,
+        "teacher": config.teacher or config.model,
         **found,
         "divergence": {
-            **{w: apart[w].reverse_kl.mean if w in apart else None for w in CONTENDERS},
+            **{when: nats.get(when) for when in CONTENDERS},
             "unit": "nats per completion token, student || teacher",
-            "prompts": len(held_out),
+            "prompts": len(seen.held_out),
         },
         "prompt_tokens_saved": task.prompt_tokens_saved,
         "scorer": config.scorer if task.judges(task.test) else None,
@@ -162,27 +110,24 @@ def evaluate(
             "file": config.test_data or config.prompts,
         },
         "measured_by": measured_by(setup),
-    }
-    begin, more = len(task.test), {}
-    for name, of_set in task.test_sets.items():
-        here = slice(begin, begin := begin + len(of_set))
-        own_answers = {who: given[here] for who, given in answers.items()}
-        found, more[name] = reached(contenders, own_answers, said[here], of_set, task.scorer)
-        card.setdefault("test_sets", {})[name] = {"file": config.test_sets[name], **found}
-    if selection is not None:
-        card["selection"] = selection
-    if elsewhere is not None:
-        card["elsewhere"] = elsewhere.card
-    if judged:
-        card["elsewhere_tasks"] = compared(judged)
-    leaks = {who: by for who, by in told.items() if by is not None}
-    if leaks:
-        card["leak"] = leak(secret, leaks, setup)
-    if distilled is not None:
-        card["verdict"] = verdict(card, config.shown_share)._asdict()
-    return Evaluation(
-        card, rows, elsewhere.answers if elsewhere is not None else [], more, leak_rows(leaks)
-    )
+    }, rows
+
+
+def _add_sets(
+    card: dict[str, Any], setup: Setup, seen: Observed
+) -> dict[str, list[dict[str, Any]]]:
+    """Put what more sets say into the card; returns every answer to them."""
+    task, rows = setup.task, {}
+    begin = len(task.test)
+    for name, cases in task.test_sets.items():
+        here = slice(begin, begin := begin + len(cases))
+        answers = {who: given[here] for who, given in seen.answers.items()}
+        found, rows[name] = reached(seen.contenders, answers, seen.said[here], cases, task.scorer)
+        card.setdefault("test_sets", {})[name] = {
+            "file": setup.config.test_sets[name],
+            **found,
+        }
+    return rows
 
 
 def reached(
@@ -213,10 +158,6 @@ def reached(
     return found | {"differences": differences_of(rows, columns, gaps)}, rows
 
 
-def _who(teacher: str) -> str:
-    return f"{Path(teacher).name}, with the context"
-
-
 def differences_of(
     rows: Sequence[dict[str, Any]], columns: dict[str, Any], gaps: Mapping[str, Gap]
 ) -> dict[str, Any]:
@@ -233,43 +174,14 @@ def differences_of(
     return found
 
 
-def episodes_of(
-    cases: Sequence[Case], answers: Sequence[Answer], wanted: Sequence[Case]
-) -> list[Episode]:
-    """The answers to some of the cases, as what both models score."""
-    by_case = dict(zip(map(id, cases), answers, strict=True))
-    return [
-        Episode.of_completion(case.prompt, answer.token_ids, answer.finish)
-        for case in wanted
-        for answer in [by_case[id(case)]]
-    ]
-
-
-def _sides(student: LoadedModel, held_out: Sequence[Case], shown: Side) -> tuple[Side, Side]:
-    """What a student samples itself, and what it makes of the teacher's answers."""
-    model, plan, engine, setup, _ = student
-    config, params = setup.config, rollout_params(setup)
-    own = own_side(model, plan, engine, [c.prompt for c in held_out], params, config)
-    return own, student_side(model, plan, shown.episodes, config)
-
-
-def _teacher(models: Models, setup: Setup) -> SharedPrefixTeacher:
-    config = setup.config
-    return teacher_of(models.get(config.teacher or config.model).model, setup.task.prefixes, config)
-
-
 def _keep_nats(
-    rows: Sequence[dict[str, Any]],  # of the scorecard, one for each case
-    cases: Sequence[Case],
-    held_out: Sequence[Case],
-    name: str,
-    gap: Gap,
-    apart: Divergences,
+    rows: Sequence[dict[str, Any]], seen: Observed, cases: Sequence[Case], when: str
 ) -> None:
-    """Put into the rows of the held-out cases what `agreement_of` is made from, as NAME_nats."""
+    """Put into the held-out cases' rows what `agreement_of` is made from, as NAME_nats."""
     row_of = dict(zip(map(id, cases), rows, strict=True))
-    for i, case in enumerate(held_out):
-        row_of[id(case)][f"{name}_nats"] = {
+    gap, apart = seen.gaps[when], seen.apart[when]
+    for i, case in enumerate(seen.held_out):
+        row_of[id(case)][f"{CONTENDERS[when][0]}_nats"] = {
             "missed": gap.missed[i],  # of each token that the prompted teacher says
             "likeliest": gap.likeliest.totals[i],
             "reverse_kl": apart.reverse_kl.totals[i],

@@ -12,7 +12,7 @@ from opcd.errors import InputError
 from opcd.evaluation.agreement import Divergences, Gap
 from opcd.evaluation.contenders import Answer, Contender
 from opcd.evaluation.elsewhere import figures_in, means_of
-from opcd.evaluation.evaluate import CONTENDERS, agreement_of, reached
+from opcd.evaluation.evaluate import agreement_of, reached
 from opcd.evaluation.evidence import (
     CARD,
     FILE,
@@ -25,6 +25,7 @@ from opcd.evaluation.evidence import (
 )
 from opcd.evaluation.intervals import PerRequest
 from opcd.evaluation.measured import test_digest
+from opcd.evaluation.observed import CONTENDERS
 from opcd.evaluation.verdict import Verdict, reference_of, verdict
 from opcd.models.digest import file_digests, local_folder
 from opcd.runtime.environment import code_digest

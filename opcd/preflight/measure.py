@@ -13,8 +13,8 @@ from opcd.episodes import Episode, Prompt
 from opcd.evaluation.agreement import Gap, Side, gap_between, student_side, teacher_side
 from opcd.evaluation.constant import best_constant
 from opcd.evaluation.contenders import Answer, LoadedModel, Models
-from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference, wilson_interval
+from opcd.evaluation.observed import episodes_of
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.lm import last_logits
 from opcd.passes.agreement import Agreement

@@ -22,8 +22,8 @@ from opcd.evaluation.agreement import (
 )
 from opcd.evaluation.contenders import Answer, answers_alone, prompted_answers
 from opcd.evaluation.decoding import greedy_params, rollout_params
-from opcd.evaluation.evaluate import episodes_of
 from opcd.evaluation.intervals import PerRequest, paired_difference
+from opcd.evaluation.observed import episodes_of
 from opcd.evaluation.scorecard import accuracy
 from opcd.models.lm import causal_lm
 from opcd.tasks.prepare import Setup

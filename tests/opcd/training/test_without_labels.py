@@ -11,7 +11,7 @@ from opcd.cli import main
 from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.agreement import gap_between, student_side, teacher_side
-from opcd.evaluation.evaluate import episodes_of
+from opcd.evaluation.observed import episodes_of
 from opcd.models.by_name import load_model
 from opcd.objective import head_logprobs
 from opcd.runtime.files import read_metrics
