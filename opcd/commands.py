@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from opcd import __version__
 from opcd.config.fields import FIELDS, GROUPS, MEASURING, TrainConfig
 from opcd.config.presets import PRESETS
-from opcd.config.settings import KINDS, check_code, converted_to, gather, of_a_run
+from opcd.config.settings import KINDS, check_code, converted_to, gather, of_a_run, refuse_code
 from opcd.errors import InputError, did_you_mean
 from opcd.experience.settings import ITS_OWN, UNUSED, Experience, read_settings
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
@@ -73,8 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command in alone:
         return alone[arguments.command](arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
-    resumes = arguments.command == "train" and arguments.resume
-    if (arguments.command == "eval" or resumes) and of_a_run(arguments.config):
+    if of_a_run(arguments.config):
         _check_code(arguments, config)
     _load()
     commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
@@ -203,6 +202,8 @@ def _experience(arguments: argparse.Namespace) -> int:
     file = Path(arguments.config) if arguments.config else None
     fields = {k: v for k, v in vars(arguments).items() if k in FIELDS or k in EXPERIENCE_FIELDS}
     settings = read_settings(fields, file, arguments.preset, arguments.log)
+    if of_a_run(file):
+        _check_code(arguments, settings.training, settings.experience.named_code)
     _load()
     from opcd.experience.rounds import learn
     from opcd.terminal import Terminal, show_learned
@@ -266,9 +267,14 @@ def _config_of(run: Path, arguments: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def _check_code(arguments: argparse.Namespace, config: TrainConfig) -> None:
+def _check_code(
+    arguments: argparse.Namespace, config: TrainConfig, more: Mapping[str, str] | None = None
+) -> None:
+    """Raise InputError for Python functions that a file names, unless they are allowed."""
     if not arguments.allow_code:
-        check_code(config, vars(arguments), f"opcd {arguments.command}")
+        command = f"opcd {arguments.command}"
+        check_code(config, vars(arguments), command)
+        refuse_code(more or {}, vars(arguments), command)
 
 
 @contextlib.contextmanager
@@ -342,8 +348,7 @@ def _parser() -> _Parser:
         sub.add_argument("--preset", metavar="NAME", help=f"settings to start from: {PRESET_HELP}")
         printed = {"check": "what was found", "rivals": "the rows"}.get(name, "the scorecard")
         sub.add_argument("--json", action="store_true", help=f"print {printed} and nothing else")
-        if name in ("train", "eval"):
-            _add_allow_code(sub)
+        _add_allow_code(sub)
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="continue the run in output_dir")
             _add_fields(sub, FIELDS)
@@ -457,6 +462,7 @@ def _add_experience(commands: Any) -> None:
         "them: they take the place of attempts, for one round",
     )
     sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
+    _add_allow_code(sub)
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
     _add_fields(sub, set(FIELDS) - set(ITS_OWN) - UNUSED)
 
@@ -465,8 +471,8 @@ def _add_allow_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow_code",
         action="store_true",
-        help="run the Python functions that a file names as scorer or trackers; without it only "
-        "those that the command line names, and those of the --config of a new run",
+        help="run the Python functions that a file in a run's folder names; without it only those "
+        "that the command line names, and those of a --config that lies in no run's folder",
     )
 
 

@@ -77,12 +77,16 @@ def check_code(config: TrainConfig, given: Container[str], command: str) -> None
 
     The configuration in a run folder is not the user's own where a stranger made the folder.
     """
-    for name in names_code(config):
+    refuse_code({name: getattr(config, name) for name in names_code(config)}, given, command)
+
+
+def refuse_code(named: Mapping[str, str], given: Container[str], command: str) -> None:
+    """The same for fields that are known to name one."""
+    for name, value in named.items():
         if name not in given:
             raise InputError(
-                f"{command} runs no Python code that a file names, got {name} "
-                f"{getattr(config, name)!r}; look at it, then pass --allow-code, or name it "
-                f"yourself with --{name}"
+                f"{command} runs no Python code that a file names, got {name} {value!r}; look at "
+                f"it, then pass --allow-code, or name it yourself with --{name}"
             )
 
 

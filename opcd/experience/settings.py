@@ -75,6 +75,11 @@ class Experience:
     """Distil the accepted contexts once more on the prompted model's own completions, for the
     column that the others are compared with; takes as long as the rounds' training."""
 
+    @property
+    def named_code(self) -> dict[str, str]:
+        """The fields that name Python code."""
+        return {"game": self.game} if self.game and self.game.startswith(PYTHON) else {}
+
     def check(self) -> "Experience":
         """Raise InputError for values out of range; returns self."""
         for name in ("rounds", "problems_per_round", "attempts_per_problem", "candidates"):

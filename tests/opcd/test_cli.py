@@ -341,7 +341,7 @@ def test_a_windows_path_whose_backslash_became_a_tab(
     ("command", "fields", "own"),
     [
         ("train", FIELDS, {"resume", "allow_code"}),
-        ("rivals", FIELDS, {"rival", "other_context"}),
+        ("rivals", FIELDS, {"rival", "other_context", "allow_code"}),
         (
             *("eval", MEASURING),
             {

@@ -83,7 +83,8 @@ def said_of(change: dict[str, Any], measured: Measured = GOES) -> Any:
         ({"pays_after": 5000.0}, "go", ""),
         ({"expected_requests": 1.0}, "go", ""),
         ({"unmet": 0.3}, "needs guided rollouts", "30% of the gap lies"),
-        ({"unmet": 0.25}, "go", ""),
+        ({"unmet": 0.24}, "needs guided rollouts", "24% of the gap lies"),  # a policy's
+        ({"unmet": 0.2}, "go", ""),
         ({"unmet": 0.3, "guided_share": 0.25}, "go", ""),
         ({"empty_context": 0.21}, "wrong inputs", "the same tokens (0.21 nats a token apart"),
         ({"empty_context": 0.19}, "go", ""),

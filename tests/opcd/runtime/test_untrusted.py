@@ -144,6 +144,10 @@ HOSTILE: list[tuple[Callable[[Path, Path], None], tuple[str, ...], str]] = [
     (scorer, EVAL, "opcd eval runs no Python code that a file names, got scorer"),
     (scorer, VERIFY, "opcd verify runs no Python code that a file names, got scorer"),
     (scorer, RESUME, "opcd train runs no Python code that a file names, got scorer"),
+    *(
+        (scorer, (command, *EVAL[1:]), f"opcd {command} runs no Python code that a file names")
+        for command in ("check", "rivals", "train")
+    ),
     (scorer, ("chat", "{run}", "--message", "x"), "opcd chat runs no Python code"),
     (tracker, RESUME, "opcd train runs no Python code that a file names, got trackers"),
     (pickled_state, RESUME, "must hold a checkpoint of this run, got Weights only load failed"),
@@ -196,6 +200,23 @@ def test_code_that_the_user_asks_for_runs(copied_run: Path, tmp_path: Path, way:
     named = [way] if way == "--allow-code" else [way, f"python:{copied_run / 'evil.py'}:f"]
     assert main(["verify", str(copied_run), *named]) == 1  # it was judged by another
     assert canary.exists()
+
+
+def test_a_loop_runs_no_game_that_a_file_in_a_runs_folder_names(
+    copied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    canary = tmp_path / "canary"
+    (copied_run / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass G: pass")
+    config = copied_run / "config.yaml"
+    config.write_text(
+        "models:\n  model: smollm2-135m-instruct\nrun:\n  output_dir: again\n"
+        "experience:\n  game: python:evil.py:G\n"
+    )
+    assert main(["experience", "--config", str(config)]) == 2
+    assert "opcd experience runs no Python code that a file names, got game" in (
+        capsys.readouterr().err
+    )
+    assert not canary.exists()
 
 
 def test_the_configuration_of_a_new_run_is_the_users_own(
