@@ -25,7 +25,7 @@ from typing import Any
 from opcd.config.settings import gather
 from opcd.runtime.files import write_json, write_jsonl
 from studies.answers import reached
-from studies.run import RESULTS, ROOT, device, measured, output, timed
+from studies.run import RESULTS, ROOT, commit, device, measured, timed
 
 KEPT = RESULTS / "hatecheck.jsonl"
 WORDS = {"hateful": "hateful", "non-hateful": "fine"}  # what a model answers
@@ -57,7 +57,7 @@ def main() -> int:
     row: dict[str, Any] = {
         "model": given.name or given.model,
         "lora_rank": given.lora_rank,
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": device(),
         "validation": {n: prompted(n, given.model, folder) for n in SHOWN},
     }

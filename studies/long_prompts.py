@@ -27,7 +27,7 @@ from opcd.models.by_name import load_tokenizer
 from opcd.runtime.files import write_json, write_jsonl
 from opcd.tasks.messages import Message, assistant, user
 from opcd.tasks.template import Template
-from studies.run import KEPT, RESULTS, ROOT, device, measured, output, read, timed
+from studies.run import KEPT, RESULTS, ROOT, commit, device, measured, read, timed
 
 TASK = ROOT / "examples" / "voice_assistant"
 LABELLED = ROOT / "examples" / "own_experience" / "problems.jsonl"  # the same requests, with labels
@@ -106,7 +106,7 @@ def carried_out(size: str, seed: int, smoke: bool) -> dict[str, Any]:
         "seed": seed,
         "demonstrations": sum(m["role"] == "assistant" for m in made.contexts[size]),
         "trained_on": len(made.training),
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": device(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "train_s": timed(command, folder),  # with its scorecard

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from opcd.config.settings import gather
+from opcd.training.export import read_selection
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -176,11 +177,13 @@ def carried_out(run: Run, folders: dict[str, str], folder: Path) -> dict[str, An
     row: dict[str, Any] = {
         **{name: getattr(run, name) for name in ("stage", "cell", "task", "seed", "model")},
         "settings": run.settings,
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": device(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     base = folders.get(run.model, run.model)
+    if base != run.model:
+        row["weights"] = Path(base).name  # of a folder in its place
     found = _as_rival if run.measure == "rivals" else _as_run
     return row | found(run, base, folder)
 
@@ -193,7 +196,9 @@ def _as_run(run: Run, base: str, folder: Path) -> dict[str, Any]:
         if run.measure != "scorecard":  # `studies.answers` measures, or nothing does
             given = {"test_data": None, "elsewhere_prompts": 0}
         row["train_s"] = timed(_command("train", run, base, trained, given), folder)
-        row |= measured(trained / "metrics.jsonl")
+        row |= measured(trained / "metrics.jsonl") | {
+            "selected": read_selection(trained).get("step")
+        }
         answers = str(trained / "final")
     if run.measure == "scorecard":
         card = json.loads((trained / "scorecard.json").read_text(encoding="utf-8"))
@@ -275,6 +280,13 @@ def device() -> str:
 
 def _model_of(task: str) -> str:
     return gather({}, ROOT / "examples" / task / "config.yaml").model
+
+
+def commit() -> str:
+    """What was checked out, with a mark where files other than results differ from it."""
+    found = output("git", "describe", "--always", "--exclude=*")
+    tracked = ("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{found}-dirty" if output(*tracked, "--", ".", ":!studies/results") else found
 
 
 def output(*command: str) -> str:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from studies.run import RESULTS, ROOT, device, output, read, timed
+from studies.run import RESULTS, ROOT, commit, device, read, timed
 from studies.verdicts import EXAMPLES
 
 KEPT = RESULTS / "unlabelled.jsonl"
@@ -72,7 +72,7 @@ def carried_out(task: str) -> dict[str, Any]:
         },
         "alarms": [name for step in steps for name in step.get("alarms", ())],
         "test": json.loads(reached.read_text(encoding="utf-8")),
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": device(),
     }
     shutil.rmtree(folder)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studies.run import RESULTS, ROOT, device, output, read
+from studies.run import RESULTS, ROOT, commit, device, read
 
 KEPT = RESULTS / "verdicts.jsonl"
 EXAMPLES = ("voice_assistant", "safety", "policy", "structured_output")
@@ -77,7 +77,7 @@ def carried_out(part: str, task: str, model: str | None) -> dict[str, Any]:
         "asked": model and Path(model).name,
         "found": found,
         "seconds": round(time.monotonic() - begin, 1),
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": device(),
     }
 

@@ -1,6 +1,7 @@
 """What studies run, where they keep it, and what they draw; nothing is trained."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         given = dict(zip(command[2::2], command[3::2], strict=True))
         out = Path(given["--output_dir"])
         if command[1] == "train":
-            out.mkdir()
+            (out / "final").mkdir(parents=True)
+            (out / "final" / "selection.json").write_text('{"step": 3}')
             write_jsonl(out / "metrics.jsonl", STEPS)
             (out / "scorecard.json").write_text(json.dumps(CARD))
         else:
@@ -91,6 +93,25 @@ def studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+def test_a_commit_is_marked_where_more_than_results_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    code, kept = tmp_path / "code.py", tmp_path / "studies" / "results" / "s.jsonl"
+    kept.parent.mkdir(parents=True)
+    code.touch()
+    kept.touch()
+    me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+    for words in (("init", "-q"), ("add", "."), (*me, "commit", "-qm", "first")):
+        study.output("git", *words)
+    kept.write_text("{}")
+    (tmp_path / ".venv").touch()
+    clean = study.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    code.write_text("x = 1")
+    assert study.commit() == f"{clean}-dirty"
+
+
 def carry_out(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["run", str(study.ROOT / "s.yaml"), *arguments])
     assert study.main() == 0
@@ -112,6 +133,7 @@ def test_rivals_share_a_folder_and_scorecards_are_kept(
     assert studied[1][-2:] == ["--other_context", "examples/b/context.json"]
     assert studied[3][-2:] == ["--other_context", "examples/a/context.json"]
     assert "--other_context" not in studied[0]
+    assert rows[-1]["selected"] == 3
     card: dict[str, Any] = rows[-1]["scorecard"]
     assert set(card) == {"contenders", "elsewhere"}, "no paths"
     assert "--test_data" not in studied[-1], "its own"
