@@ -23,6 +23,9 @@ from opcd.serving.wanted import KINDS as SERVING_FIELDS
 from opcd.serving.wanted import Wanted
 
 SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
+# Of oneDNN, which keeps the code that it makes for a shape, half a megabyte each, of the last 1,024
+# by default. Packed passes have new shapes in every step: of a hundred it has all that come again.
+KERNELS = "128"
 STOPPED_BY_ALARM = 3  # the exit status
 PRESET_HELP = "; ".join(
     f"{name} ({', '.join(f'{field} {value}' for field, value in values.items())})"
@@ -84,6 +87,7 @@ def _load() -> None:
     """Import what takes seconds, and say so first."""
     print(f"opcd {__version__}: loading", file=sys.stderr, flush=True)
     _let_waiting_threads_sleep()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -372,14 +372,15 @@ def test_room_is_checked_before_the_first_step(
     assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
 
 
-def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
-    """The policy is there before torch is, and not in a library call."""
+def test_libraries_are_set_up_in_commands_alone(settings: dict) -> None:
+    """How threads wait, how many kernels are kept: before torch is, and not in a library call."""
     code = (
         "import sys, opcd.cli, os\n"
         "import opcd.training.run\n"
         "assert 'GOMP_SPINCOUNT' not in os.environ, 'a library call'\n"
+        "assert 'ONEDNN_PRIMITIVE_CACHE_CAPACITY' not in os.environ\n"
     )
-    policies = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    policies = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     plain = {k: v for k, v in os.environ.items() if k not in policies}
     subprocess.run([sys.executable, "-c", code], check=True, env=plain)
     code = (
@@ -387,6 +388,7 @@ def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
         "real = opcd.config.TrainConfig.check\n"
         "def check(self):\n"
         "    print('spins', os.environ.get('GOMP_SPINCOUNT'))\n"
+        "    print('kernels', os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY'))\n"
         "    return real(self)\n"
         "opcd.config.TrainConfig.check = check\n"
         "from opcd.cli import main\n"
@@ -402,6 +404,7 @@ def test_waiting_threads_sleep_in_commands_alone(settings: dict) -> None:
         check=False,
     )
     assert "spins 5000" in done.stdout, done.stderr
+    assert "kernels 128" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
