@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reported(argv: list[str]) -> int:
     command = " ".join(["opcd", *(word for word in argv[:1] if not word.startswith("-"))])
     try:
-        from opcd import commands
+        from opcd import arguments, commands
 
-        return commands.run(commands.parsed(argv))
+        return commands.run(arguments.parsed(argv))
     except InputError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ FLOORS = (
     {"preflight"},
     {"training"},
     {"experience", "serving", "studies"},
-    {"terminal"},
+    {"arguments", "terminal"},
     {"api"},
     {"commands"},
     {"cli"},
@@ -102,7 +102,7 @@ def test_importing_opcd_is_light() -> None:
 
 def test_below_the_command_line_nobody_prints_or_owns_signals() -> None:
     for file in files():
-        if room_of(file) in ("cli", "commands", "terminal"):
+        if room_of(file) in ("cli", "commands", "arguments", "terminal"):
             continue
         if file.stem in ("interrupts", "processes"):  # the latter ends what was started here
             continue
