@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
@@ -82,9 +82,15 @@ def train(
         check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
-        outcome, best, writer = _fit(setup, folder, resume, progress, divergence, source)
-        if outcome.stopped:
+        training = _Training(setup, folder, progress, divergence, source)
+        if resume:
+            training.restore()
+        stopped = training.run()
+        outcome = Outcome(folder, training.distiller.steps_done, stopped, None)
+        if stopped:
             return outcome
+        best, writer = training.best, training.writer
+        del training
         release_memory()  # nothing that was trained is needed from here on
         export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
@@ -108,95 +114,118 @@ def _is_scored(folder: Path) -> bool:
     return (folder / "report.md").is_file() and card.get("selection") == read_selection(folder)
 
 
-def _fit(
-    setup: Setup,
-    folder: Path,
-    resume: bool,
-    progress: Progress,
-    divergence: Divergence,
-    source: MakeSource | None,
-) -> tuple[Outcome, dict[str, Any], ModelWriter]:
-    """Train to the last step, unless `progress` ends it before.
+class _Training:
+    """A run's steps, what is kept of them, and which is the best so far."""
 
-    Also returns the best step on validation, and how the run writes models.
-    """
-    config, task, checkpoints = setup.config, setup.task, folder / "checkpoints"
-    trackers = open_trackers(config.trackers, folder)
-    distiller = build_distiller(setup, divergence, source)
-    template = setup.tokenizer.get_chat_template() if config.chat_template else None
-    writer = ModelWriter(ModelFiles(config.model), distiller.student, template)
-    best: dict[str, Any] = {"step": None}
-    saved: set[int] = set()
-    if resume and (done := list_checkpoints(checkpoints)):
-        state = load_checkpoint(done[-1], distiller)
-        best = state["best"]
-        check_fingerprints(state, setup, done[-1])
-        saved.add(distiller.steps_done)
-    elif resume and (folder / "final").exists():
-        raise InputError(
-            f"a run can be prolonged from its newest checkpoint, got none in {checkpoints}; "
-            f"restore it, or start another output_dir"
-        )
-    write_config(config, folder / "config.yaml")
-    check_room(folder, distiller, writer, setup)
-    writer.rehearse(checkpoints)
-    progress.say(run_plan(setup, distiller))
-    metrics_file = folder / "metrics.jsonl"
-    kept = read_metrics(metrics_file, distiller.steps_done) if saved else []
-    write_jsonl(metrics_file, kept)
-    alarms = Alarms.from_rows(config, kept)
-    extra = {
-        "fingerprint": setup.fingerprint,
-        "selection_fingerprint": setup.selection_fingerprint,
-    }
-    validation = Validation(distiller, setup) if task.validation else None
-    stopped: str | None = None
-    last = distiller.steps_done >= config.steps
-    deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
-    progress.begin("distil", config.steps, distiller.steps_done)
-    try:
-        with metrics_file.open("a", encoding="utf-8") as metrics_log:
-            if validation and not distiller.steps_done and not kept:
-                before: dict[str, Any] = {"step": 0, "validation": validation.measure()}
-                progress.say(f"before    {validation_note(before['validation'])}")
-                stopped = _raise_alarms(alarms, before, config, progress)
-                print(json.dumps(before), file=metrics_log, flush=True)
-                if stopped:
-                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
-            while not (last or stopped):
-                try:
-                    metrics = distiller.step()
-                except InputError:
-                    if distiller.steps_done not in saved:
-                        save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
-                    raise
-                step = distiller.steps_done
-                last = step == config.steps or time.monotonic() > deadline
-                validated = validation and (step % config.validate_every == 0 or last)
-                if validation and validated:
-                    metrics["validation"] = found = validation.measure()
-                    if best["step"] is None or rank(found) > rank(best):
-                        best = {"step": step, **found}
-                alarmed = _raise_alarms(alarms, metrics, config, progress)
-                print(json.dumps(metrics), file=metrics_log, flush=True)
-                log_all(trackers, metrics)
-                try:
-                    progress.part(step_note(metrics, best), metrics)
-                except Exception:  # of a callback
-                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
-                    raise
-                stopped = progress.stop() or alarmed
-                last = last or progress.enough()
-                if validated or last or stopped or step % config.save_every == 0:
-                    save_checkpoint(checkpoints, distiller, writer, extra | {"best": best})
-                    saved.add(step)
-                    rotate(checkpoints, config.keep_checkpoints, best["step"])
-    finally:
-        progress.end()
-        for tracker in trackers:
-            tracker.close()
-        distiller.engine.close()
-    return Outcome(folder, distiller.steps_done, stopped, None), best, writer
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Path,
+        progress: Progress,
+        divergence: Divergence,
+        source: MakeSource | None,
+    ) -> None:
+        self._setup, self._config = setup, setup.config
+        self._folder, self._progress = folder, progress
+        self._checkpoints = folder / "checkpoints"
+        self._trackers = open_trackers(self._config.trackers, folder)
+        self.distiller = build_distiller(setup, divergence, source)
+        template = setup.tokenizer.get_chat_template() if self._config.chat_template else None
+        files = ModelFiles(self._config.model)
+        self.writer = ModelWriter(files, self.distiller.student, template)
+        self.best: dict[str, Any] = {"step": None}
+        self._saved: set[int] = set()  # steps with a checkpoint
+        self._metrics = folder / "metrics.jsonl"
+        self._kept: list[dict[str, Any]] = []  # its rows before this process
+
+    def restore(self) -> None:
+        """Go on where the newest checkpoint is, if there is one."""
+        done = list_checkpoints(self._checkpoints)
+        if done:
+            state = load_checkpoint(done[-1], self.distiller)
+            self.best = state["best"]
+            check_fingerprints(state, self._setup, done[-1])
+            self._saved.add(self.distiller.steps_done)
+            self._kept = read_metrics(self._metrics, self.distiller.steps_done)
+        elif (self._folder / "final").exists():
+            raise InputError(
+                f"a run can be prolonged from its newest checkpoint, got none in "
+                f"{self._checkpoints}; restore it, or start another output_dir"
+            )
+
+    def run(self) -> str | None:
+        """Train to the last step; returns why it was stopped before, if it was."""
+        config, progress = self._config, self._progress
+        write_config(config, self._folder / "config.yaml")
+        check_room(self._folder, self.distiller, self.writer, self._setup)
+        self.writer.rehearse(self._checkpoints)
+        progress.say(run_plan(self._setup, self.distiller))
+        write_jsonl(self._metrics, self._kept)
+        alarms = Alarms.from_rows(config, self._kept)
+        progress.begin("distil", config.steps, self.distiller.steps_done)
+        try:
+            with self._metrics.open("a", encoding="utf-8") as log:
+                return self._steps(alarms, log)
+        finally:
+            progress.end()
+            for tracker in self._trackers:
+                tracker.close()
+            self.distiller.engine.close()
+
+    def _steps(self, alarms: Alarms, log: TextIO) -> str | None:
+        config, progress, distiller = self._config, self._progress, self.distiller
+        validation = Validation(distiller, self._setup) if self._setup.task.validation else None
+        stopped: str | None = None
+        last = distiller.steps_done >= config.steps
+        deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
+        if validation and not distiller.steps_done and not self._kept:
+            before: dict[str, Any] = {"step": 0, "validation": validation.measure()}
+            progress.say(f"before    {validation_note(before['validation'])}")
+            stopped = _raise_alarms(alarms, before, config, progress)
+            print(json.dumps(before), file=log, flush=True)
+            if stopped:
+                self._save()
+        while not (last or stopped):
+            metrics = self._step()
+            step = distiller.steps_done
+            last = step == config.steps or time.monotonic() > deadline
+            validated = validation and (step % config.validate_every == 0 or last)
+            if validation and validated:
+                metrics["validation"] = found = validation.measure()
+                if self.best["step"] is None or rank(found) > rank(self.best):
+                    self.best = {"step": step, **found}
+            alarmed = _raise_alarms(alarms, metrics, config, progress)
+            print(json.dumps(metrics), file=log, flush=True)
+            log_all(self._trackers, metrics)
+            try:
+                progress.part(step_note(metrics, self.best), metrics)
+            except Exception:  # of a callback
+                self._save()
+                raise
+            stopped = progress.stop() or alarmed
+            last = last or progress.enough()
+            if validated or last or stopped or step % config.save_every == 0:
+                self._save()
+                self._saved.add(step)
+                rotate(self._checkpoints, config.keep_checkpoints, self.best["step"])
+        return stopped
+
+    def _step(self) -> dict[str, Any]:
+        """The next step; the state before one that cannot be taken is kept."""
+        try:
+            return self.distiller.step()
+        except InputError:
+            if self.distiller.steps_done not in self._saved:
+                self._save()
+            raise
+
+    def _save(self) -> None:
+        extra = {
+            "fingerprint": self._setup.fingerprint,
+            "selection_fingerprint": self._setup.selection_fingerprint,
+            "best": self.best,
+        }
+        save_checkpoint(self._checkpoints, self.distiller, self.writer, extra)
 
 
 def _raise_alarms(
