@@ -86,9 +86,13 @@ def scorecard_facts(card: dict[str, Any], texts: bool = True) -> list[str]:
             else f"internalised: {share:.1%} of what the prompt gained is now in the weights"
         )
     if cut := _shares(columns, "truncated_share", above=0.5):
+        alone = cut.startswith("base") and "," not in cut
         facts.append(
-            f"most answers were cut ({cut}): raise max_completion_tokens, or look at what ends an "
-            f"answer there"
+            f"most answers of base alone were cut ({cut}): without the prompt it does not know how "
+            f"short they are to be"
+            if alone
+            else f"most answers were cut ({cut}): raise max_completion_tokens, or look at what "
+            f"ends an answer there"
         )
     if several := _shares(columns, "several_labels_share"):
         facts.append(
@@ -150,10 +154,14 @@ def _gain(card: dict[str, Any]) -> str:
     if gain["p_value"] >= CHANCE:
         verdict = f"which may be chance (requests: {base['n']}): mend the prompt or measure on more"
     elif gain["mean"] > 0:
-        verdict = f"a gain of {low:.1%} to {high:.1%}: there is something to distil"
+        verdict = f"a gain of {_points(low, high)}: there is something to distil"
     else:
-        verdict = f"a loss of {-high:.1%} to {-low:.1%}: mend the prompt before it is distilled"
+        verdict = f"a loss of {_points(-high, -low)}: mend the prompt before it is distilled"
     return f"the prompt: {base['accuracy']:.1%} → {reference['accuracy']:.1%}, {verdict}"
+
+
+def _points(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} points"
 
 
 def _elsewhere(found: dict[str, Any]) -> str:

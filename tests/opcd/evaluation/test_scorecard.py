@@ -529,7 +529,7 @@ def test_every_fact_has_its_number() -> None:
     columns["prompted"]["reasoning_share"] = 0.25
     columns["base"]["several_labels_share"] = 0.31
     assert scorecard_facts(card) == [
-        "the prompt: 10.0% → 50.0%, a gain of 31.0% to 50.0%: there is something to distil",
+        "the prompt: 10.0% → 50.0%, a gain of 31.0 to 50.0 points: there is something to distil",
         "internalised: 92.5% of what the prompt gained is now in the weights",
         "most answers were cut (base 97%, distilled 51%): raise max_completion_tokens, or look at "
         "what ends an answer there",
@@ -548,12 +548,21 @@ def test_every_fact_has_its_number() -> None:
     ]
 
 
+def test_nothing_is_advised_where_base_alone_rambles() -> None:
+    card = a_card(base=0.1, prompted=0.5, distilled=0.47, distilled_prompted=0.4)
+    card["contenders"]["base"]["truncated_share"] = 1.0
+    assert (
+        "most answers of base alone were cut (base 100%): without the prompt it does not know how "
+        "short they are to be"
+    ) in scorecard_facts(card)
+
+
 @pytest.mark.parametrize(
     ("base", "prompted", "verdict"),
     [
-        (0.1, 0.5, "a gain of 31.0% to 50.0%: there is something to distil"),
+        (0.1, 0.5, "a gain of 31.0 to 50.0 points: there is something to distil"),
         (0.5, 0.54, "which may be chance (requests: 100): mend the prompt or measure on more"),
-        (0.5, 0.1, "a loss of 31.0% to 50.0%: mend the prompt before it is distilled"),
+        (0.5, 0.1, "a loss of 31.0 to 50.0 points: mend the prompt before it is distilled"),
     ],
 )
 def test_what_a_prompt_is_worth_before_anything_is_distilled(
