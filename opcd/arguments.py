@@ -204,8 +204,8 @@ def _add_allow_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow_code",
         action="store_true",
-        help="run the Python functions that a file in a run's folder names; without it only those "
-        "that the command line names, and those of a --config that lies in no run's folder",
+        help="run the Python functions that a configuration in a run's folder names; without it "
+        "only those that the command line names",
     )
 
 

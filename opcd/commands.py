@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -15,18 +14,20 @@ from typing import Any
 from opcd import __version__
 from opcd.arguments import BEGIN
 from opcd.config.fields import FIELDS, TrainConfig
-from opcd.config.settings import check_code, converted_to, gather, of_a_run, refuse_code
+from opcd.config.settings import code_of, converted_to, gather, of_a_run, refuse_code
 from opcd.errors import InputError
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
 from opcd.experience.settings import read_settings
+from opcd.runtime.libraries import set_up_libraries
 from opcd.serving.wanted import KINDS as SERVING_FIELDS
 from opcd.serving.wanted import Wanted
 
-SPINS = "5000"  # of a waiting thread; see `_let_waiting_threads_sleep`
-# Of oneDNN, which keeps the code that it makes for a shape, half a megabyte each, of the last 1,024
-# by default. Packed passes have new shapes in every step: of a hundred it has all that come again.
-KERNELS = "128"
 STOPPED_BY_ALARM = 3  # the exit status
+# What a command calls of the functions that a configuration may name; those that train call all.
+CALLED = {
+    **dict.fromkeys(("check", "chat", "verify", "serve-report"), ("scorer",)),
+    "eval": ("scorer", "elsewhere_tasks"),
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         return alone[arguments.command](arguments)
     config = _config(arguments)  # what is wrong here is said before anything is loaded
     if of_a_run(arguments.config):
-        _check_code(arguments, config)
+        _check_code(arguments, code_of(config))
     _load()
     commands = {"check": _check, "train": _train, "eval": _evaluate, "rivals": _rivals}
     return commands[arguments.command](arguments, config)
@@ -63,10 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _load() -> None:
     """Import what takes seconds, and say so first."""
     print(f"opcd {__version__}: loading", file=sys.stderr, flush=True)
-    _let_waiting_threads_sleep()
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    set_up_libraries()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("opcd").setLevel(logging.INFO)
     from transformers.utils import logging as transformers_logging
@@ -184,7 +182,7 @@ def _experience(arguments: argparse.Namespace) -> int:
     fields = {k: v for k, v in vars(arguments).items() if k in FIELDS or k in EXPERIENCE_FIELDS}
     settings = read_settings(fields, file, arguments.preset, arguments.log)
     if of_a_run(file):
-        _check_code(arguments, settings.training, settings.experience.named_code)
+        _check_code(arguments, code_of(settings.training) | settings.experience.named_code)
     _load()
     from opcd.experience.rounds import learn
     from opcd.terminal import Terminal, show_learned
@@ -244,18 +242,15 @@ def _config_of(run: Path, arguments: argparse.Namespace) -> TrainConfig:
         check_run_folder(run)
     given = {"scorer": arguments.scorer} if getattr(arguments, "scorer", None) else {}
     config = gather(given, run / "config.yaml")
-    _check_code(arguments, config)
+    _check_code(arguments, code_of(config))
     return config
 
 
-def _check_code(
-    arguments: argparse.Namespace, config: TrainConfig, more: Mapping[str, str] | None = None
-) -> None:
-    """Raise InputError for Python functions that a file names, unless they are allowed."""
+def _check_code(arguments: argparse.Namespace, named: Mapping[str, str]) -> None:
+    """Raise InputError for functions that a file names and the command would call."""
     if not arguments.allow_code:
-        command = f"opcd {arguments.command}"
-        check_code(config, vars(arguments), command)
-        refuse_code(more or {}, vars(arguments), command)
+        called = CALLED.get(arguments.command)
+        refuse_code(named, f"opcd {arguments.command}", vars(arguments), called)
 
 
 @contextlib.contextmanager
@@ -274,14 +269,3 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
     file = Path(arguments.config) if arguments.config else None
     return gather(given, file, arguments.preset)
-
-
-def _let_waiting_threads_sleep() -> None:
-    """Before torch is imported: OpenMP's threads spin for some ten microseconds, then sleep.
-
-    By default they spin for milliseconds at every small operation, and where another process keeps
-    a core busy they take the time of those that they wait for. This is for libgomp, which torch's
-    packages for Linux bring; what the user set stays.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

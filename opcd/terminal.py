@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opcd.config import TrainConfig
-from opcd.config.settings import names_code
+from opcd.config.settings import code_of
 from opcd.evaluation.evaluate import Evaluation, read_scorecard
 from opcd.evaluation.facts import set_lines
 from opcd.evaluation.report import (
@@ -118,23 +118,24 @@ class _Lines:
     def __init__(self, what: str, total: int, done: int) -> None:
         self._what, self._total, self._done = what, total, done
         self._begin = time.monotonic()
-        self._first: tuple[int, float] | None = None  # what was done then, and when it was
+        self._first, self._since = 0, 0.0  # what was done then, and when it was
         self._told = self._begin - SECONDS_A_LINE
 
     def part(self, note: str) -> None:
         self._done += 1
         now = time.monotonic()
-        first = self._first = self._first or (self._done, now)
+        if not self._first:
+            self._first, self._since = self._done, now
         if self._done < self._total and now - self._told < SECONDS_A_LINE:
             return
         self._told = now
-        print(f"{self._what} {self._done}/{self._total}, {self._pace(*first)}: {note}", flush=True)
+        print(f"{self._what} {self._done}/{self._total}, {self._pace(now)}: {note}", flush=True)
 
-    def _pace(self, done: int, since: float) -> str:
+    def _pace(self, now: float) -> str:
         """What a part takes, and all that are left, where more than the first says so."""
-        if self._done == done:
-            return f"the first in {_duration(since - self._begin)}"
-        each = (time.monotonic() - since) / (self._done - done)
+        if self._done == self._first:
+            return f"the first in {_duration(now - self._begin)}"
+        each = (now - self._since) / (self._done - self._first)
         left = self._total - self._done
         return f"{each:.1f} s each" + (f", about {_duration(each * left)} left" if left else "")
 
@@ -151,7 +152,7 @@ def _duration(seconds: float) -> str:
 def show_trained(outcome: Outcome, config: TrainConfig) -> None:
     """How a run ended, and what to do next."""
     folder = Path(shown(str(outcome.folder)))
-    code = " --allow-code" if names_code(config) else ""
+    code = " --allow-code" if code_of(config) else ""
     again = f"opcd train --config {_quoted(folder / 'config.yaml')} --resume{code}"
     left = config.steps - outcome.steps_done
     if outcome.stopped:
@@ -174,7 +175,7 @@ def show_trained(outcome: Outcome, config: TrainConfig) -> None:
         f"{report}"
         f"  page         {folder / 'report.html'}\n"
         f"  load it      AutoModelForCausalLM.from_pretrained({str(folder / 'final')!r})\n"
-        f"  try it       opcd chat {_quoted(folder)}\n"
+        f"  try it       opcd chat {_quoted(folder)}{code}\n"
         f"  {'score again' if report else 'score it   '}  opcd eval --config "
         f"{_quoted(folder / 'config.yaml')}{code}{'' if report else ' --test_data FILE'}"
     )

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from opcd.config.settings import gather
-from opcd.training.export import read_selection
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -45,6 +44,7 @@ KEPT = (
 )
 OTHER_CONTEXT = "other_context"  # the rival that learns another task's
 SMOKE = 2  # steps
+PARTS = ("opcd", "opcd_kernels", "studies", "examples")  # that a run is made of
 
 
 class Run(NamedTuple):
@@ -196,9 +196,9 @@ def _as_run(run: Run, base: str, folder: Path) -> dict[str, Any]:
         if run.measure != "scorecard":  # `studies.answers` measures, or nothing does
             given = {"test_data": None, "elsewhere_prompts": 0}
         row["train_s"] = timed(_command("train", run, base, trained, given), folder)
-        row |= measured(trained / "metrics.jsonl") | {
-            "selected": read_selection(trained).get("step")
-        }
+        row |= measured(trained / "metrics.jsonl")
+        selection = trained / "final" / "selection.json"
+        row["selected"] = json.loads(selection.read_text(encoding="utf-8"))["step"]
         answers = str(trained / "final")
     if run.measure == "scorecard":
         card = json.loads((trained / "scorecard.json").read_text(encoding="utf-8"))
@@ -283,10 +283,10 @@ def _model_of(task: str) -> str:
 
 
 def commit() -> str:
-    """What was checked out, with a mark where files other than results differ from it."""
+    """What was checked out, with a mark where what a run is made of differs from it."""
     found = output("git", "describe", "--always", "--exclude=*")
-    tracked = ("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{found}-dirty" if output(*tracked, "--", ".", ":!studies/results") else found
+    changed = output("git", "status", "--porcelain", "--", *PARTS, ":!studies/results")
+    return f"{found}-dirty" if changed else found
 
 
 def output(*command: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from opcd.api.caller import as_found
 from opcd.api.results import Distilled
-from opcd.config.settings import check_code, converted_to, gather
+from opcd.config.settings import code_of, converted_to, gather, refuse_code
 from opcd.errors import InputError, did_you_mean
 from opcd.runtime.interrupts import raised
 from opcd.runtime.untrusted import check_run_folder
@@ -38,7 +38,7 @@ def serve_report(
         check_run_folder(folder)
     config = gather({}, folder / "config.yaml", caller="Python")
     if not allow_code:
-        check_code(config, (), "opcd.serve_report")
+        refuse_code(code_of(config), "opcd.serve_report", called=("scorer",))
     given = Wanted(**_converted(wanted))
     shows = Silent if quiet else Terminal
     with as_found(), shows(finishes_steps=False) as shown, raised():

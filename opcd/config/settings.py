@@ -22,8 +22,11 @@ INPUT_FILES = (
 )
 FILES_BY_NAME = ("test_sets",)
 MODELS = ("model", "teacher")
-# What a run leaves beside its configuration.
-OF_A_RUN = ("metrics.jsonl", "checkpoints", "final", "answers.jsonl", "scorecard.json")
+# What nobody but a run or a loop leaves.
+OF_A_RUN = (
+    *("metrics.jsonl", "scorecard.json", "evidence.json", "guided.jsonl", "final/selection.json"),
+    *("rounds.jsonl", "round-1", "rivals/rivals.jsonl"),
+)
 CODE = ("scorer", "trackers")  # fields that may name a Python function
 REQUIRED = [
     f.name
@@ -72,42 +75,46 @@ def gather(
     return TrainConfig(**values, origins=origins)
 
 
-def check_code(config: TrainConfig, given: Container[str], command: str) -> None:
-    """Raise InputError for a Python function that is named anywhere but among what was given.
+def refuse_code(
+    named: Mapping[str, str],  # Python code, by the field that names it
+    command: str,
+    given: Container[str] = (),  # fields that the user has named
+    called: Container[str] | None = None,  # fields whose code the command calls; None: all
+) -> None:
+    """Raise InputError for code that the command would call and the user has not named.
 
     The configuration in a run folder is not the user's own where a stranger made the folder.
     """
-    refuse_code({name: getattr(config, name) for name in names_code(config)}, given, command)
-
-
-def refuse_code(named: Mapping[str, str], given: Container[str], command: str) -> None:
-    """The same for fields that are known to name one."""
     for name, value in named.items():
-        if name not in given:
+        if name not in given and (called is None or name in called):
             raise InputError(
-                f"{command} runs no Python code that a file names, got {name} {value!r}; look at "
-                f"it, then pass --allow-code, or name it yourself with --{name}"
+                f"{command} runs no Python code that a file in a run's folder names, got {name} "
+                f"{value!r}; look at it, then allow it (--allow-code, in Python allow_code=True)"
             )
 
 
 def of_a_run(file: str | Path | None) -> bool:
-    """Whether a configuration file lies in the folder of a run, or was written for one."""
+    """Whether a configuration file lies directly in the folder of a run or of a loop, or was
+    written for one."""
     if file is None or not Path(file).is_file():
         return False
     folder = Path(file).parent
     return written_here(Path(file)) or any((folder / name).exists() for name in OF_A_RUN)
 
 
-def names_code(config: TrainConfig) -> list[str]:
-    """The fields in which a configuration names a Python function."""
-    found = [
-        name
-        for name in CODE
-        if any(part.strip().startswith("python:") for part in getattr(config, name).split(","))
-    ]
+def code_of(config: TrainConfig) -> dict[str, str]:
+    """The fields in which a configuration names Python code, and what they name."""
+    values = {name: getattr(config, name) for name in CODE}
+    found = {
+        name: value
+        for name, value in values.items()
+        if any(part.strip().startswith("python:") for part in value.split(","))
+    }
     # A task file of lm-eval may name functions, which it imports.
-    tasks = (part.strip() for part in config.elsewhere_tasks.split(","))
-    return [*found, *["elsewhere_tasks"] * any(x.endswith((".yaml", ".yml")) for x in tasks)]
+    tasks = config.elsewhere_tasks
+    if any(part.strip().endswith((".yaml", ".yml")) for part in tasks.split(",")):
+        found["elsewhere_tasks"] = tasks
+    return found
 
 
 def read_config_file(path: Path, leave_out: str = "") -> tuple[str | None, dict[str, Any]]:

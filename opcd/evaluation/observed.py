@@ -58,29 +58,30 @@ def observe(
     models = Models(setup, answer_params(setup))
     named = others(models)
     asked_elsewhere = bool(setup.elsewhere) and AFTER in names
+    secret = setup.config.leak_tokens and context_grams(setup)
     parts = 1 + (4 if asked_elsewhere else 3) * len(names) + len(named)
     progress.begin("evaluate", total=parts)
     try:
-        observer = _Observer(setup, names, models, progress)
+        asking = _Asking(setup, names, models, progress)
         for when in names:
-            observer.answers(when)
-            observer.distances(when)
-            if setup.config.leak_tokens and context_grams(setup):
-                observer.leak(when)
+            asking.ask_both(when)
+            asking.measure_gap(when)
+            if secret:
+                asking.ask_to_reveal(when)
             if setup.config.elsewhere_tasks and AFTER in names:
-                observer.found.tasks[when] = results_of(models.get(names[when]))
+                asking.found.tasks[when] = results_of(models.get(names[when]))
             if asked_elsewhere:
-                observer.elsewhere(when)
+                asking.ask_elsewhere(when)
         for contender in named:
-            observer.answer(contender)
-        observer.divergences()
-        return observer.found
+            asking.ask(contender)
+        asking.measure_divergences()
+        return asking.found
     finally:
         progress.end()
         models.close()
 
 
-class _Observer:
+class _Asking:
     """Models that are asked, and what they have said so far."""
 
     def __init__(
@@ -98,25 +99,25 @@ class _Observer:
         self._original: Side | None = None  # the model before, elsewhere
         progress.part("prompted teacher")
 
-    def answers(self, when: str) -> None:
+    def ask_both(self, when: str) -> None:
         """A model's to every request, without the context and with it."""
         name = self._names[when]
         for contender in both_contenders(self._models, name, when, CONTENDERS[when]):
             known = contender.name == "prompted" and name == self._teacher_name
-            self.answer(contender, self.found.said if known else None)
+            self.ask(contender, self.found.said if known else None)
         if when == BEFORE and self._teacher_name != name:
             said, who = self.found.said, f"{Path(self._teacher_name).name}, with the context"
             self.found.contenders.append(Contender("teacher", who, lambda _: said))
             self.found.answers["teacher"] = said
 
-    def answer(self, contender: Contender, known: list[Answer] | None = None) -> None:
+    def ask(self, contender: Contender, known: list[Answer] | None = None) -> None:
         """A contender's to every request; known where they were asked for before."""
         self.found.contenders.append(contender)
         answers = known if known is not None else contender.answer(self._setup.task.scored)
         self.found.answers[contender.name] = answers
         self._progress.part(contender.name)
 
-    def distances(self, when: str) -> None:
+    def measure_gap(self, when: str) -> None:
         """What a model samples itself, and what it makes of the teacher's answers."""
         model, plan, engine, setup, _ = self._models.get(self._names[when])
         config, params = setup.config, rollout_params(setup)
@@ -125,7 +126,7 @@ class _Observer:
         missed = student_side(model, plan, self._shown.episodes, config)
         self.found.gaps[when] = gap_between(missed, self._shown, config.temperature)
 
-    def leak(self, when: str) -> None:
+    def ask_to_reveal(self, when: str) -> None:
         """What requests to reveal the context bring out."""
         model = self._models.get(self._names[when])
         alone, prompted = CONTENDERS[when]
@@ -135,7 +136,7 @@ class _Observer:
             if answers is not None:
                 self.found.told[who] = answers
 
-    def elsewhere(self, when: str) -> None:
+    def ask_elsewhere(self, when: str) -> None:
         """What a model answers where the context has no say, held against the model before."""
         model = self._models.get(self._names[when])
         if self._original is None:
@@ -144,7 +145,7 @@ class _Observer:
             self.found.elsewhere = held_against(self._original, model)
         self._progress.part(f"elsewhere {when}")
 
-    def divergences(self) -> None:
+    def measure_divergences(self) -> None:
         """How far the teacher is from what each student has sampled."""
         teacher, temperature = self._teacher(), self._setup.config.temperature
         for when, own in self._own.items():

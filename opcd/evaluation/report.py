@@ -86,7 +86,7 @@ def scorecard_facts(card: dict[str, Any], texts: bool = True) -> list[str]:
             else f"internalised: {share:.1%} of what the prompt gained is now in the weights"
         )
     if cut := _shares(columns, "truncated_share", above=0.5):
-        alone = cut.startswith("base") and "," not in cut
+        alone = [name for name, c in columns.items() if c["truncated_share"] > 0.5] == ["base"]
         facts.append(
             f"most answers of base alone were cut ({cut}): without the prompt it does not know how "
             f"short they are to be"

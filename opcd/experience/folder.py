@@ -15,14 +15,17 @@ from opcd.experience.exercises import Exercises
 from opcd.experience.settings import PYTHON, Settings, as_dict
 from opcd.models.digest import model_digest
 from opcd.runtime.files import make_folder, write_json
+from opcd.runtime.untrusted import check_run_folder
 from opcd.scoring.scorers import load_scorer
 from opcd.tasks.records import read_text
 
 FILE = "settings.json"
+ROUND = "round-"  # and its number: the folder of a round
+RUNS = ("run", "off_policy")  # those of a round
 FIRST, LAST = "before.json", "test"  # what the first phase leaves, and where the last one does
 # What else stands there under names that others use as well.
 OTHERS = (
-    *("elsewhere.json", "rounds.jsonl", "report.md", "curve.png", "round-1"),
+    *("elsewhere.json", "rounds.jsonl", "report.md", "curve.png", f"{ROUND}1"),
     *("validation.jsonl", "test.jsonl"),
 )
 FILES = ("items_prompt", "elsewhere_data", "replay_data", "chat_template")  # that settings name
@@ -52,6 +55,9 @@ def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
         "today": settings.training.today or date.today().isoformat(),
     }
     if resume:
+        for run in RUNS:
+            for there in sorted(folder.glob(f"{ROUND}*/{run}")):
+                check_run_folder(there)  # which may be a stranger's
         now["today"] = _checked(file, now)["today"]
     elif (folder / FIRST).exists():
         raise InputError(

@@ -17,12 +17,13 @@ from opcd.experience.contexts import (
 from opcd.experience.distilling import Distilling
 from opcd.experience.exercises import sampled_attempts
 from opcd.experience.filtering import ranked, scored
-from opcd.experience.folder import Given, kept
+from opcd.experience.folder import ROUND, Given, kept
 from opcd.experience.gate import Decision, decide
 from opcd.experience.items import read_prompt, written_items
 from opcd.experience.measuring import Bench, Measured, agreement
 from opcd.experience.successes import successes
 from opcd.runtime.files import file_digest
+from opcd.runtime.untrusted import plain_name
 from opcd.training.loop import Diverged
 
 Say = Callable[[str], None]
@@ -84,7 +85,7 @@ class Phases:
 
     def round(self, number: int, weights: Weights) -> Round:
         """Attempt, extract, accumulate, filter, distil, decide."""
-        folder = self.folder / f"round-{number}"
+        folder = self.folder / f"{ROUND}{number}"
         folder.mkdir(exist_ok=True)
         tried = kept(folder / "attempts.json", lambda: self.attempts(number, weights, folder))
         attempts = read_attempts(tried["attempts"])
@@ -98,6 +99,7 @@ class Phases:
         found = kept(
             folder / "filter.json", lambda: self.filtered(made, weights, folder / "candidates")
         )
+        _check_names(found["winners"], folder / "filter.json")
         contexts = [folder / "candidates" / name for name in found["winners"]]
         after: Weights | None = None
         if not contexts:
@@ -215,6 +217,7 @@ class Phases:
 
 def _check_as_written(made: Sequence[dict[str, Any]], folder: Path) -> None:
     """Raise InputError for contexts that are no longer what was, or will be, scored."""
+    _check_names([row["file"] for row in made], folder)
     for row in made:
         file = folder / row["file"]
         digest = file_digest(file) if file.is_file() else None
@@ -222,6 +225,16 @@ def _check_as_written(made: Sequence[dict[str, Any]], folder: Path) -> None:
             raise InputError(
                 f"{file} must be as the loop wrote it, got {'another text' if digest else 'none'}; "
                 f"restore it, or start another output_dir"
+            )
+
+
+def _check_names(names: Sequence[str], where: Path) -> None:
+    """Raise InputError for contexts that lie elsewhere: a loop's folder may be a stranger's."""
+    for name in names:
+        if not plain_name(name):
+            raise InputError(
+                f"{where} must name contexts of this round, got {name!r:.80}; restore it, or start "
+                f"another output_dir"
             )
 
 

@@ -20,6 +20,7 @@ from opcd.errors import InputError
 from opcd.models import builtin
 from opcd.models.hub import check_on_hub
 from opcd.models.lm import eos_token_ids_in, keep_softcap
+from opcd.runtime.untrusted import check_no_kernel
 
 ADAPTER_CONFIG = "adapter_config.json"
 _UNLOADABLE = (
@@ -79,6 +80,7 @@ def resolve_model(name: str, what: str = "model") -> str:
             f".merge_and_unload().save_pretrained('merged')\", put its base's tokenizer files "
             f"beside it, and name the folder merged"
         )
+    check_no_kernel(folder)
     return str(folder)
 
 

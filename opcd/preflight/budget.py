@@ -138,9 +138,9 @@ def budget_lines(made: Budget) -> list[str]:
         if nbytes >= WORTH_NAMING * memory.peak
     ]
     room = made.room.available
-    free = "" if room is None else f" of {shown_size(room)}"
+    free = "" if room is None else f" of {shown_size(room)} free"
     lines = [
-        f"memory    {shown_size(memory.needed)} at most{free} ({', '.join(named)})",
+        f"memory    about {shown_size(memory.needed)}{free} ({', '.join(named)})",
         f"disk      {shown_size(disk_.peak)} at most of {shown_size(made.free)}, "
         f"{shown_size(disk_.end)} at the end",
     ]

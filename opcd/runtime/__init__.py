@@ -7,6 +7,7 @@ device       what a person is told of the device that a run takes
 environment  which code and packages, and on which device
 files        files and folders that are complete or absent
 interrupts   how Ctrl-C and the end of a job reach a run
+libraries    how those beneath are set up in a process of opcd's own
 memory       how much a run has taken
 processes    which process is which, and the end of one with its children
 progress     what a run tells whoever started it

@@ -153,14 +153,33 @@ def _check_settings(path: Path) -> None:
         check_index(found, path)
     if not isinstance(found, dict):
         return
-    kernel = found.get("attn_implementation") or found.get("_attn_implementation")
-    if path.name == "config.json" and isinstance(kernel, (str, dict)) and "/" in str(kernel):
-        raise InputError(
-            f"{path} must not name code, got attn_implementation {str(kernel)!r:.80}, a kernel "
-            f"that would be fetched and run; remove it there"
-        )
+    if path.name == "config.json":
+        _refuse_kernel(found, path)
     if path.name == "adapter_config.json" and found.get("megatron_config") is not None:
         raise InputError(
             f"{path} must not name code, got a megatron_config, with which peft imports a module "
             f"by its name; remove it there"
+        )
+
+
+def check_no_kernel(folder: Path) -> None:
+    """Raise InputError for a model whose settings name code that would be fetched and run.
+
+    Settings that cannot be read are for whoever reads them to say.
+    """
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_bytes(), parse_int=short_int)
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(found, dict):
+        _refuse_kernel(found, file)
+
+
+def _refuse_kernel(settings: dict[str, Any], path: Path) -> None:
+    kernel = settings.get("attn_implementation") or settings.get("_attn_implementation")
+    if isinstance(kernel, (str, dict)) and "/" in str(kernel):
+        raise InputError(
+            f"{path} must not name code, got attn_implementation {str(kernel)!r:.80}, a kernel "
+            f"that would be fetched and run; remove it there"
         )

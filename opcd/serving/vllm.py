@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from opcd.errors import InputError
 from opcd.evaluation.server import Server
+from opcd.runtime.libraries import chosen
 from opcd.serving.process import HOST, Started, free_port, running
 
 LOOK_S = 120.0  # for an interpreter to say what it has
@@ -144,7 +145,9 @@ def surroundings(own: Mapping[str, str], folder: Path, key: str) -> dict[str, st
 
     Its processes talk over the loopback interface alone.
     """
-    kept = {name: value for name, value in own.items() if name not in LEFT_OUT}
+    kept = {
+        name: value for name, value in own.items() if name not in LEFT_OUT and name not in chosen
+    }
     return {
         "VLLM_CPU_KVCACHE_SPACE": CPU_GIB,
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",

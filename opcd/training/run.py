@@ -82,15 +82,9 @@ def train(
         check_fingerprints(before, setup, folder / "final")
         outcome = Outcome(folder, config.steps, None, None)
     else:
-        training = _Training(setup, folder, progress, divergence, source)
-        if resume:
-            training.restore()
-        stopped = training.run()
-        outcome = Outcome(folder, training.distiller.steps_done, stopped, None)
-        if stopped:
+        outcome, best, writer = _trained(setup, folder, resume, progress, divergence, source)
+        if outcome.stopped:
             return outcome
-        best, writer = training.best, training.writer
-        del training
         release_memory()  # nothing that was trained is needed from here on
         export(setup, writer, folder, best, outcome.steps_done)
     finish(folder / "checkpoints", config, outcome.steps_done)
@@ -112,6 +106,19 @@ def _is_scored(folder: Path) -> bool:
     """Whether a finished run's report is there, of the model in final/ and not of one before."""
     card = read_scorecard(folder) or {}
     return (folder / "report.md").is_file() and card.get("selection") == read_selection(folder)
+
+
+def _trained(
+    setup: Setup, folder: Path, resume: bool, *given: Any
+) -> tuple[Outcome, dict[str, Any], ModelWriter]:
+    """Train; also returns the best step on validation, and how the run writes models. Nothing of
+    the training itself is held any longer."""
+    training = _Training(setup, folder, *given)
+    if resume:
+        training.restore()
+    stopped = training.run()
+    outcome = Outcome(folder, training.distiller.steps_done, stopped, None)
+    return outcome, training.best, training.writer
 
 
 class _Training:
@@ -206,7 +213,6 @@ class _Training:
             last = last or progress.enough()
             if validated or last or stopped or step % config.save_every == 0:
                 self._save()
-                self._saved.add(step)
                 rotate(self._checkpoints, config.keep_checkpoints, self.best["step"])
         return stopped
 
@@ -226,6 +232,7 @@ class _Training:
             "best": self.best,
         }
         save_checkpoint(self._checkpoints, self.distiller, self.writer, extra)
+        self._saved.add(self.distiller.steps_done)
 
 
 def _raise_alarms(

@@ -97,18 +97,25 @@ def test_a_commit_is_marked_where_more_than_results_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    code, kept = tmp_path / "code.py", tmp_path / "studies" / "results" / "s.jsonl"
+    page, kept = tmp_path / "page.md", tmp_path / "studies" / "results" / "s.jsonl"
     kept.parent.mkdir(parents=True)
-    code.touch()
+    for part in study.PARTS:
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / "code.py").touch()
+    page.touch()
     kept.touch()
     me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
     for words in (("init", "-q"), ("add", "."), (*me, "commit", "-qm", "first")):
         study.output("git", *words)
     kept.write_text("{}")
-    (tmp_path / ".venv").touch()
+    page.write_text("more")
     clean = study.commit()
     assert re.fullmatch("[0-9a-f]{7,}", clean)
-    code.write_text("x = 1")
+    new = tmp_path / "opcd" / "new.py"
+    new.touch()
+    assert study.commit() == f"{clean}-dirty"
+    new.unlink()
+    (tmp_path / "examples" / "code.py").write_text("x = 1")
     assert study.commit() == f"{clean}-dirty"
 
 
@@ -121,7 +128,8 @@ def test_rivals_share_a_folder_and_scorecards_are_kept(
     studied: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = study.ROOT / "runs" / "study"
-    carry_out(monkeypatch, "--stage", "one")
+    carry_out(monkeypatch, "--stage", "one", "--model", "tiny=/some/where/weights")
+    assert study.read(study.RESULTS / "s.jsonl")[0]["weights"] == "weights"
     assert [path.name for path in work.iterdir()] == ["rivals-a-0"], "stage two needs it"
     carry_out(monkeypatch)
     assert [*work.iterdir()] == []

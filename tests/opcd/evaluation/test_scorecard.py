@@ -555,6 +555,9 @@ def test_nothing_is_advised_where_base_alone_rambles() -> None:
         "most answers of base alone were cut (base 100%): without the prompt it does not know how "
         "short they are to be"
     ) in scorecard_facts(card)
+    card["contenders"]["base_short"] = {**card["contenders"]["base"]}
+    card["contenders"]["base"]["truncated_share"] = 0.0
+    assert any("raise max_completion_tokens" in fact for fact in scorecard_facts(card))
 
 
 @pytest.mark.parametrize(

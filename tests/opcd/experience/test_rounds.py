@@ -355,6 +355,17 @@ def test_a_resumed_loop_must_find_what_it_was_begun_with(task: dict, tmp_path: P
             run(task, resume=True)
         file.write_text(text)
     assert run(task, resume=True).rounds == found.rounds
+    filtered = found.folder / "round-1" / "filter.json"
+    text = filtered.read_text()
+    filtered.write_text(text.replace(json.dumps(context.name), '"../../../secret.md"'))
+    with pytest.raises(InputError, match=r"must name contexts of this round, got '\.\./"):
+        run(task, resume=True)
+    filtered.write_text(text)
+    pickled = found.folder / "round-1" / "run" / "final" / "pytorch_model.bin"
+    pickled.write_bytes(b"")
+    with pytest.raises(InputError, match="a file that loads by pickle"):
+        run(task, resume=True)
+    pickled.unlink()
     context.unlink()
     with pytest.raises(InputError, match="must be as the loop wrote it, got none"):
         run(task, resume=True)

@@ -140,16 +140,17 @@ def file_of_a_size(run: Path, canary: Path) -> None:
 VERIFY = ("verify", "{run}")
 EVAL = ("eval", "--config", "{run}/config.yaml", "--output_dir", "{run}")
 RESUME = ("train", "--resume", "--steps", "6", *EVAL[1:])
+NO_CODE = "runs no Python code that a file in a run's folder names"
 HOSTILE: list[tuple[Callable[[Path, Path], None], tuple[str, ...], str]] = [
-    (scorer, EVAL, "opcd eval runs no Python code that a file names, got scorer"),
-    (scorer, VERIFY, "opcd verify runs no Python code that a file names, got scorer"),
-    (scorer, RESUME, "opcd train runs no Python code that a file names, got scorer"),
+    (scorer, EVAL, f"opcd eval {NO_CODE}, got scorer"),
+    (scorer, VERIFY, f"opcd verify {NO_CODE}, got scorer"),
+    (scorer, RESUME, f"opcd train {NO_CODE}, got scorer"),
     *(
-        (scorer, (command, *EVAL[1:]), f"opcd {command} runs no Python code that a file names")
+        (scorer, (command, *EVAL[1:]), f"opcd {command} {NO_CODE}")
         for command in ("check", "rivals", "train")
     ),
     (scorer, ("chat", "{run}", "--message", "x"), "opcd chat runs no Python code"),
-    (tracker, RESUME, "opcd train runs no Python code that a file names, got trackers"),
+    (tracker, RESUME, f"opcd train {NO_CODE}, got trackers"),
     (pickled_state, RESUME, "must hold a checkpoint of this run, got Weights only load failed"),
     (pickled_weights, EVAL, "pytorch_model.bin must not be in a run folder"),
     (pickle_under_another_name, EVAL, "must be a safetensors file with a header of at most 64 MiB"),
@@ -207,16 +208,50 @@ def test_a_loop_runs_no_game_that_a_file_in_a_runs_folder_names(
 ) -> None:
     canary = tmp_path / "canary"
     (copied_run / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass G: pass")
-    config = copied_run / "config.yaml"
-    config.write_text(
-        "models:\n  model: smollm2-135m-instruct\nrun:\n  output_dir: again\n"
-        "experience:\n  game: python:evil.py:G\n"
-    )
+    loop = tmp_path / "loop"
+    (loop / "round-1").mkdir(parents=True)
+    (loop / "evil.py").write_text((copied_run / "evil.py").read_text())
+    for folder in (copied_run, loop):
+        config = folder / "config.yaml"
+        config.write_text(
+            "models:\n  model: smollm2-135m-instruct\nrun:\n  output_dir: again\n"
+            "experience:\n  game: python:evil.py:G\n"
+        )
+        _refused_game(config, canary, capsys)
+
+
+def _refused_game(config: Path, canary: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["experience", "--config", str(config)]) == 2
-    assert "opcd experience runs no Python code that a file names, got game" in (
-        capsys.readouterr().err
-    )
+    assert f"opcd experience {NO_CODE}, got game" in (capsys.readouterr().err)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("command", ["check", "eval"])
+def test_a_tracker_hinders_no_command_that_opens_none(
+    copied_run: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture
+) -> None:
+    tracker(copied_run, tmp_path / "canary")
+    given = [word.format(run=copied_run) for word in EVAL[1:]]
+    assert main([command, *given, "--model", "./nowhere"]) == 2
+    assert "model must be a folder" in capsys.readouterr().err
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_kernel_of_a_hub_is_refused_wherever_the_model_lies(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from tests.conftest import in_groups
+
+    model = tmp_path / "weights"
+    shutil.copytree(settings["model"], model)
+    found = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps(found | {"attn_implementation": "stranger/kernel"})
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(in_groups(settings | {"model": str(model)}))
+    assert main(["train", "--config", str(config)]) == 2
+    assert "must not name code, got attn_implementation" in capsys.readouterr().err
 
 
 def test_the_configuration_of_a_new_run_is_the_users_own(

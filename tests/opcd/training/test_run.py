@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opcd
 from opcd.cli import main
-from opcd.commands import _let_waiting_threads_sleep
 from opcd.config import TrainConfig
 from opcd.objective import Targets
 from opcd.runtime.files import read_jsonl, read_metrics
@@ -370,52 +369,6 @@ def test_room_is_checked_before_the_first_step(
     monkeypatch.undo()
     settings |= {"steps": 1, "validation_data": None, "test_data": None}
     assert main(["train", "--config", write_config(settings)]) == 0, "the folder holds no run yet"
-
-
-def test_libraries_are_set_up_in_commands_alone(settings: dict) -> None:
-    """How threads wait, how many kernels are kept: before torch is, and not in a library call."""
-    code = (
-        "import sys, opcd.cli, os\n"
-        "import opcd.training.run\n"
-        "assert 'GOMP_SPINCOUNT' not in os.environ, 'a library call'\n"
-        "assert 'ONEDNN_PRIMITIVE_CACHE_CAPACITY' not in os.environ\n"
-    )
-    policies = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    plain = {k: v for k, v in os.environ.items() if k not in policies}
-    subprocess.run([sys.executable, "-c", code], check=True, env=plain)
-    code = (
-        "import sys, os, opcd.config\n"
-        "real = opcd.config.TrainConfig.check\n"
-        "def check(self):\n"
-        "    print('spins', os.environ.get('GOMP_SPINCOUNT'))\n"
-        "    print('kernels', os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY'))\n"
-        "    return real(self)\n"
-        "opcd.config.TrainConfig.check = check\n"
-        "from opcd.cli import main\n"
-        "assert 'torch' not in sys.modules\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    config = write_config(settings, prompts="none.jsonl")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--config", config],
-        capture_output=True,
-        text=True,
-        env=plain,
-        check=False,
-    )
-    assert "spins 5000" in done.stdout, done.stderr
-    assert "kernels 128" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"), [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
-)
-def test_how_threads_wait_is_left_to_whom_set_it(
-    own: dict, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "environ", own)
-    _let_waiting_threads_sleep()
-    assert own.get("GOMP_SPINCOUNT") == expected
 
 
 def test_a_run_without_validation_takes_the_last_step_and_says_so(
