@@ -263,7 +263,7 @@ def test_from_python(copied_run: Path) -> None:
     code = text.replace("scorer: exact", "scorer: python:evil.py:score")
     assert code != text
     (copied_run / "config.yaml").write_text(code)
-    with pytest.raises(InputError, match="runs no Python code .* names, got scorer"):
+    with pytest.raises(InputError, match=r"runs no Python code .* names, got scorer"):
         opcd.serve_report(copied_run)
     assert main(["serve-report", str(copied_run)]) == 2
 
