@@ -9,12 +9,10 @@ was lost by another one's fault is played again up to where it stood.
 """
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from opcd.errors import InputError
-from opcd.runtime.user_code import load_function
 from opcd.tasks.messages import check_unicode
 
 WON = 1.0 - 1e-6  # what a game's rewards add up to, but for rounding; anything less is not won
@@ -44,32 +42,6 @@ class Environment(Protocol):
     def step(self, action: str) -> Step:
         """What comes of the player's answer, of which any thought is left out."""
         ...
-
-
-def load_environment(spec: str) -> Callable[[], Environment]:
-    """What makes games: ``frozen_lake``, ``sokoban``, ``python:FILE.py:class`` (or a module's).
-
-    Raises InputError for what does not exist, and for a class without reset or step.
-    """
-    from opcd.experience.games.frozen_lake import FrozenLake
-    from opcd.experience.games.sokoban import Sokoban
-
-    built_in: dict[str, Callable[[], Environment]] = {"frozen_lake": FrozenLake, "sokoban": Sokoban}
-    kind, _, target = spec.partition(":")
-    if spec in built_in:
-        return built_in[spec]
-    if kind != "python" or not target:
-        raise InputError(
-            f"game must be {', '.join(built_in)} or python:FILE.py:class, got {spec!r}; choose one"
-        )
-    made = load_function(target, f"game {spec}", "class")
-    missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
-    if missing:
-        raise InputError(
-            f"game {spec} must be a class with reset(seed) and step(action), got none of "
-            f"{', '.join(missing)}; define both"
-        )
-    return made
 
 
 def reset(game: Environment, seed: int) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from typing import Any
 
 from opcd.errors import InputError
-from opcd.experience.games.environment import Environment, load_environment, reset, step
+from opcd.experience.games.by_name import load_environment
+from opcd.experience.games.environment import Environment, reset, step
 from opcd.runtime.user_code import raised
 from opcd.runtime.workers import Answering, serve
 

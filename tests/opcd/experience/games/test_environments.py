@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from opcd.errors import InputError
-from opcd.experience.games.environment import Step, load_environment, reset, step
+from opcd.experience.games.by_name import load_environment
+from opcd.experience.games.environment import Step, reset, step
 from opcd.experience.games.environments import Environments, Opening, Running
 from opcd.experience.games.exercises import drawn
 from opcd.experience.settings import Experience
