@@ -66,8 +66,10 @@ def of_scorecards(cards: Rows) -> str:
     words.append(f"given back {over_seeds([c['distilled_prompted']['accuracy'] for c in columns])}")
     harm = [c["distilled_prompted"].get("harm") for c in columns]
     words.append(f"harm {over_seeds([h and h['mean'] for h in harm])}")
-    kept = [card.get("elsewhere", {}).get("agreement", {}).get("mean") for card in cards]
-    return "; ".join([*words, f"elsewhere {over_seeds(kept)}"])
+    others = [card["elsewhere"] for card in cards if "elsewhere" in card]
+    words.append(f"elsewhere {over_seeds([found['agreement']['mean'] for found in others])}")
+    nats = [f"{found['reverse_kl']['mean']:.2f}" for found in others]
+    return "; ".join(words) + (f", {', '.join(nats)} nats a token" if nats else "")
 
 
 def of_rivals(rows: Rows) -> str:

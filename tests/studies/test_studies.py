@@ -52,8 +52,11 @@ def test_the_studies_show_the_four_examples() -> None:
 
 
 STEPS = [{"step": 1, "step_time_s": 2.0, "loss": 1.0, "divergence": 0.5}]
-CARD = {"contenders": {"distilled_prompted": {"accuracy": 0.5, "harm": {"mean": 0.25}}}}
-CARD |= {"elsewhere": {"agreement": {"mean": 0.75}}, "distilled": "/a/path", "measured_by": {}}
+CARD: dict[str, Any] = {
+    "contenders": {"distilled_prompted": {"accuracy": 0.5, "harm": {"mean": 0.25}}}
+}
+CARD |= {"distilled": "/a/path", "measured_by": {}}
+CARD["elsewhere"] = {"agreement": {"mean": 0.75}, "reverse_kl": {"mean": 0.5}}
 
 
 @pytest.fixture
@@ -170,9 +173,14 @@ def test_tables_are_means_over_seeds() -> None:
     assert opcd.startswith(f"| opcd | 2 | 85.0% (80.0% – 90.0%) | {intervals} | 20 | 50.0% (")
     assert opcd.endswith("| 15.0% (10.0% – 20.0%) | 10 | 900 | none |")
     of = {"distilled": {"accuracy": 0.5}} | CARD["contenders"]
-    scored = {"task": "a", "cell": "x", "train_s": 60, "scorecard": CARD | {"contenders": of}}
-    last = table([scored]).splitlines()[-1]
-    assert last == "| x | 50.0%; given back 50.0%; harm 25.0%; elsewhere 75.0% | 60 |"
+    scored = {"task": "a", "cell": "x", "train_s": 60}
+    card = CARD | {"contenders": of}
+    last = table([scored | {"scorecard": card}]).splitlines()[-1]
+    reached = "50.0%; given back 50.0%; harm 25.0%; elsewhere 75.0%, 0.50 nats a token"
+    assert last == f"| x | {reached} | 60 |"
+    del card["elsewhere"]
+    last = table([scored | {"scorecard": card}]).splitlines()[-1]
+    assert last == "| x | 50.0%; given back 50.0%; harm 25.0%; elsewhere – | 60 |"
 
 
 def test_a_smoke_run_keeps_to_itself(
