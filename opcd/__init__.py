@@ -13,6 +13,7 @@ _HOMES = {
     "Distilled": "opcd.api.results",
     "Evaluated": "opcd.api.results",
     "InputError": "opcd.errors",
+    "Served": "opcd.serving.report",
     "Stopped": "opcd.api.distill",
     "SharedPrefixTeacher": "opcd.teacher",
     "StudentLoss": "opcd.student_loss",
@@ -26,6 +27,7 @@ __all__ = [
     "Distilled",
     "Evaluated",
     "InputError",
+    "Served",
     "SharedPrefixTeacher",
     "Stopped",
     "StudentLoss",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from opcd.api.serve import serve_report
     from opcd.errors import InputError
     from opcd.preflight.check import Checked
+    from opcd.serving.report import Served
     from opcd.student_loss import StudentLoss
     from opcd.teacher import SharedPrefixTeacher
 

@@ -9,7 +9,7 @@ from opcd.config.fields import FIELDS, GROUPS, MEASURING
 from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS
 from opcd.errors import InputError, did_you_mean
-from opcd.experience.settings import ITS_OWN, UNUSED, Experience
+from opcd.experience.settings import ITS_OWN, Experience
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
 from opcd.serving.wanted import KINDS as SERVING_FIELDS
 from opcd.serving.wanted import Wanted
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
             options = [o for action in self._actions for o in action.option_strings]
             name = unknown[0].partition("=")[0]
             if name.removeprefix("--") in FIELDS:
-                raise InputError(f"{name} is for training and does nothing here; leave it out")
+                raise InputError(f"{name} does nothing in {self.prog}; leave it out")
             raise InputError(
                 f"there is no option {name}{did_you_mean(name, options)}; see {self.prog} --help"
             )
@@ -197,7 +197,7 @@ def _add_experience(commands: Any) -> None:
     sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
     _add_allow_code(sub)
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
-    _add_fields(sub, set(FIELDS) - set(ITS_OWN) - UNUSED)
+    _add_fields(sub, set(FIELDS) - set(ITS_OWN))
 
 
 def _add_allow_code(parser: argparse.ArgumentParser) -> None:

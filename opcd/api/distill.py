@@ -13,7 +13,7 @@ from opcd.api.caller import as_found
 from opcd.api.inputs import Inputs
 from opcd.api.results import Distilled, Evaluated
 from opcd.config.fields import FIELDS, MEASURING
-from opcd.config.settings import gather
+from opcd.config.settings import FILES_BY_NAME, gather
 from opcd.errors import InputError
 from opcd.models.by_name import load_model
 from opcd.preflight.check import Checked
@@ -29,6 +29,7 @@ from opcd.training.run import train
 
 log = logging.getLogger(__name__)
 
+REPLAYED = "replay_data"
 Context = str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 Rows = Path | Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any]]
 Callback = Callable[[dict[str, Any]], object]
@@ -85,7 +86,8 @@ def distill(
         "validation" in it. True ends training, with a model; a string ends it as an interrupt
         does, with `Stopped`.
     quiet: print neither the run's plan and notes nor its progress.
-    settings: fields of the configuration, see `opcd train --help`.
+    settings: fields of the configuration, see `opcd train --help`. In `replay_data` and the values
+        of `test_sets` rows may stand as above, and a string is the name of a file.
 
     Ctrl-C lets a step finish, saves, and raises `Stopped` (in the main thread). Raises InputError
     for whatever does not fit, before weights are loaded where that can be known.
@@ -266,8 +268,18 @@ def _given(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Settings, with what is no file written as one."""
+
+    def file(value: Any, name: str) -> str:
+        return str(value) if isinstance(value, str | Path) else inputs.rows(value, name)
+
+    of_settings = {n: str(v) if isinstance(v, Path) else v for n, v in settings.items()}
+    if of_settings.get(REPLAYED) is not None:
+        of_settings[REPLAYED] = file(of_settings[REPLAYED], REPLAYED)
+    for name in FILES_BY_NAME:
+        if isinstance(sets := of_settings.get(name), Mapping):
+            of_settings[name] = {own: file(rows, name) for own, rows in sets.items()}
     return {
-        **{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
+        **of_settings,
         "output_dir": str(folder),
         "context": inputs.context(context),
         **{name: inputs.rows(rows, name) for name, rows in parts.items() if rows is not None},

@@ -23,9 +23,11 @@ ITS_OWN = {
     "guided_completions": "the prompted model makes them, a share guided_share",
     "turns": "a problem is one request",
     "test_sets": "its test problems are one set",
+    "validate_every": "a round is measured when it ends",
+    **dict.fromkeys(
+        ("divergence_prompts", "elsewhere_tasks", "leak_tokens"), "it makes no scorecard"
+    ),
 }
-# Of a training run that chooses by validation data and makes a scorecard: a round does neither.
-UNUSED = {"validate_every", "divergence_prompts", "elsewhere_tasks", "leak_tokens"}
 
 
 @dataclass(kw_only=True)

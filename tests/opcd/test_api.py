@@ -70,7 +70,7 @@ def test_the_public_names() -> None:
     """A change here is a change for users: see docs/python.md."""
     assert opcd.__all__ == sorted(
         [
-            *("Checked", "Distilled", "Evaluated", "InputError", "SharedPrefixTeacher"),
+            *("Checked", "Distilled", "Evaluated", "InputError", "Served", "SharedPrefixTeacher"),
             *("Stopped", "StudentLoss", "__version__", "check", "distill", "evaluate"),
             "serve_report",
         ]
@@ -408,6 +408,28 @@ def test_evaluate(model_dir: Path) -> None:
     )
     columns = again.scorecard["contenders"]
     assert columns["distilled"]["accuracy"] == columns["base"]["accuracy"]
+
+
+def test_rows_stand_in_settings_too(tmp_path: Path) -> None:
+    """As they do in arguments: further test sets, and what is replayed."""
+    file = tmp_path / "far.jsonl"
+    file.write_text('{"prompt": "ape", "answer": "a"}\n')
+    asked = {"near": [{"prompt": "emu", "answer": "e"}], "far": file}
+    found = opcd.distill(
+        *(tiny_llama(), CONTEXT, PROMPTS),
+        tokenizer=tiny_tokenizer(),
+        test_data=TEST,
+        test_sets=asked,
+        replay_data=["sun", "moon", "star", "sky"],
+        replay_share=0.5,
+        quiet=True,
+        **SHORT,
+    )
+    assert [found.scorecard["test_sets"][name]["contenders"]["base"]["n"] for name in asked] == [
+        1,
+        1,
+    ]
+    assert all(row["replay_divergence"] > 0 for row in found.metrics[1:])
 
 
 @pytest.mark.parametrize(
