@@ -111,6 +111,7 @@ def tiny_settings(folder: Path, model_dir: Path) -> dict:
         "prompts_per_step": 4,
         "max_completion_tokens": 8,
         "learning_rate": 3e-3,
+        "schedule": "constant",
         "guided_share": 0.0,
         "warmup_steps": 1,
         "validate_every": 3,

@@ -158,9 +158,10 @@ class Optimizer:
     million parameters, 4.7e-6 at 8 billion, and ten times as much for LoRA."""
     warmup_steps: int = 5
     """Steps over which the rate rises linearly to its peak, which a shorter run does not reach."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """The rate after the warm-up: stays, or falls linearly towards 0 at the last step. A run with
-    linear keeps its steps; one with constant can be prolonged (--resume with more steps)."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """The rate after the warm-up: falls linearly towards 0 at the last step, as in all that was
+    measured, or stays. A run with linear keeps its steps; one with constant can be prolonged
+    (--resume with more steps)."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0

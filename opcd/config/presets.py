@@ -6,13 +6,11 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # A model below a billion parameters, all weights, on a CPU or a small GPU.
     "laptop": {
-        "schedule": "linear",
         "max_completion_tokens": 64,
         "divergence_prompts": 48,
     },
     # A model of a few billion parameters, all weights, on one GPU of 80 GB. Not measured.
     "one-gpu": {
-        "schedule": "linear",
         "prompts_per_step": 64,
         "gradient_checkpointing": True,
         "max_tokens_per_pass": 16_384,
@@ -21,6 +19,5 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # An adapter: a model that is too large to train whole.
     "lora": {
         "lora_rank": 16,
-        "schedule": "linear",
     },
 }

@@ -228,7 +228,8 @@ def test_resume_without_a_run_and_with_other_settings(
     assert main([*resume, "--steps=4"]) == 2
     assert "prolonged and not shortened, got 4 steps and 6 before" in capsys.readouterr().err
     write_config(
-        TrainConfig(**settings, schedule="linear"), Path(settings["output_dir"]) / "config.yaml"
+        TrainConfig(**settings | {"schedule": "linear"}),
+        Path(settings["output_dir"]) / "config.yaml",
     )
     assert main([*resume, "--schedule=linear", "--steps=8"]) == 2
     message = capsys.readouterr().err
@@ -254,7 +255,7 @@ def test_evaluation_without_a_distilled_model_or_test_data(
         (["train", "--learning-rte", "1"], "did you mean --learning_rate?"),
         (["train", "--steps", "many"], "command line: steps must be a whole number, got 'many'"),
         (["train", "--steps", "2.5"], "steps must be a whole number, got '2.5'"),
-        (["train", "--schedule", "liner"], "must be one of constant, linear, got 'liner'; did you"),
+        (["train", "--schedule", "liner"], "must be one of linear, constant, got 'liner'; did you"),
         (
             ["train", "--chat_template_args", "3"],
             "must be a mapping, like {enable",

@@ -33,7 +33,7 @@ def test_what_counts_and_where_it_came_from(tmp_path: Path) -> None:
     assert config.origins["context"] == "task.yaml"
     assert "warmup_steps" not in config.origins
     lora = gather({}, tmp_path / "task.yaml", preset="lora")
-    assert (lora.lora_rank, lora.schedule) == (16, "linear")
+    assert (lora.lora_rank, lora.schedule) == (16, "linear"), "the default"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_it_is_a_task_that_can_be_read(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"opcd train --config '{folder / 'config.yaml'}'" in capsys.readouterr().out
     config = gather({}, folder / "config.yaml")
     assert config.output_dir == str(folder / "run")
-    assert config.origins["schedule"] == "preset laptop"
+    assert config.origins["divergence_prompts"] == "preset laptop"
     files = read_task_files(config)  # refuses requests that stand in two files
     assert {name: len(part) for name, part in files.parts.items()} == {
         "train": 60,
