@@ -36,7 +36,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """What the command line says. Raises InputError for what it must not."""
     if argv and argv[0] in OTHER_NAMES:
         raise InputError(f"there is no command {argv[0]}; did you mean {OTHER_NAMES[argv[0]]}?")
-    return _parser().parse_args([_underscored(word) for word in argv])
+    return parser().parse_args([_underscored(word) for word in argv])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         return found, unknown
 
 
-def _parser() -> _Parser:
+def parser() -> _Parser:
     parser = _Parser(prog="opcd", description=BEGIN)
     parser.add_argument("--version", action="version", version=f"opcd {__version__}")
     commands = parser.add_subparsers(

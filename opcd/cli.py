@@ -12,8 +12,8 @@ from opcd.runtime.console import any_console
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    0 done, 2 bad input, 3 where an alarm ended a run, 128 + the signal's number where one did,
-    before its model was made.
+    0 done, 1 where what was looked at does not hold, 2 bad input, 3 where an alarm ended a run, 128
+    + the signal's number where one did, before its model was made.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Of experts, which peft adapts by their parameters, under both names.

@@ -10,6 +10,7 @@ import torch
 
 from opcd.cli import main
 from opcd.starter import write_starter
+from tests import settings_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -229,6 +230,11 @@ def test_what_stands_in_for_a_gpu_is_there() -> None:
     assert len(named) > 15
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_the_page_of_settings_is_made_of_what_help_says() -> None:
+    """Where this fails: python -m tests.settings_page."""
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

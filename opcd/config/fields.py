@@ -32,7 +32,8 @@ class Data:
     is one for each assistant turn, behind what was said before it."""
     held_out_share: float = 0.3
     """Share of the prompts that is kept out of training where neither validation_data nor test_data
-    is named: a third of it to choose the checkpoint by, the rest as test data."""
+    is named: a third of it, at most 64, to choose the checkpoint by; the rest, at most 256, as
+    test data."""
     elsewhere_data: str | None = None
     """Requests that have nothing to do with the context, as prompts are written, on which the
     distilled model is held against the original, both without the context; each may have a "kind",
@@ -192,7 +193,8 @@ class Run:
     """Where metrics go beside metrics.jsonl: tensorboard, python:FILE.py:function, or several,
     separated by commas."""
     validate_every: int = 10
-    """Steps between validations, where there is validation_data; each is saved as a checkpoint."""
+    """Steps between validations, on validation_data or on prompts that are kept out of training;
+    each is saved as a checkpoint."""
     save_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2

@@ -137,8 +137,8 @@ def _measured_lines(measured: Measured, setup: Setup) -> list[str]:
         f"reach     without it the answer's first tokens have the probabilities "
         f"{', '.join(f'{p:.2g}' for p in measured.likelihood)} (medians), and "
         f"{measured.hard_tokens:.1f} of its {measured.tokens:.1f} tokens are hard (below 0.01); "
-        f"{measured.unmet:.0%} of the gap lies at hard tokens behind two others, where the model's "
-        f"own samples hardly lead (above {UNMET:.0%} it needs guided_share)",
+        f"{measured.unmet:.0%} of the gap lies at hard tokens after the first two, which the "
+        f"model's own samples rarely reach (above {UNMET:.0%} it needs guided_share)",
     ]
     if measured.gain is not None:
         lines.append(_accuracy_line(measured, measured.gain))
