@@ -104,7 +104,7 @@ serve-report: $(call READY,train) $(SERVE)/serve.ok
 
 test-gpu: $(call READY,dev)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'no GPU')"
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m tests.on_gpu
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else \

@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,17 +50,16 @@ CASES = [(name, name, "reverse_kl") for name in PROVIDERS] + [
 ]
 
 
-def measure(
+def measured(
     target: float, device: torch.device, only: Sequence[str]
-) -> tuple[list[dict], list[str]]:
-    """One row a case, of those asked for, at about `target` nats; and what failed."""
+) -> Iterator[tuple[str, dict | None]]:
+    """A row for each case, of those asked for, at about `target` nats; None of one that failed."""
     inputs = tensors(TOKENS, D, V, device, NOISE[target])
     exact = {kind: exact_gradients(inputs, kind) for kind in DIVERGENCES}
     divergences = {
         kind: [exact_gradients(token(inputs, i), kind, True)[0].item() for i in range(SINGLE)]
         for kind in DIVERGENCES
     }
-    rows, failed = [], []
     for label, name, kind in CASES:
         if label not in only:
             continue
@@ -71,20 +70,20 @@ def measure(
             print(f"{label}: {reason}")
             continue
         except Exception:  # of a provider's code, or a kernel: the others' rows stay
-            failed.append(label)
             print(f"{label} failed:")
             traceback.print_exc()
+            yield label, None
             continue
-        rows.append(
+        yield (
+            label,
             {
                 "provider": label,
                 "kl": float(f"{exact['reverse_kl'][0].item():.2g}"),
                 "gradient_error": float(f"{error:.2g}"),
                 "kl_error": float(f"{max(abs(r - 1) for r in ratios):.2g}"),
                 "kl_lowest": float(f"{min(ratios):.3g}"),
-            }
+            },
         )
-    return rows, failed
 
 
 def errors(
@@ -135,11 +134,13 @@ def main() -> None:
     rows: list[dict] = []
     failed: list[str] = []
     for target in args.kl:
-        found, lost = measure(target, device, args.only)
-        rows += found
-        failed += lost
-        if args.json is not None:
-            write(({**shared, **row} for row in rows), args.json)
+        for label, row in measured(target, device, args.only):
+            if row is None:
+                failed.append(label)
+                continue
+            rows.append(row)
+            if args.json is not None:  # anew each time: whoever stops it keeps what is there
+                write(({**shared, **row} for row in rows), args.json)
     print(table(rows))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

@@ -63,10 +63,11 @@ def _bench(file: str, select: str) -> tuple[str, ...]:
 
 
 UNCOMPILED = ("ours-triton", "ours-torch", "ours-torch-mixture", "plain-fp32", "plain-bf16")
-RUNS = ("pytest", "transformers", "peft")  # what the benchmarks of whole runs import
+RUNS = ("pytest", "transformers", "peft", "yaml")  # what the tests and whole runs import
+ON_GPU = ("-m", "tests.on_gpu", "--junit", "{junit}")
 TUNE = ("-m", "opcd_kernels.tune", "--seconds", "48")  # one more may have begun then
 GPU_PARTS = [
-    Part("tests", "What only a GPU can show", _pytest("-m", "gpu", "tests"), 110, RUNS),
+    Part("tests", "What only a GPU can show", ON_GPU, 140, RUNS),
     Part(
         "accuracy",
         "How many digits each provider keeps",

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # As Triton reads it, on decoration.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -177,6 +178,8 @@ def prefix_attention_triton(
         for x in (query, key, value, prefix_key, prefix_value)
     )
     out = torch.empty(n, heads, width, dtype=query.dtype, device=query.device)
+    if isinstance(query, FakeTensor):  # there are no numbers: what it takes alone is asked for
+        return out
     block_d = max(16, triton.next_power_of_2(width))
     block_g = triton.next_power_of_2(heads // kv_heads)
     block_q, block_n, warps, stages = tile(block_g, block_d, query.element_size())

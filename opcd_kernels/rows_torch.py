@@ -102,13 +102,13 @@ def _block_(
     if rows.target_ids is not None:
         found.logprobs.copy_(log_s.gather(1, rows.target_ids[:, None])[:, 0]).sub_(total.log())
     if rows.target_factors is not None:
-        terms.append((p_s, rows.target_factors / total))
+        terms.append((p_s, _shared_out(rows.target_factors, total)))
     if options.divergence == "none":
         _entropy_(found, p_s, log_s.clamp_(min=_LOG_ZERO), total, c)
         return terms
     log_t = torch.log_softmax(t, -1, out=b)
     ratio = torch.sub(log_t, log_s, out=c)
-    rows = rows._replace(factors=rows.factors / total)
+    rows = rows._replace(factors=_shared_out(rows.factors, total))
     if ratio.device.type == "cpu" and _within(*ratio.aminmax(), _NEAR):
         _entropy_(found, p_s, log_s, total, log_s)
         terms += _near_(ratio, p_s, total, rows, found, options, a, b, t)
@@ -222,6 +222,11 @@ def _far_(
         _center_(u, p_s, total)
         terms.append((u, factors * -rest))
     return terms
+
+
+def _shared_out(factors: Tensor, total: Tensor) -> Tensor:
+    """factors / total; 0 where a factor is 0, whatever the logits of a token that is left out."""
+    return (factors / total).masked_fill_(factors == 0, 0)
 
 
 def _entropy_(found: Found, p_s: Tensor, log_s: Tensor, total: Tensor, work: Tensor) -> None:

@@ -50,18 +50,18 @@ def agrees(backend: str, inputs: Inputs, options: Options, work: Work) -> bool:
 def why_not(backend: str, inputs: Inputs, options: Options, work: Work) -> str | None:
     """How a backend fails on 64 tokens of such a call, or None."""
     options = options._replace(vocab_size=_fewer(options.vocab_size, ENTRIES))
-    few = _few(inputs, options)
     device = inputs.student_hidden.device
-    try:
-        with waiting_is_allowed(device):
-            work = work._replace(chunk_tokens=None)
-            expected = loss_and_gradients(few, options, work._replace(backend="torch"))
+    with waiting_is_allowed(device):
+        few, work = _few(inputs, options), work._replace(chunk_tokens=None)
+        # Not tried but needed: whoever fails here would fail in its place.
+        expected = loss_and_gradients(few, options, work._replace(backend="torch"))
+        try:
             found = loss_and_gradients(few, options, work._replace(backend=backend))
             errors = _errors(found, expected, work.need)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as refused:  # of a compiler, a launch, a driver: none of them ends a run
-        return " ".join(f"{type(refused).__name__}: {refused}".split())[:200]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as refused:  # of a compiler, a launch, a driver: none of them ends a run
+            return " ".join(f"{type(refused).__name__}: {refused}".split())[:200]
     bound = BOUND_16_BIT if work.compute_dtype.itemsize == 2 else BOUND
     if all(e <= bound for e in errors.values()):  # nan is not
         return None

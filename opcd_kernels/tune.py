@@ -131,8 +131,9 @@ def measure(inputs: Inputs, head: str, tried: Iterable[Candidate], timer: Timer)
                 yield Timed(candidate, None, f"differs by {error:.2%} from plain PyTorch")
                 continue
             yield Timed(candidate, timer(lambda one=candidate: solved(*one)))  # type: ignore[misc]
-        except (triton.CompilationError, TritonError, torch.OutOfMemoryError) as refused:
-            yield Timed(candidate, None, str(refused).splitlines()[0])
+        except (triton.CompilationError, TritonError, RuntimeError) as refused:
+            torch.cuda.synchronize()  # raises where the device takes no more work: then it ends
+            yield Timed(candidate, None, f"{type(refused).__name__}: {refused}".splitlines()[0])
 
 
 def difference(found: Result, plain: Result) -> float:

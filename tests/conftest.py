@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         "pad_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where a fault has ended the GPU's work for this process, all further tests would fail."""
+    outcome = yield
+    if outcome.get_result().failed and item.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever the driver says
+            item.session.shouldstop = f"the GPU takes no more work of this process: {error}"
 
 
 BUDGETED = ("test_budget", "test_check", "test_a_run_leaves_everything")

@@ -3,12 +3,18 @@
 from opcd.rollouts.protocol import SamplingParams
 from opcd.rollouts.stops import StopStrings
 from opcd.tasks.prepare import Setup
+from opcd.tasks.replay import limit_of
 
 
 def rollout_params(setup: Setup) -> SamplingParams:
     """Of training: the whole distribution that the loss is over, at its temperature."""
     config = setup.config
     return SamplingParams(config.max_completion_tokens, config.temperature, stop=stops(setup))
+
+
+def replay_params(setup: Setup) -> SamplingParams:
+    """Of replayed prompts: they end as the model ends an answer, not as the task's do."""
+    return SamplingParams(limit_of(setup.config), setup.config.temperature)
 
 
 def greedy_params(setup: Setup) -> SamplingParams:

@@ -52,7 +52,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name in DTYPES:
         return DTYPES[name]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it is asked of the current one
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and _cpu_has_bf16()
     return torch.bfloat16 if native else torch.float32

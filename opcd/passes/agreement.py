@@ -18,7 +18,7 @@ TIMES_NOISE = 4
 NOISE_PASSES = 4  # over the rows, each with other roundings
 # Rounding now and then sends a token to another expert: one of so many is left out in 16 bits.
 REROUTED = 32
-FP32_ROUNDING = {"highest": 2**-23, "high": 2**-10, "medium": 2**-7}  # of products
+FP32_ROUNDING = {"tf32": 2**-10, "bf16": 2**-7}  # of products, where it is not fp32's own, 2⁻²³
 
 
 class Agreement:
@@ -84,7 +84,8 @@ def rounding(model: torch.nn.Module) -> float:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float32:
-        return FP32_ROUNDING[torch.get_float32_matmul_precision()]
+        library = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
+        return FP32_ROUNDING.get(library.matmul.fp32_precision, 2**-23)
     return torch.finfo(dtype).eps
 
 

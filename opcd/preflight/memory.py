@@ -30,7 +30,7 @@ from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.memory import resident_memory
 from opcd.tasks.order import step_rows
 from opcd.tasks.prepare import Setup
-from opcd.tasks.replay import WITHOUT
+from opcd.tasks.replay import WITHOUT, limit_of
 
 T = TypeVar("T")
 
@@ -193,6 +193,10 @@ class Models:
         config, task = self.config, self.setup.task
         rows: Sequence[Sequence[Prompt | Episode]] = task.recorded or task.conversations
         more = 0 if task.recorded else config.max_completion_tokens
+
+        def new(item: Prompt | Episode) -> int:
+            return limit_of(config) if item.context == WITHOUT else more
+
         replay = self.setup.replay
         others = sorted(replay.prompts, key=lambda p: -len(ids_of(p))) if replay else []
         own = config.of_task()
@@ -200,11 +204,11 @@ class Models:
         for step in range(config.steps):
             items = [*chain.from_iterable(step_rows(rows, step, own)), *others[: config.replayed]]
             chosen = [item for item in items for _ in range(config.completions_per_prompt)]
-            lengths = [len(ids_of(item)) + more for item in chosen]
+            lengths = [len(ids_of(item)) + new(item) for item in chosen]
             for batch in batches_by_tokens(lengths, config.max_tokens_per_pass):
                 found = sum(lengths[i] for i in batch), [chosen[i] for i in batch]
                 largest = max(largest, found, key=lambda x: x[0])
-        return [_row(ids_of(item), item, more) for item in largest[1]]
+        return [_row(ids_of(item), item, new(item)) for item in largest[1]]
 
     # ---- sampling ----
 

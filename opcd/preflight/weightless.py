@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,8 +30,11 @@ class Weightless:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Token ids and positions of a pass are real: code may look at them.
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # Who asks for the address of numbers that are not there is a kernel of its own, and gets an
+        # error: launched with a null pointer it would end all work of the process on the GPU.
+        with functorch.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+            # Token ids and positions of a pass are real: code may look at them.
+            self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         """As `load_model` would load it."""

@@ -33,7 +33,7 @@ from opcd.tasks.chat import Chat
 from opcd.tasks.completions import read_completions
 from opcd.tasks.contexts import Context
 from opcd.tasks.elsewhere import ANSWER_TOKENS, Request, read_elsewhere
-from opcd.tasks.replay import Replay, read_replay
+from opcd.tasks.replay import Replay, limit_of, read_replay
 from opcd.tasks.special_tokens import placed_texts, special_token_remarks, special_tokens_in
 from opcd.tasks.task import Task, read_task_files, render_task
 from opcd.tasks.template import Template, read_template
@@ -148,7 +148,7 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
         chat = next(iter(chats.values()))
         replay, told = read_replay(config, files, elsewhere, chat, limit, rows)
         found += told
-    _check_rope(configs, task, elsewhere, replay, config.max_completion_tokens)
+    _check_rope(configs, task, elsewhere, replay, config)
     resolved = replace(config.with_implied(), device=str(device))
     resolved.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     dated = any(chat.dated for chat in chats.values())
@@ -224,7 +224,7 @@ def _check_rope(
     task: Task,
     elsewhere: Sequence[Request],
     replay: Replay | None,
-    max_completion_tokens: int,
+    config: TrainConfig,
 ) -> None:
     """Raise InputError if sequences lie on both sides of where rotary frequencies change."""
     recorded = [
@@ -234,9 +234,9 @@ def _check_rope(
     others = [len(request.token_ids) for request in elsewhere]
     bounds = [[(n + 1, n + ANSWER_TOKENS) for n in others]]
     again = [len(prompt.student_ids) for prompt in replay.prompts] if replay else []
-    bounds.append([(n + 1, n + max_completion_tokens) for n in again])
+    bounds.append([(n + 1, n + limit_of(config)) for n in again])
     for side in (0, 1):
-        lengths = [(n[side] + 1, n[side] + max_completion_tokens) for n in asked]
+        lengths = [(n[side] + 1, n[side] + config.max_completion_tokens) for n in asked]
         bounds.append(lengths + [(n[side], n[side]) for n in recorded])
     for model_config in configs:
         for found in filter(None, bounds):

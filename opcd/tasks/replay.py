@@ -22,6 +22,7 @@ from opcd.tasks.special_tokens import placed_texts, special_token_remarks
 from opcd.tasks.task import TaskFiles, rendered, spread
 
 BUILT_IN = Path(__file__).with_suffix(".jsonl")
+FEWEST_TOKENS = 32  # of a completion's limit: answers elsewhere are no labels, as a task's may be
 WITHOUT = " without a context"  # its name, as for the teacher: users' have no space in front
 
 
@@ -30,6 +31,11 @@ class Replay(NamedTuple):
 
     prefix: list[int]  # what all prompts start with, where a context would be
     prompts: list[Prompt]
+
+
+def limit_of(config: TrainConfig) -> int:
+    """At how many tokens a replayed prompt's completion is cut, whatever the task's answers are."""
+    return max(config.max_completion_tokens, FEWEST_TOKENS)
 
 
 def read_replay(
@@ -58,11 +64,11 @@ def read_replay(
     ids = [rendered(chat.student_ids, example) for example in examples]
     for example, prompt in zip(examples, ids, strict=True):
         check_tokens(prompt, vocab_size, chat.template.tokenizer, example)
-        if max_positions is not None and len(prompt) + config.max_completion_tokens > max_positions:
+        if max_positions is not None and len(prompt) + limit_of(config) > max_positions:
             raise InputError(
-                f"{example.source}: a replayed prompt and max_completion_tokens "
-                f"({config.max_completion_tokens}) must fit the model's {max_positions} positions, "
-                f"got {len(prompt)} tokens; shorten or remove it"
+                f"{example.source}: a replayed prompt and its completion ({limit_of(config)} "
+                f"tokens) must fit the model's {max_positions} positions, got {len(prompt)} "
+                f"tokens; shorten or remove it"
             )
     probes = [chat.student_ids([user(text)]) for text in ("Hm?", "3 + 4")]
     length = shared_prefix_length([*ids, *probes])

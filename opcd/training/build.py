@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from opcd.errors import InputError
-from opcd.evaluation.decoding import rollout_params
+from opcd.evaluation.decoding import replay_params, rollout_params
 from opcd.models.adapter import add_lora
 from opcd.models.head import head_of
 from opcd.models.lm import autocast, switch_off_dropout
@@ -89,7 +89,7 @@ def _source(setup: Setup, teacher: SharedPrefixTeacher, made: MakeSource | None)
     teacher.add_context(WITHOUT, replay.prefix)
     own = config.of_task()
     task = _of_task(setup._replace(config=own), teacher, made) if own.prompts_per_step else None
-    return WithReplay(task, replay.prompts, config, rollout_params(setup))
+    return WithReplay(task, replay.prompts, config, replay_params(setup))
 
 
 def _of_task(setup: Setup, teacher: SharedPrefixTeacher, made: MakeSource | None) -> Source:

@@ -165,13 +165,13 @@ class Distiller:
         divergence, Σ of both KL, NaN where they are not computed.
         """
         config = self.config
-        weights = token_weights(scored_tokens(episodes), config)
+        weights = token_weights(episodes, config)
         totals = torch.zeros(8, device=self._device)
         if self.anchor is not None:
             self.in_low_precision(self.anchor.record)
         # Some models recompute activations in training mode only; dropout is off in either.
         self.student.train(config.gradient_checkpointing)
-        nan = torch.tensor(math.nan, device=self._device)
+        nan = torch.full((), math.nan, device=self._device)
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass
         ):
@@ -243,8 +243,20 @@ def _of_tokens(values: Sequence[bool], episodes: Sequence[Episode]) -> Tensor:
     return torch.tensor(values).repeat_interleave(torch.tensor(scored_tokens(episodes)))
 
 
-def token_weights(lengths: Sequence[int], config: TrainConfig) -> list[Tensor]:
-    """Each token's share of the loss: one denominator for the whole step, whatever the passes."""
-    if config.average_over == "tokens":
-        return [torch.full((n,), 1 / sum(lengths)) for n in lengths]
-    return [torch.full((n,), 1 / (n * len(lengths))) for n in lengths]
+def token_weights(episodes: Sequence[Episode], config: TrainConfig) -> list[Tensor]:
+    """Each token's share of the loss: one denominator for the whole step, whatever the passes.
+
+    Replayed episodes have their share of the step's together: else answers of many tokens would
+    leave a task of labels next to nothing.
+    """
+    lengths = scored_tokens(episodes)
+    replayed = [e.origin == "replay" for e in episodes]
+
+    def weight(n: int, again: bool) -> float:
+        count = replayed.count(again)
+        if config.average_over == "sequences":
+            return 1 / (n * len(episodes))
+        tokens = sum(m for m, r in zip(lengths, replayed, strict=True) if r == again)
+        return count / (len(episodes) * tokens) if count < len(episodes) else 1 / tokens
+
+    return [torch.full((n,), weight(n, again)) for n, again in zip(lengths, replayed, strict=True)]

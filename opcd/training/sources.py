@@ -110,7 +110,7 @@ class WithReplay(Source):
         task: Source | None,  # of the other prompts of a step; None where all are replayed
         prompts: Sequence[Prompt],  # see `tasks.replay`
         config: TrainConfig,  # of the run
-        params: SamplingParams,  # of training
+        params: SamplingParams,  # of replayed prompts
     ) -> None:
         self._task = task
         self._rows = [[prompt] for prompt in prompts]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from opcd_kernels.prefix_attention import prefix_attention_triton
 from tests.attention_oracle import LENGTHS, VARIANTS, grouped, oracle, problem
@@ -95,6 +96,19 @@ def test_widths_that_it_cannot_hold_are_refused() -> None:
     q, v = torch.zeros(2, 2, 16), torch.zeros(2, 2, 32)
     with pytest.raises(ValueError, match=r"equally wide, at most 256, got 16 and 32"):
         prefix_attention_triton(q, q, v, q, v, torch.tensor([[0, 2]]), torch.tensor([0, 2]), 2, 1.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_without_numbers_meet_no_kernel(device: str) -> None:
+    """Of such a pass the memory is wanted, and their addresses are nobody's."""
+    shapes = (3, 4, 16), *((3, 2, 16),) * 2, *((2, 7, 16),) * 2
+    bounds, cu_seqlens = torch.tensor([[0, 7]]).int(), torch.tensor([0, 3]).int()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    query, *others = (mode.from_tensor(torch.zeros(shape, device=device)) for shape in shapes)
+    where = bounds.to(device), cu_seqlens.to(device)
+    out = prefix_attention_triton(query, *others, *where, 3, SCALE, softcap=20.0)
+    assert out.shape == query.shape
+    assert isinstance(out, FakeTensor)
 
 
 @pytest.mark.parametrize("far", ["heads", "keys"])

@@ -11,10 +11,14 @@ from opcd_kernels.rows_torch import divergence_rows_ as plain_rows_
 from opcd_kernels.rows_triton import divergence_rows_, row_width
 from opcd_kernels.terms_triton import INTERPRETED
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
-def test_rows_beyond_two_to_the_31() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_beyond_two_to_the_31(device: str) -> None:
     """Entries of the third row lie further behind those of the first than 31 bits reach.
 
     Of the 4 GiB between them nothing is touched, and on a CPU nothing is there.
@@ -28,11 +32,11 @@ def test_rows_beyond_two_to_the_31() -> None:
     expected = empty_found(z_s[:, :v].clone(), rows)
     plain_rows_(expected.dz, z_t[:, :v].clone(), None, None, rows, expected, options, True)
 
-    memory = torch.empty(2 * stride + row_width(v), dtype=torch.bfloat16, device=DEVICE)
+    memory = torch.empty(2 * stride + row_width(v), dtype=torch.bfloat16, device=device)
     dz = memory.as_strided((3, v), (stride, 1)).fill_(torch.nan)
-    there = rows._replace(factors=rows.factors.to(DEVICE))
+    there = rows._replace(factors=rows.factors.to(device))
     found = empty_found(dz, there)
-    student, teacher = (z.to(DEVICE)[:, :v] for z in (z_s, z_t))
+    student, teacher = (z.to(device)[:, :v] for z in (z_s, z_t))
     divergence_rows_(student, teacher, None, None, there, found, options, True)
     error = (dz.float().cpu() - expected.dz).norm() / expected.dz.norm()
     assert error < 0.004  # what bf16 keeps

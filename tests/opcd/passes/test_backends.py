@@ -172,4 +172,6 @@ def test_kernels_of_variable_length_equal_the_definition(
 
 @pytest.mark.gpu
 def test_gradients_of_the_kernel_for_cuda() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("torch's FlashAttention needs compute capability 8.0")
     assert choose_backend(KIND._replace(grad=True)) == "aten flash, cuda"

@@ -86,6 +86,24 @@ def test_the_plan_is_the_one_that_the_run_finds(name: str, folders: Callable[[st
     assert plan.mode == real.mode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gemma2-softcap", "mistral-sliding"])
+def test_no_kernel_is_launched_without_numbers(name: str, folders: Callable[[str], str]) -> None:
+    """Softcaps and windows are Triton's there, whose kernel would read where nothing is."""
+    model = Weightless(torch.device("cuda")).model(folders(name), torch.bfloat16)
+    with torch.no_grad(), Tally():
+        plan, _ = _plan(model, PREFIX)
+    torch.cuda.synchronize()
+    assert (plan.mode, plan.backend) == ("packed", "triton")
+
+
+def test_numbers_that_are_not_there_have_no_address(folders: Callable[[str], str]) -> None:
+    model = Weightless(CPU).model(folders("llama"), torch.float32)
+    for tensor in (*model.parameters(), *model.buffers()):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            tensor.data_ptr()
+
+
 def test_a_tally_counts_what_is_made_and_what_is_gone() -> None:
     before = torch.ones(1000)
     with Tally() as tally:

@@ -86,7 +86,7 @@ def test_settings_that_contradict_it(settings: dict, change: dict, message: str)
 
 def test_one_that_does_not_fit_is_refused(settings: dict) -> None:
     with pytest.raises(
-        InputError, match=r"a replayed prompt and max_completion_tokens \(8\) must fi"
+        InputError, match=r"a replayed prompt and its completion \(32 tokens\) must fi"
     ):
         replayed(settings, [{"prompt": "Good day"}, {"prompt": "x" * 490}])
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -238,11 +239,23 @@ def test_a_rate_of_its_own_for_every_size(settings: dict) -> None:
 
 
 def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
-    tokens = token_weights([2, 6], TrainConfig(**settings))
+    of_task = [Completion(2), Completion(6)]
+    tokens = token_weights(of_task, TrainConfig(**settings))
     assert torch.cat(tokens).tolist() == pytest.approx([1 / 8] * 8)
-    sequences = token_weights([2, 6], TrainConfig(**settings | {"average_over": "sequences"}))
+    each = TrainConfig(**settings | {"average_over": "sequences"})
+    sequences = token_weights(of_task, each)
     assert sequences[0].tolist() == pytest.approx([1 / 4] * 2)
     assert sequences[1].tolist() == pytest.approx([1 / 12] * 6)
+    episodes = [*of_task, Completion(30, "replay"), Completion(2), Completion(5)]
+    for config in (TrainConfig(**settings), each):
+        of_each = [weights.sum().item() for weights in token_weights(episodes, config)]
+        assert of_each[2] == pytest.approx(1 / 5), "its share of the episodes, not of the tokens"
+        assert sum(of_each) == pytest.approx(1)
+
+
+class Completion(NamedTuple):
+    scored_tokens: int
+    origin: str = "student"
 
 
 def test_prompts_come_in_shuffled_epochs_that_depend_on_the_step_alone(settings: dict) -> None:

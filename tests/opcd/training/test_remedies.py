@@ -17,16 +17,28 @@ from opcd.models.by_name import load_model
 from opcd.passes.plan import WHOLE
 from opcd.runtime.files import read_metrics
 from opcd.tasks.prepare import prepare
-from opcd.tasks.replay import WITHOUT
+from opcd.tasks.replay import FEWEST_TOKENS, WITHOUT
 from opcd.training.anchor import ReturnAnchor
 from opcd.training.build import build_distiller
-from opcd.training.loop import Distiller
+from opcd.training.loop import Distiller, token_weights
 from opcd.training.run import train
 from tests.conftest import tiny_llama
 
 
 def a_distiller(settings: dict, **change: object) -> Distiller:
     return build_distiller(prepare(TrainConfig(**settings | change), for_training=True))
+
+
+def test_replayed_completions_end_as_the_model_ends_answers(settings: dict) -> None:
+    """And not as a task of labels does."""
+    short = settings | {"max_completion_tokens": 2, "stop": ["a", "e"], "prompts_per_step": 8}
+    episodes = a_distiller(short, replay_share=0.5).rollout()
+    lengths = {
+        kind: [e.scored_tokens for e in episodes if (e.origin == "replay") == kind]
+        for kind in (False, True)
+    }
+    assert max(lengths[False]) <= 2 < max(lengths[True]) <= FEWEST_TOKENS
+    assert set(lengths[True]) == {FEWEST_TOKENS}, "cut: this model hardly ends"
 
 
 def test_a_share_of_a_step_is_replayed(settings: dict) -> None:
@@ -39,9 +51,9 @@ def test_a_share_of_a_step_is_replayed(settings: dict) -> None:
     assert metrics["replay_divergence"] == pytest.approx(0, abs=1e-5)
     assert metrics["divergence"] > 0.1
     assert metrics["guided_loss"] > 0.1
-    weights = [e.scored_tokens for e in episodes]
-    whole = sum(weights[i] * metrics[k] for i, k in enumerate(("divergence", "guided_loss")))
-    assert metrics["loss"] == pytest.approx(whole / sum(weights), rel=1e-4)
+    own, guided, *_ = (e.scored_tokens for e in episodes)
+    of_task = (own * metrics["divergence"] + guided * metrics["guided_loss"]) / (own + guided)
+    assert metrics["loss"] == pytest.approx(0.5 * of_task, rel=1e-4), "half of it is replayed"
     later = distiller.step()
     assert later["replay_divergence"] > 1e-4, "the student has moved"
 
@@ -136,8 +148,8 @@ def test_a_step_adds_the_anchor_of_own_completions(settings: dict) -> None:
     without = [p.grad.clone() for p in plain.parameters]
     with_anchor = [p.grad.clone() for p in anchored.parameters]
     anchored.optimizer.zero_grad()
-    count = sum(e.scored_tokens for e in episodes)
-    weights = torch.full((sum(e.scored_tokens for e in own),), 1 / count)
+    of_each = zip(episodes, token_weights(episodes, plain.config), strict=True)
+    weights = torch.cat([of_tokens for e, of_tokens in of_each if e.origin == "student"])
     anchor.loss(own, weights).loss.backward()
     for ours, theirs, parameter in zip(with_anchor, without, anchored.parameters, strict=True):
         torch.testing.assert_close(ours - theirs, parameter.grad, rtol=1e-3, atol=1e-6)
