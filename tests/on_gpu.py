@@ -22,7 +22,7 @@ FIRST = (
     "tests/opcd/rollouts/test_static.py",
 )
 # The project's own options ask for plugins, which need not be there.
-PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rs")
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rsE")
 NOTHING_CHOSEN = 5  # pytest's exit status
 LAST_WORDS_S = 4.0  # of a file, after Ctrl-C
 

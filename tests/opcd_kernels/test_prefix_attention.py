@@ -99,8 +99,11 @@ def test_widths_that_it_cannot_hold_are_refused() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tensors_without_numbers_meet_no_kernel(device: str) -> None:
+def test_tensors_without_numbers_meet_no_kernel(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of such a pass the memory is wanted, and their addresses are nobody's."""
+    monkeypatch.undo()
     shapes = (3, 4, 16), *((3, 2, 16),) * 2, *((2, 7, 16),) * 2
     bounds, cu_seqlens = torch.tensor([[0, 7]]).int(), torch.tensor([0, 3]).int()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
