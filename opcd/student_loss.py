@@ -9,7 +9,7 @@ from torch import Tensor
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.head import head_of
-from opcd.models.lm import check_causal_lm
+from opcd.models.lm import causal_lm, check_causal_lm, check_rope
 from opcd.objective import Divergence, Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import WHOLE, Plan, planned_hidden
@@ -82,7 +82,9 @@ class StudentLoss(torch.nn.Module):
         same tokens. `token_weights`, best on the CPU, are the only reduction: for a part of a step
         or of a batch over processes, give each token 1 / the number of all.
 
-        Raises InputError for masks that do not fit, and for targets of another number of tokens.
+        Raises InputError for masks that do not fit, for targets of another number of tokens, and
+        for sequences on both sides of a length behind which the student's rotary frequencies are
+        others.
         """
         if completion_mask is None:
             episodes = cast(Sequence[Episode], sequences)
@@ -100,6 +102,8 @@ class StudentLoss(torch.nn.Module):
         how: dict[str, Any] = {"forward_share": forward_share}
         if completion_mask is None:
             token_weights, how = _scoring(episodes, token_weights)
+        if lengths := [len(row.token_ids) for row in rows]:
+            check_rope(causal_lm(self.student).config, min(lengths), max(lengths))
         hidden = planned_hidden(self.student, rows, self.plan)
         head = head_of(self.student)
         return self._divergence(

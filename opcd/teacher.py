@@ -20,6 +20,7 @@ from opcd.models.lm import (
     evaluating,
     max_positions,
     rope_differs,
+    rope_side,
     vocabulary_rows,
 )
 from opcd.objective import Targets
@@ -200,15 +201,22 @@ class SharedPrefixTeacher:
         """Episodes that share passes, and how they are given to the model.
 
         In a packed row sequences may stand behind different prefixes: as many contexts go together
-        as the budget of prefixes holds. Otherwise each context has passes of its own.
+        as the budget of prefixes holds. Otherwise each context has passes of its own. Sequences on
+        both sides of where rotary frequencies change never share one.
         """
-        by_name: dict[str, list[int]] = {}
+        config = causal_lm(self.model).config
+        by_name: dict[tuple[bool, str], list[int]] = {}
         for i, episode in enumerate(episodes):
-            by_name.setdefault(episode.context, []).append(i)
+            length = len(self._prefix_ids[episode.context]) + len(episode.teacher_ids)
+            by_name.setdefault((rope_side(config, length), episode.context), []).append(i)
         members: list[int] = []
         rows: list[Row] = []
-        held = 0
-        for name, indices in by_name.items():
+        held, last = 0, False
+        for (side, name), indices in sorted(by_name.items(), key=lambda item: item[0][0]):
+            if rows and side != last:
+                yield members, rows
+                members, rows, held = [], [], 0
+            last = side
             if rows and held + self._prefixes.expected_bytes(name, self._prefix_ids[name]) > (
                 self._prefixes.budget_bytes
             ):

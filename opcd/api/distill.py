@@ -74,7 +74,7 @@ def distill(
 
     model: a Hugging Face name, a folder, or a loaded model with its `tokenizer`. A loaded model is
         written to the run's folder first, and never changed unless `in_place`, which puts the
-        distilled weights into it at the end.
+        distilled weights into it at the end, and the tokens that end its answers.
     context: the text itself, chat messages, ``{"messages": [...], "tools": [...]}``, or the `Path`
         of a file; a dict of these by name for several contexts.
     prompts, validation_data, test_data, elsewhere_data: requests, each a string, a list of messages
@@ -119,7 +119,9 @@ def distill(
         if not in_place:
             return Distilled(folder, kept)
         assert isinstance(model, PreTrainedModel)
-        model.load_state_dict(load_model(str(folder / "final"), "auto").state_dict())
+        made = load_model(str(folder / "final"), "auto")
+        model.load_state_dict(made.state_dict())
+        model.generation_config.eos_token_id = made.generation_config.eos_token_id
         return Distilled(folder, kept, model)
 
 

@@ -258,4 +258,6 @@ def server_contenders(server: Server, setup: Setup, name: str) -> list[Contender
 
 def _answer(text: str, finish: str, setup: Setup) -> Answer:
     ids = setup.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if finish == "length":
+        text = setup.chat.within_a_thought(text)
     return Answer(text.strip(), list(ids), finish, text)

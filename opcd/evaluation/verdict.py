@@ -127,7 +127,11 @@ def _by_gap(card: dict[str, Any], guided_share: float) -> Verdict:
         return Verdict("not learned", found, _harder(guided_share))
     if closed["mean"] < 0:
         return Verdict("worse than before", found, _harder(guided_share))
-    if after["mean"] <= max((1 - CLOSED) * before["mean"], SMALL_GAP):
+    bound = max((1 - CLOSED) * before["mean"], SMALL_GAP)
+    if after["mean"] < -bound:
+        found = f"{found}, of which it is more certain than the prompted model is"
+        return Verdict("learned in part", found, "train for fewer steps, or at a lower rate")
+    if after["mean"] <= bound:
         return Verdict("learned", found, SERVE)
     return Verdict("learned in part", found, _more(guided_share))
 

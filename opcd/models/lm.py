@@ -146,6 +146,13 @@ def rope_differs(config: PretrainedConfig, prefix_length: int, longest: int) -> 
     return kind is not None and longest > limit and (kind == "dynamic" or prefix_length <= limit)
 
 
+def rope_side(config: PretrainedConfig, length: int) -> bool:
+    """Whether a sequence is longer than where rotary frequencies change: those that are not must
+    share no pass with it."""
+    kind, limit = _changing_rope(config)
+    return kind is not None and length > limit
+
+
 def check_rope(config: PretrainedConfig, shortest: int, longest: int) -> None:
     """Raise InputError if sequence lengths lie on both sides of where rotary frequencies change."""
     kind, limit = _changing_rope(config)
@@ -206,6 +213,18 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def recompute_activations(model: torch.nn.Module, wanted: bool) -> None:
+    """Evaluation mode, but for the modules that recompute activations in training mode alone.
+
+    What else that mode does (noise of routers, dropout by a configuration) would make of a pass
+    another than the one that was sampled.
+    """
+    model.eval()
+    for module in model.modules():
+        if wanted and getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -102,7 +102,7 @@ def _packed_rows(model: torch.nn.Module, rows: Sequence[Row], shared: int) -> Te
 
 def computes_again(model: torch.nn.Module) -> bool:
     """Whether the backward runs the model's layers once more (gradient checkpointing)."""
-    return model.training and any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())
+    return any(getattr(m, "gradient_checkpointing", 0) and m.training for m in model.modules())
 
 
 def _padded_rows(model: torch.nn.Module, rows: Sequence[Row], takes_cache: bool) -> Tensor:

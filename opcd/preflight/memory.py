@@ -17,7 +17,7 @@ from opcd.evaluation.decoding import answer_params, rollout_params
 from opcd.models.cast_weights import CastWeights
 from opcd.models.files import ModelFiles
 from opcd.models.head import head_of
-from opcd.models.lm import autocast
+from opcd.models.lm import autocast, recompute_activations
 from opcd.objective import scratch_bytes
 from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.packed import packing_backends
@@ -152,7 +152,7 @@ class Models:
         for p in self.trained:
             p.grad = self.make.like(p) if self.on_cpu else None
         tally = Tally()
-        student.train(config.gradient_checkpointing)
+        recompute_activations(student, config.gradient_checkpointing)
         hidden, activations = tally.kept_by(
             lambda: self._low(lambda: planned_hidden(student, rows, self.plan), head=False)
         )

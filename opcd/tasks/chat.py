@@ -151,6 +151,11 @@ class Chat:
         """
         return (self._thought + cut(self.plain_text(token_ids))).strip()
 
+    def within_a_thought(self, text: str) -> str:
+        """A text that was cut, with the mark of the thought that the template has opened in front
+        of it, where it holds none: servers leave the prompt's out."""
+        return text if any(mark in text for mark in MARKS) else self._thought + text
+
     def plain_text(self, token_ids: Sequence[int]) -> str:
         """What tokens say: without special ones, but for the marks of a thought."""
         text = ""

@@ -237,12 +237,12 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
     of several turns is shown where all of them stand in the context one behind the other.
     """
     shown = {name: _turns(split_system(c.messages)[1]) for name, c in contexts.items()}
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[str, str] = {}
     found = []
     for examples in parts.values():
-        here: dict[tuple[str, str], str] = {}
+        here: dict[str, str] = {}
         for example in examples:
-            request = request_of(example)
+            request = request_of(example)[1]  # behind whatever context: the student sees none
             turns = _turns(split_system(example.messages)[1])
             demonstrations = _demonstrations(shown.get(example.context, ()), len(turns))
             other = seen.get(request) or demonstrations.get(turns)

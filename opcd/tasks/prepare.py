@@ -96,13 +96,20 @@ class Setup(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        """A model that stops where the chat template does and whose head the loss can use.
+        """A model that stops where all of the task's do and whose head the loss can use.
 
         Its weights are in the dtype of the passes, unless another is asked for.
         """
         model = load_model(name, dtype or self.dtype, self.device)
-        stop_at(model, self.chat.template.stop_ids)
+        stop_at(model, self.stop_ids)
+        before = [p._version for p in model.parameters()]
         head_of(model)  # refuses what the loss cannot use
+        if before != [p._version for p in model.parameters()]:
+            raise InputError(
+                f"{name} must leave its weights as they are when it is called, but a "
+                f"{type(model).__name__} changes them: what is saved of it would be another model; "
+                f"choose another"
+            )
         return model
 
 
@@ -137,7 +144,10 @@ def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     }
     limit = min((x for x in map(max_positions, configs) if x is not None), default=None)
     rows = min(c.get_text_config().vocab_size for c in configs)
-    stop_ids = list(dict.fromkeys([*load_eos_token_ids(config.model), *template.stop_ids]))
+    # What ends the teacher's answers ends the student's, who learns to end by it.
+    models = filter(None, (config.model, config.teacher))
+    own_ends = [token for name in models for token in load_eos_token_ids(name)]
+    stop_ids = list(dict.fromkeys([*own_ends, *template.stop_ids]))
     check_ends(stop_ids, config.model)
     _check_stops(config.stop, tokenizer)
     ends = stop_ids if for_training else []

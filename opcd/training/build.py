@@ -102,7 +102,8 @@ def _of_task(setup: Setup, teacher: SharedPrefixTeacher, made: MakeSource | None
     if not config.guided_share:
         return OnPolicy(conversations, config, params)
     if setup.completions is not None:
-        return PartlyGuided(conversations, config, params, StoredCompletions(setup.completions))
+        stored = StoredCompletions(setup.completions, config.completions_per_prompt)
+        return PartlyGuided(conversations, config, params, stored)
     engine = teacher_engine(teacher, config)
     folder = Path(config.output_dir)
     completions = TeacherCompletions(teacher, engine, setup.task, config, params, folder)

@@ -46,7 +46,7 @@ class GuidedCompletions(Protocol):
         """Have the needed ones at hand; what is made for that is made for those `ahead` as well."""
         ...
 
-    def episode(self, prompt: Prompt, sample: int) -> Episode:
+    def episode(self, prompt: Prompt, sample: int, epoch: int = 0) -> Episode:
         """One completion; how it is scored is the source's to say."""
         ...
 
@@ -130,7 +130,7 @@ class TeacherCompletions:
             for i, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True))
         ]
 
-    def episode(self, prompt: Prompt, sample: int) -> Episode:
+    def episode(self, prompt: Prompt, sample: int, epoch: int = 0) -> Episode:
         """See GuidedCompletions.episode."""
         row = self._kept[prompt.key, sample]
         return Episode.of_completion(prompt, row["completion_token_ids"], row["finish"])
@@ -155,16 +155,20 @@ class TeacherCompletions:
 class StoredCompletions:
     """Completions from a file."""
 
-    def __init__(self, completions: Mapping[int, list[list[int]]]) -> None:
-        self._completions = completions  # by the prompt's key
+    def __init__(
+        self,
+        completions: Mapping[int, list[list[int]]],  # by the prompt's key
+        each: int = 1,  # samples of a prompt that an epoch takes
+    ) -> None:
+        self._completions, self._each = completions, each
 
     def prepare(self, needed: Sequence[Prompt], ahead: Callable[[], list[Prompt]]) -> None:
         """Nothing is left to do."""
 
-    def episode(self, prompt: Prompt, sample: int) -> Episode:
-        """See GuidedCompletions.episode. Fewer completions than samples start over."""
+    def episode(self, prompt: Prompt, sample: int, epoch: int = 0) -> Episode:
+        """See GuidedCompletions.episode. An epoch goes on where the one before ended."""
         found = self._completions[prompt.key]
-        return Episode.of_completion(prompt, found[sample % len(found)])
+        return Episode.of_completion(prompt, found[(epoch * self._each + sample) % len(found)])
 
 
 def _whole_lines(file: Path) -> list[Any]:

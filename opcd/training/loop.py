@@ -20,7 +20,7 @@ from opcd.config.rate import rate_factor, usual_rate
 from opcd.episodes import Episode, scored_tokens
 from opcd.errors import InputError
 from opcd.models.cast_weights import CastWeights
-from opcd.models.lm import autocast
+from opcd.models.lm import autocast, recompute_activations
 from opcd.models.sdpa import without_cudnn_attention
 from opcd.objective import Losses, Targets
 from opcd.rollouts.protocol import RolloutEngine
@@ -169,8 +169,7 @@ class Distiller:
         totals = torch.zeros(8, device=self._device)
         if self.anchor is not None:
             self.in_low_precision(self.anchor.record)
-        # Some models recompute activations in training mode only; dropout is off in either.
-        self.student.train(config.gradient_checkpointing)
+        recompute_activations(self.student, config.gradient_checkpointing)
         nan = torch.full((), math.nan, device=self._device)
         for batch in batches_by_tokens(
             [len(e.student_ids) for e in episodes], config.max_tokens_per_pass

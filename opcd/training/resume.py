@@ -7,6 +7,7 @@ from typing import Any
 from opcd.config import TrainConfig
 from opcd.config.settings import gather, written_here
 from opcd.errors import InputError
+from opcd.models.digest import local_folder, model_digest
 from opcd.runtime.files import make_folder
 from opcd.runtime.progress import Progress
 from opcd.tasks.prepare import Setup
@@ -81,8 +82,27 @@ def _check_steps(before: TrainConfig, steps: int) -> None:
         )
 
 
+def model_identities(config: TrainConfig) -> dict[str, str]:
+    """What tells the models of a run from others of the same names."""
+    found = {}
+    for name in {config.model, config.teacher or config.model}:
+        folder = local_folder(name)
+        if folder is not None:
+            in_cache = folder != Path(name).expanduser()
+            found[name] = folder.name if in_cache else model_digest(str(folder))
+    return found
+
+
 def check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> None:
-    """Raise InputError if a run would go on with other data than it was started with."""
+    """Raise InputError if a run would go on with other data or models than it was started with."""
+    known = before.get("models", {})
+    for name, now in model_identities(setup.config).items():
+        if known.get(name, now) != now:
+            raise InputError(
+                f"a resumed run must go on from the model it was started with, but {name!r} holds "
+                f"other files than when {where} was written; restore them, or start another "
+                f"output_dir"
+            )
     if before["fingerprint"] != setup.fingerprint:
         raise InputError(
             f"a resumed run must see the prompts it was started with, but context, prompts, guided "

@@ -40,7 +40,7 @@ from opcd.training.checkpoint import (
 )
 from opcd.training.export import export, read_selection
 from opcd.training.model_writer import ModelWriter
-from opcd.training.resume import check_fingerprints, check_folder
+from opcd.training.resume import check_fingerprints, check_folder, model_identities
 from opcd.training.sources import MakeSource
 from opcd.training.validation import Validation, rank
 
@@ -142,6 +142,7 @@ class _Training:
         self.writer = ModelWriter(files, self.distiller.student, template)
         self.best: dict[str, Any] = {"step": None}
         self._saved: set[int] = set()  # steps with a checkpoint
+        self._models = model_identities(self._config)
         self._metrics = folder / "metrics.jsonl"
         self._kept: list[dict[str, Any]] = []  # its rows before this process
 
@@ -198,9 +199,7 @@ class _Training:
             last = step == config.steps or time.monotonic() > deadline
             validated = validation and (step % config.validate_every == 0 or last)
             if validation and validated:
-                metrics["validation"] = found = validation.measure()
-                if self.best["step"] is None or rank(found) > rank(self.best):
-                    self.best = {"step": step, **found}
+                metrics["validation"] = self._validated(validation)
             alarmed = _raise_alarms(alarms, metrics, config, progress)
             print(json.dumps(metrics), file=log, flush=True)
             log_all(self._trackers, metrics)
@@ -210,7 +209,11 @@ class _Training:
                 self._save()
                 raise
             stopped = progress.stop() or alarmed
-            last = last or progress.enough()
+            if progress.enough():
+                last = True
+                if validation and not (validated or stopped):  # the last model is chosen from, too
+                    found = self._validated(validation)
+                    print(json.dumps({"step": step, "validation": found}), file=log, flush=True)
             if validated or last or stopped or step % config.save_every == 0:
                 self._save()
                 rotate(self._checkpoints, config.keep_checkpoints, self.best["step"])
@@ -225,11 +228,19 @@ class _Training:
                 self._save()
             raise
 
+    def _validated(self, validation: Validation) -> dict[str, Any]:
+        """The student as it is, measured, and kept as the best if it is that."""
+        found, step = validation.measure(), self.distiller.steps_done
+        if self.best["step"] is None or rank(found) > rank(self.best):
+            self.best = {"step": step, **found}
+        return found
+
     def _save(self) -> None:
         extra = {
             "fingerprint": self._setup.fingerprint,
             "selection_fingerprint": self._setup.selection_fingerprint,
             "best": self.best,
+            "models": self._models,
         }
         save_checkpoint(self._checkpoints, self.distiller, self.writer, extra)
         self._saved.add(self.distiller.steps_done)

@@ -76,13 +76,14 @@ class PartlyGuided(Source):
 
     def episodes(self, step: int, sampler: RolloutEngine) -> list[Episode]:
         """See Source.episodes. Guided ones come last."""
-        config = self._config
+        config, n = self._config, self._config.completions_per_prompt
         own, guided = map(prompts_of, parted(self._conversations, step, config))
         self._completions.prepare(guided, lambda: self._ahead(step))
+        epoch = step * config.prompts_per_step // len(self._conversations)
         shown = [
-            scored_as(self._completions.episode(prompt, sample), "guided", config)
+            scored_as(self._completions.episode(prompt, sample, epoch), "guided", config)
             for prompt in guided
-            for sample in range(config.completions_per_prompt)
+            for sample in range(n)
         ]
         said = own_episodes(own, step, sampler, config, self._params) if own else []
         return [*said, *shown]

@@ -16,6 +16,7 @@ from opcd.evaluation.agreement import (
     Side,
     divergences,
     gap_between,
+    kl_both_ways,
     own_side,
     student_side,
     teacher_side,
@@ -50,15 +51,19 @@ class Validation:
         behind_prompted: how much more accurate the prompted teacher is, request by request.
         gap: nats a token that the student misses on the teacher's own answers: behaviour that it
             does not show. It says more than the divergence on the student's samples, which is as
-            low for a student that has settled on one of two behaviours.
+            low for a student that has settled on one of two behaviours. Below 0 where the student
+            is more certain of them than the teacher.
+        missed_kl: KL(teacher ‖ student) at the tokens of those answers, in nats: 0 for the teacher
+            alone, so that certainty does not improve it.
         """
         begin = time.perf_counter()
-        gap, apart = self.distances()
+        gap, missed_kl, apart = self.distances()
         answers, said = self.answers(), self.said
         same = [a.text == b.text for a, b in zip(answers, said, strict=True)]
         return {
             **self._judged(answers),
             "gap": gap.nats.mean,
+            "missed_kl": missed_kl.mean,
             "top1_agreement": gap.likeliest.mean,
             "greedy_agreement": fmean(same),
             "divergence": apart.reverse_kl.mean,
@@ -78,8 +83,9 @@ class Validation:
             lambda: answers_alone(distiller.engine, self._cases, params, self._setup)
         )
 
-    def distances(self) -> tuple[Gap, Divergences]:
-        """How far it is from the teacher: on what the teacher says, and on its own samples."""
+    def distances(self) -> tuple[Gap, PerRequest, Divergences]:
+        """How far it is from the teacher: on what the teacher says, the gap and KL(teacher ‖
+        student); and on its own samples."""
         distiller, shown, config = self._distiller, self.shown, self._setup.config
         student, engine, plan = distiller.student, distiller.engine, distiller.student_loss.plan
         prompts = [case.prompt for case in self._held_out]
@@ -94,6 +100,7 @@ class Validation:
         theirs = teacher_side(distiller.teacher, own.episodes)
         return (
             gap_between(missed, shown, config.temperature),
+            kl_both_ways(missed, shown, config.temperature).forward_kl,
             divergences(own, theirs, config.temperature),
         )
 
@@ -138,11 +145,12 @@ class Validation:
 
 
 def rank(found: dict[str, Any]) -> tuple[float, float]:
-    """What makes one validation better than another: accuracy, then the gap; without it the gap.
+    """What makes one validation better than another: accuracy, then how near the student is to the
+    teacher on the teacher's answers; without accuracy that alone.
 
-    Those of versions before hold no gap, and are the worse one where accuracies are equal.
+    Those of versions before hold no such distance, and are worse where accuracies are equal.
     """
-    return found.get("accuracy", 0.0), -found.get("gap", math.inf)
+    return found.get("accuracy", 0.0), -found.get("missed_kl", math.inf)
 
 
 def _accuracy(right: Sequence[float]) -> dict[str, float]:

@@ -229,12 +229,14 @@ def test_python_and_the_command_line_train_the_same(
 
 
 def test_in_place(tmp_path: Path) -> None:
-    model = tiny_llama()
+    model = tiny_llama(eos_token_id=7)
+    model.generation_config.eos_token_id = 7  # of a base model: the template ends a turn by 1
     before = model.lm_head.weight.clone()
     distilled = opcd.distill(
         model, CONTEXT, PROMPTS, tokenizer=tiny_tokenizer(), in_place=True, **SHORT
     )
     assert distilled.model is model
+    assert model.generation_config.eos_token_id == [7, 1], "it was trained to end by either"
     assert not torch.equal(model.lm_head.weight, before)
     assert distilled.scorecard is None
     assert distilled.report() == ""
@@ -336,6 +338,14 @@ def test_a_run_may_move(tmp_path: Path) -> None:
 def test_a_callback_may_have_enough(tmp_path: Path) -> None:
     found = run(tmp_path / "run", on_step=lambda metrics: metrics["step"] == 2)
     assert [row["step"] for row in found.metrics] == [1, 2]
+    again = run(
+        tmp_path / "again",
+        on_step=lambda metrics: metrics["step"] == 2,
+        validation_data=[{"prompt": word, "answer": word[0]} for word in ("bee", "fox")],
+    )
+    assert [row["step"] for row in again.metrics if "validation" in row] == [0, 2]
+    selection = json.loads((again.folder / "final" / "selection.json").read_text())
+    assert "the only one validated" in selection["how"]
     assert found.scorecard["contenders"]["distilled"]["n"] == 4
 
 

@@ -96,6 +96,15 @@ def test_the_loss_is_that_of_each_sequence_alone(form: str, planned: bool) -> No
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6)
 
 
+def test_sequences_on_both_sides_of_a_rotary_limit_are_refused() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    student = tiny_llama(rope_parameters=rope | {"original_max_position_embeddings": 5})
+    targets = models()[1].score(episodes())
+    with pytest.raises(InputError, match="must lie on one side of 5 tokens, got 4 to 7"):
+        StudentLoss(student)(episodes(), targets)
+
+
 def test_a_share_of_forward_kl_a_token() -> None:
     student, teacher = models()
     ids, scored, real = padded(left=True)

@@ -278,6 +278,31 @@ def test_rotary_frequencies_that_depend_on_length() -> None:
     assert divergence(model, teacher.score(prompts, completions).hidden, expected) < 1e-6
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_neighbours_leave_rotary_frequencies_alone(shared: bool) -> None:
+    """Sequences and contexts on both sides of the limit, in one call."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [9.0] * 4,
+        "original_max_position_embeddings": 41,
+    }
+    model = tiny_llama(rope_parameters=rope)
+    contexts = {"short": PREFIX[:20], "long": [*PREFIX, *PREFIX][:50]}
+    prompts, completions = [[5, 6, 7], [9, 8], [4, *range(60, 85)]], [[3, 4], [5, 3], [7, 8]]
+    names = ["short", "long", "short"]
+    teacher = SharedPrefixTeacher(model, contexts, shared=shared)
+    found = teacher.score(prompts, completions, names).hidden
+    expected = []
+    for name, prompt, completion in zip(names, prompts, completions, strict=True):
+        row = torch.tensor([[*contexts[name], *prompt, *completion]])
+        with torch.no_grad():
+            expected.append(model.model(row, use_cache=False).last_hidden_state[0, -3:-1])
+    assert divergence(model, found, torch.cat(expected)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("kind", "prefix", "longest", "differs"),
     [

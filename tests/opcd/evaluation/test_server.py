@@ -14,10 +14,12 @@ import pytest
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
+from opcd.evaluation.scorecard import accuracy
 from opcd.evaluation.server import Server, server_contenders
 from opcd.tasks.messages import system, user
 from opcd.tasks.prepare import prepare
 from opcd.training.evaluate import evaluate_run
+from tests.conftest import CHATML
 
 Reply = Callable[[dict], tuple[int, Any]]
 
@@ -220,6 +222,22 @@ def test_an_answer_without_text_is_empty(settings: dict, served: Served) -> None
     served.reply = lambda _: (200, choice(None))
     (answer,) = Server(served.url).answers([[user("x")]], prepare(TrainConfig(**settings)))
     assert (answer.text, answer.tokens) == ("", 0)
+
+
+def test_a_cut_thought_is_no_answer(settings: dict, served: Served, tmp_path: Path) -> None:
+    """Servers leave out the mark with which the prompt has opened it."""
+    template = tmp_path / "thinks.jinja"
+    template.write_text(CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"))
+    asked = settings | {"scorer": "contains", "chat_template": str(template)}
+    setup = prepare(TrainConfig(**asked))
+    case = setup.task.test[0]
+    scores = {}
+    for text in ("c, I think", "Is it c?</think>c", "Is it c?</think>d"):
+        for finish in ("stop", "length"):
+            served.reply = lambda _, text=text, finish=finish: (200, choice(text, finish))
+            (answer,) = Server(served.url).answers([[user("cat")]], setup)
+            scores[text, finish] = accuracy([answer], [case], setup.task.scorer, [""])
+    assert [*scores.values()] == [1, 0, 1, 1, 0, 0]
 
 
 def test_where_no_server_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ def unjudged(
         (unjudged(0.015, 0.01, agreed=1.0, n=20), "nothing to learn"),
         (unjudged(0.015, 0.01, agreed=1.0, n=19), "too few requests"),
         (unjudged(0.015, 0.01, agreed=0.5), "learned"),
+        (unjudged(2.5, -0.4), "learned"),
+        (unjudged(2.5, -0.6), "learned in part"),  # it says it, and too surely
     ],
 )
 def test_by_the_gap(card: dict, word: str) -> None:

@@ -1,5 +1,7 @@
 """Prompts that are kept out of training."""
 
+from dataclasses import replace
+
 import pytest
 
 from opcd.config import TrainConfig
@@ -36,6 +38,15 @@ def test_a_request_is_in_one_part() -> None:
     assert not asked[0] & asked[1]
     assert not asked[2] & (asked[0] | asked[1])
     assert [len(part) for part in parts] == [210, 30, 60]
+
+
+def test_a_request_behind_two_contexts_is_in_one_part() -> None:
+    both = [replace(e, context=context) for context in ("bank", "shop") for e in MANY]
+    parts = hold_out(both, 0.3)
+    asked = [{e.text for e in part} for part in parts]
+    assert [len(part) for part in parts] == [210, 30, 60]
+    assert not asked[0] & (asked[1] | asked[2])
+    assert not asked[1] & asked[2]
 
 
 def test_what_is_added_moves_few() -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
@@ -77,6 +77,31 @@ def test_what_ends_an_answer_may_stand_in_the_tokenizer_alone(
     (tmp_path / "model" / "generation_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"generation_config\.json must be a JSON file"):
         prepare(TrainConfig(**settings))
+
+
+def test_what_ends_the_teachers_answers_ends_the_students(settings: dict, tmp_path: Path) -> None:
+    for name, ends in (("student", [1, 7]), ("teacher", [1, 9])):
+        model = tiny_llama(eos_token_id=ends)
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    settings |= {"model": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
+    setup = prepare(TrainConfig(**settings), for_training=True)
+    assert setup.stop_ids == [1, 7, 9]
+    for name in ("student", "teacher"):
+        assert sorted(eos_token_ids(setup.load(str(tmp_path / name)))) == [1, 7, 9]
+
+
+def test_a_model_that_changes_its_weights_is_refused(settings: dict, tmp_path: Path) -> None:
+    """RWKV divides them in a pass of evaluation mode; written and read they are divided twice."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 8, "context_length": 512}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, bos_token_id=0, eos_token_id=1))
+    model.save_pretrained(tmp_path / "rwkv")
+    tiny_tokenizer().save_pretrained(tmp_path / "rwkv")
+    settings |= {"model": str(tmp_path / "rwkv")}
+    setup = prepare(TrainConfig(**settings))
+    with pytest.raises(InputError, match="must leave its weights as they are when it is called"):
+        setup.load(settings["model"])
 
 
 def test_a_template_without_a_date_has_none(settings: dict) -> None:

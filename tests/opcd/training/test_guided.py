@@ -17,7 +17,7 @@ from opcd.training.build import build_distiller
 from opcd.training.loop import Distiller
 from opcd.training.sources import OnPolicy
 from opcd_kernels import reference
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import tiny_llama, tiny_tokenizer, write_jsonl
 
 WORDS = [
     "red",
@@ -266,6 +266,21 @@ def test_stored_completions_are_trained_on(settings: dict) -> None:
         assert len(text) == 1
         assert end == 1, "the turn ends"
         assert episode.origin == "guided"
+
+
+def test_every_stored_completion_of_a_prompt_has_its_turn(settings: dict) -> None:
+    several = [{"prompt": word, "completion": c} for word in WORDS for c in "abc"]
+    path = write_jsonl(Path(settings["output_dir"]).parent / "several.jsonl", several)
+    change = {"guided_share": 1.0, "guided_completions": str(path), "prompts_per_step": len(WORDS)}
+    tokenizer = tiny_tokenizer()
+    for each, expected in ((1, ["a", "b", "c", "a"]), (2, ["ab", "ca", "bc", "ab"])):
+        d = distiller(settings, **change, completions_per_prompt=each)
+        found = []
+        for d.steps_done in range(4):  # an epoch each
+            said = [tokenizer.decode(e.scored_ids[:1]) for e in d.rollout()]
+            assert said == said[:each] * len(WORDS)
+            found.append("".join(said[:each]))
+        assert found == expected
 
 
 def test_rows_of_a_fine_tuning_file_are_stored_completions(settings: dict) -> None:

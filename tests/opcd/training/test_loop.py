@@ -295,6 +295,18 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(settings: dict
     assert passes[1] == 6, "each of three forward passes must be computed again in backward"
 
 
+def test_layers_alone_are_in_training_mode_to_recompute(settings: dict) -> None:
+    """Routers that add noise in that mode, and dropout that only a configuration knows."""
+    d, _ = distiller(settings, gradient_checkpointing=True)
+    seen = set()
+    for module in d.student.modules():
+        module.register_forward_pre_hook(lambda m, _: seen.add((type(m).__name__, m.training)))
+    d.update(episodes := d.rollout(), d.score(episodes))
+    kinds = {name for name, training in seen if training}
+    assert "LlamaDecoderLayer" in kinds
+    assert not kinds & {"LlamaAttention", "LlamaMLP", "Linear", "LlamaRMSNorm"}
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_dropout_is_off(settings: dict, tmp_path: Path, gradient_checkpointing: bool) -> None:
     """With equal weights and equal sequences the divergence is 0, also on a model with dropout."""

@@ -155,6 +155,12 @@ def test_a_step_adds_the_anchor_of_own_completions(settings: dict) -> None:
         torch.testing.assert_close(ours - theirs, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", ["guided_share", "replay_share"])
+def test_an_anchor_without_own_completions_is_refused(settings: dict, share: str) -> None:
+    with pytest.raises(InputError, match="return_anchor must have completions of the student's"):
+        TrainConfig(**settings | {"return_anchor": 0.5, share: 1.0}).check()
+
+
 def test_anchored_steps_bring_both_answers_together(settings: dict) -> None:
     """The distance between the student with and without its prompt, after as many steps."""
     apart = {}

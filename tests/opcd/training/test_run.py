@@ -27,7 +27,7 @@ from opcd.runtime.progress import Progress
 from opcd.training.checkpoint import STATE_FILE, list_checkpoints
 from opcd.training.run import train
 from opcd.training.validation import Validation
-from tests.conftest import in_groups, tiny_settings, write_jsonl
+from tests.conftest import in_groups, tiny_llama, tiny_settings, write_jsonl
 
 
 def write_config(settings: dict, **overrides: object) -> str:
@@ -410,6 +410,21 @@ def test_a_resumed_run_must_see_the_same_prompts(
     assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
     assert "give other token ids" in capsys.readouterr().err
     assert losses(settings["output_dir"]) == before
+
+
+def test_a_resumed_run_must_go_on_from_the_same_model(
+    finished: str, settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of the same name: the teacher would be another in the middle of a run."""
+    folder = Path(settings["model"])
+    shutil.copytree(folder, tmp_path / "kept")
+    try:
+        tiny_llama(seed=7).save_pretrained(folder)
+        assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 2
+        assert "must go on from the model it was started with" in capsys.readouterr().err
+    finally:
+        shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
+    assert main(["train", "--config", finished, "--resume", "--steps=8"]) == 0
 
 
 def test_a_resumed_run_must_choose_by_the_same_validation_data(
