@@ -65,7 +65,7 @@ class Agreement:
 
     def _noise(self) -> float:
         """Nats a token; one pass after the other, as large as those that are judged."""
-        with _rounded_embeddings(self._model):
+        with rounded_embeddings(self._model):
             gaps = [
                 self._divergence(scored_hidden(self._model, self._rows), self._padded).mean().item()
                 for _ in range(NOISE_PASSES)
@@ -90,7 +90,7 @@ def rounding(model: torch.nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def _rounded_embeddings(model: torch.nn.Module) -> Iterator[None]:
+def rounded_embeddings(model: torch.nn.Module) -> Iterator[None]:
     """Every embedded number a rounding larger or smaller."""
     step = rounding(model)
     generator = torch.Generator().manual_seed(0)

@@ -59,6 +59,7 @@ class SharedPrefix:
             )
         self._cache: Any = cache
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+        self._window = getattr(lm.config.get_text_config(), "window_size", None)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -101,10 +102,12 @@ class SharedPrefix:
         """Whether masked pads between prefix and prompt leave a pass of that length exact.
 
         They would enter a recurrent state, and where the model counts cache slots instead of
-        positions (a sliding window, ALiBi) they would move the prefix away.
+        positions (a sliding window, ALiBi) they would move the prefix away. GPT-Neo's cache knows
+        nothing of the model's window.
         """
+        within = self._window is None or self._window >= total_length
         return self._takes_positions and all(
-            type(layer) is DynamicLayer
+            (type(layer) is DynamicLayer and within)
             or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= total_length)
             for layer in self._cache.layers
         )

@@ -13,6 +13,7 @@ from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_conversations import GeneratedBatches
 from opcd.rollouts.generate_histories import shared_branches, with_histories, worth_a_pass
 from opcd.rollouts.histories import Branch, batches_by_history
+from opcd.rollouts.padding import pads_are_neutral
 from opcd.rollouts.protocol import Conversations, Rollout, SamplingParams, stream_tensor
 
 # Decoding costs about as much for many rows as for few: short ones may be more than `batch_size`,
@@ -80,6 +81,7 @@ class TransformersEngine:
         lengths = [len(p) for p in prompts]
         total = max(lengths, default=0) + params.max_completion_tokens
         pads = self._share_prefix if prefix is None else prefix.allows_pads(total)
+        pads = pads and (len(set(lengths)) < 2 or pads_are_neutral(self._model))
         shared = len(prefix) if prefix is not None else 0
         batches = (
             batches_by_history(prompts, shared, size) if pads else _of_one_length(lengths, size)

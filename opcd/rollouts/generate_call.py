@@ -40,8 +40,10 @@ def generated(
     eos: Sequence[int],
     params: SamplingParams,
     streams: Tensor,  # (B,)
+    logits: bool = False,
 ) -> Any:
-    """What `transformers.generate` returns, with its sequences and its cache."""
+    """What `transformers.generate` returns, with its sequences and its cache; on demand with the
+    logits of each new token."""
     lm: Any = causal_lm(model)
     config = GenerationConfig(
         max_new_tokens=params.max_completion_tokens,
@@ -50,6 +52,7 @@ def generated(
         pad_token_id=eos[0],
         use_cache=True,
         return_dict_in_generate=True,
+        output_logits=logits,
     )
     draws, ends = LogitsProcessorList(), StoppingCriteriaList()
     if params.temperature > 0:

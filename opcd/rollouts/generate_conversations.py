@@ -10,6 +10,7 @@ from opcd.models.lm import cache_of, eos_token_ids
 from opcd.passes.prefix import SharedPrefix, common_prefix
 from opcd.rollouts.generate_call import allows_gaps, generated
 from opcd.rollouts.generate_histories import shared_branches, with_histories, worth_a_pass
+from opcd.rollouts.padding import pads_are_neutral
 from opcd.rollouts.protocol import SamplingParams
 
 
@@ -56,7 +57,11 @@ class GeneratedBatches:
 
     @functools.cached_property
     def _together(self) -> bool:
-        return self._share_prefix and allows_gaps(self._model, self._prompts[0], self._prefix)
+        return (
+            self._share_prefix
+            and allows_gaps(self._model, self._prompts[0], self._prefix)
+            and pads_are_neutral(self._model)
+        )
 
 
 class _Rectangle:
