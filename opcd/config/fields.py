@@ -120,9 +120,9 @@ class Objective:
     assistant turns of the training rows as they were recorded, all of them, without sampling; or
     played: games, which the experience loop brings."""
     replay_share: float = 0.0
-    """Share of a step's prompts that have nothing to do with the context, on which the student is
-    held to the original model without it: what keeps other abilities. At least one prompt a step
-    where it is above 0; 1 trains on nothing else."""
+    """Share of a step's prompts, and of its loss, that has nothing to do with the context: there
+    the student is held to the original model without it, which keeps other abilities. At least one
+    prompt a step where it is above 0; 1 trains on nothing else."""
     replay_data: str | None = None
     """Prompts of that kind, as prompts are written. Default: 160 that come with opcd, none of them
     among those elsewhere."""

@@ -109,8 +109,9 @@ def _how(best: dict[str, Any], step: int, steps: int, metrics: Path) -> str:
     if best["step"] is None:
         return f"step {step}, the last (no validation data)"
     judged = "accuracy" in best
-    reached = f"accuracy {best['accuracy']:.1%}" if judged else f"gap {best['gap']:.3f}"
+    near = f"{best.get('missed_kl', best['gap']):.3f} nats from the prompted model on its answers"
+    reached = f"accuracy {best['accuracy']:.1%}" if judged else near
     if sum("validation" in row for row in read_metrics(metrics) if row["step"]) == 1:
         return f"step {step} of {steps}, the only one validated ({reached}): none was chosen"
-    by = f"by {reached}, then the gap" if judged else f"by the {reached} to the prompted model"
+    by = f"by {reached}, then the distance to the prompted model" if judged else f"as {reached}"
     return f"step {step} of {steps}, chosen on validation data {by}"

@@ -14,6 +14,7 @@ from opcd.passes.plan import find_plan
 from opcd.rollouts.decode import Decoder
 from opcd.rollouts.generate import TransformersEngine
 from opcd.rollouts.generate_call import generated
+from opcd.rollouts.padding import pads_are_neutral
 from opcd.rollouts.protocol import Conversations, Rollout, RolloutEngine, SamplingParams
 from opcd.rollouts.static import StaticEngine, why_not_static
 from tests.conftest import tiny_llama
@@ -144,6 +145,7 @@ def test_no_token_is_computed_twice(engine: Engine) -> None:
     model.generation_config.eos_token_id = 257
     shared = [(7 * i) % 200 + 20 for i in range(200)]
     prompts = [[*shared, 30 + i, 31, 32] for i in range(16)]
+    assert pads_are_neutral(model)  # which is tried once
     with counted(model) as found:
         rows = engine(model, 16).open(prompts)
         talk(rows, 6)
@@ -161,6 +163,7 @@ def test_equal_beginnings_are_computed_once(engine: Engine) -> None:
     shared = [(7 * i) % 200 + 20 for i in range(100)]
     prompts = [[*shared, *(30 + (i * k) % 97 for k in range(60))] for i in range(4) for _ in "1234"]
     made = engine(model, 16)
+    assert pads_are_neutral(model)  # which is tried once
     with counted(model) as found:
         rows = made.open(prompts)
         turns = [said(rows.complete(SAMPLED, [*range(16)]))]

@@ -164,6 +164,11 @@ def test_a_run_leaves_everything_it_promises(
     changed = final.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight
     assert changed.abs().max() > 1e-4
 
+    page = (Path(opcd.__file__).parent.parent / "docs" / "files.md").read_text(encoding="utf-8")
+    kept = {p.name for p in run.iterdir()} - {"checkpoints", "final"}
+    keys = {key for row in metrics for key in (*row, *row.get("validation", ()))} | set(card)
+    assert not [name for name in kept | keys if f"`{name}" not in page]
+
     # The same scorecard again from the files alone.
     first = card
     assert main(["eval", "--config", str(run / "config.yaml")]) == 0

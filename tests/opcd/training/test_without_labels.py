@@ -53,8 +53,9 @@ def test_prompts_are_kept_out_and_measured_on(
         assert "accuracy" not in row
         assert set(row["prompted"]) == SHARES
     selection = json.loads((run / "final" / "selection.json").read_text())
-    assert selection["validation"]["gap"] == min(row["gap"] for row in rows[1:])
-    assert "by the gap" in selection["how"]
+    nearest = min(row["missed_kl"] for row in rows[1:])
+    assert selection["validation"]["missed_kl"] == nearest
+    assert "nats from the prompted model on its answers" in selection["how"]
     card = json.loads((run / "scorecard.json").read_text())
     columns = card["contenders"]
     assert list(columns) == ["base", "prompted", "distilled", "distilled_prompted"]
