@@ -132,12 +132,12 @@ class Objective:
     sent all the same. 0 leaves that pass out; arXiv 2606.11627 has 0.5."""
     forward_share: float = 0.0
     """What is minimised at every token of the student's own completions: 0 is the reverse KL
-    (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them a
-    mixture."""
+    (settle on what the teacher finds likely), 1 the forward KL (cover all of it), between them
+    their weighted sum, which is no JSD."""
     guided_share: float = 0.25
     """Share of a step's rows that are completed by the teacher, with the context in view, and
     scored with the forward KL: behaviour that the student never shows by itself. 0 is the paper's
-    plain form, 1 its off-policy baseline."""
+    plain form, 1 its off-policy baseline; GKD's λ is 1 minus it (arXiv 2306.13649)."""
     guided_completions: str | None = None
     """File with a completion for every training prompt (or another run's guided.jsonl), used for
     the guided share in place of the teacher's own."""
