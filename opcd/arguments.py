@@ -9,8 +9,8 @@ from opcd.config.fields import FIELDS, GROUPS, MEASURING
 from opcd.config.presets import PRESETS
 from opcd.config.settings import KINDS
 from opcd.errors import InputError, did_you_mean
-from opcd.experience.settings import ITS_OWN, Experience
 from opcd.experience.settings import KINDS as EXPERIENCE_FIELDS
+from opcd.experience.settings import REFUSED, Experience
 from opcd.serving.wanted import KINDS as SERVING_FIELDS
 from opcd.serving.wanted import Wanted
 
@@ -197,7 +197,7 @@ def _add_experience(commands: Any) -> None:
     sub.add_argument("--resume", action="store_true", help="continue the loop in output_dir")
     _add_allow_code(sub)
     _add_group(sub, "experience", Experience, EXPERIENCE_FIELDS)
-    _add_fields(sub, set(FIELDS) - set(ITS_OWN))
+    _add_fields(sub, set(FIELDS) - set(REFUSED))
 
 
 def _add_allow_code(parser: argparse.ArgumentParser) -> None:

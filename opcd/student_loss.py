@@ -102,7 +102,7 @@ class StudentLoss(torch.nn.Module):
         how: dict[str, Any] = {"forward_share": forward_share}
         if completion_mask is None:
             token_weights, how = _scoring(episodes, token_weights)
-        if lengths := [len(row.token_ids) for row in rows]:
+        if lengths := [len(row.needed) for row in rows]:
             check_rope(causal_lm(self.student).config, min(lengths), max(lengths))
         hidden = planned_hidden(self.student, rows, self.plan)
         head = head_of(self.student)

@@ -207,7 +207,8 @@ class SharedPrefixTeacher:
         config = causal_lm(self.model).config
         by_name: dict[tuple[bool, str], list[int]] = {}
         for i, episode in enumerate(episodes):
-            length = len(self._prefix_ids[episode.context]) + len(episode.teacher_ids)
+            start, n = episode.teacher_spans[-1]  # the last token of which predicts nothing
+            length = len(self._prefix_ids[episode.context]) + start + n - 1
             by_name.setdefault((rope_side(config, length), episode.context), []).append(i)
         members: list[int] = []
         rows: list[Row] = []

@@ -132,7 +132,8 @@ def measure(inputs: Inputs, head: str, tried: Iterable[Candidate], timer: Timer)
                 continue
             yield Timed(candidate, timer(lambda one=candidate: solved(*one)))  # type: ignore[misc]
         except (triton.CompilationError, TritonError, RuntimeError) as refused:
-            torch.cuda.synchronize()  # raises where the device takes no more work: then it ends
+            if plain.per_token.is_cuda:
+                torch.cuda.synchronize()  # raises where the device takes no more work: then it ends
             yield Timed(candidate, None, f"{type(refused).__name__}: {refused}".splitlines()[0])
 
 

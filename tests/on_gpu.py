@@ -23,7 +23,7 @@ FIRST = (
 )
 # The project's own options ask for plugins, which need not be there.
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rsE")
-NOTHING_CHOSEN = 5  # pytest's exit status
+SOME_CANNOT_BE_READ, NOTHING_CHOSEN = 1, 5  # pytest's exit status
 LAST_WORDS_S = 4.0  # of a file, after Ctrl-C
 
 
@@ -37,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     suites, failed = ElementTree.Element("testsuites"), []
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one.xml"
-        for file in files(arguments.tests):
+        try:
+            found = files(arguments.tests)
+        except RuntimeError as error:
+            print(error)
+            return 1
+        for file in found:
             print(f"\n{file}", flush=True)
             one.unlink(missing_ok=True)
             status = run(file, one)
@@ -54,10 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def files(wanted: Sequence[str]) -> list[str]:
-    """Those with tests that need a GPU, and those that cannot be read."""
+    """Those with tests that need a GPU, and those that cannot be read.
+
+    Raises RuntimeError where pytest itself does not run.
+    """
     command = [sys.executable, *PYTEST, "-m", "gpu", "--collect-only", *wanted]
     command.append("--continue-on-collection-errors")
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout
+    if done.returncode not in (0, SOME_CANNOT_BE_READ, NOTHING_CHOSEN) or not said.strip():
+        raise RuntimeError(f"{said}{done.stderr}\nno test could be looked for: pytest does not run")
     found = {line.split("::")[0] for line in said.splitlines() if "::" in line}
     found |= {line.split()[1] for line in said.splitlines() if line.startswith("ERROR ")}
     return sorted(found, key=lambda name: (*(name != first for first in FIRST), name))

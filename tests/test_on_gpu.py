@@ -53,6 +53,14 @@ def test_no_file_takes_another_along(folder: Path, capfd: pytest.CaptureFixture)
     assert on_gpu.main(["test_d.py"]) == 0
 
 
+def test_what_does_not_run_has_not_passed(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    (folder / "conftest.py").write_text("import no_such_package")
+    assert on_gpu.main(["."]) == 1
+    assert "no_such_package" in capfd.readouterr().out
+    (folder / "conftest.py").write_text("")
+    assert on_gpu.main(["nowhere"]) == 1
+
+
 def test_what_only_a_gpu_can_show_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     *_, last = on_gpu.FIRST

@@ -239,13 +239,18 @@ class _Told(Progress):
         self._shown.part(note, metrics)
         if metrics is None:
             return
-        for callback, wanted in (
-            (self._on_step, True),
-            (self._on_validation, "validation" in metrics),
-        ):
-            said = callback(metrics) if callback is not None and wanted else None
-            self._why = said if isinstance(said, str) else self._why
-            self._enough |= said is True
+        self._call(self._on_step, metrics)
+        if "validation" in metrics:
+            self.validated(metrics)
+
+    def validated(self, metrics: dict[str, Any]) -> None:
+        """See Progress.validated."""
+        self._call(self._on_validation, metrics)
+
+    def _call(self, callback: Callback | None, metrics: dict[str, Any]) -> None:
+        said = callback(metrics) if callback is not None else None
+        self._why = said if isinstance(said, str) else self._why
+        self._enough |= said is True
 
     def end(self) -> None:
         """See Progress.end."""

@@ -311,11 +311,13 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                 f"replay_share must go without a teacher of its own, which would be the target in "
                 f"place of the original model, got {self.teacher!r}; leave one of both out"
             )
-        if self.return_anchor and 1 in (self.guided_share, self.replay_share):
+        if self.return_anchor and (
+            self.guided_share == 1 or self.replayed == self.prompts_per_step
+        ):
             raise InputError(
                 "return_anchor must have completions of the student's own, on which it is "
-                "measured, got none with a guided_share or replay_share of 1; lower that, or set "
-                "return_anchor to 0"
+                "measured, got none where all of a step is guided or replayed; lower guided_share "
+                "or replay_share, or set return_anchor to 0"
             )
         if self.return_anchor and self.gradient_checkpointing:
             raise InputError(

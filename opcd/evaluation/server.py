@@ -124,12 +124,14 @@ class Server:
             ) from error
         return names
 
-    def _completed(self, body: str) -> tuple[str, str]:
-        """The text of an answer, and why it ended."""
+    def _completed(self, body: str) -> tuple[str, str, bool]:
+        """The text of an answer, why it ended, and whether a thought came apart from it."""
         found = self.read("/chat/completions", body.encode(), ANSWER_S)
         try:
             (choice,) = found["choices"]
-            text, finish = choice["message"]["content"] or "", choice["finish_reason"]
+            message, finish = choice["message"], choice["finish_reason"]
+            text = message["content"] or ""
+            apart = bool(message.get("reasoning_content") or message.get("reasoning"))
             if not isinstance(text, str):
                 raise TypeError("an answer is a text")
         except (TypeError, KeyError, ValueError) as error:
@@ -137,7 +139,7 @@ class Server:
                 f"{self.base_url} must answer with one choice and its message, got "
                 f"{said(found)}; is it a server of chat completions?"
             ) from error
-        return text, "length" if finish == "length" else "stop"
+        return text, "length" if finish == "length" else "stop", apart
 
     def read(self, path: str, body: bytes | None, limit_s: float) -> Any:
         """The JSON at a path; a server that is busy is asked again, twice."""
@@ -256,8 +258,8 @@ def server_contenders(server: Server, setup: Setup, name: str) -> list[Contender
     ]
 
 
-def _answer(text: str, finish: str, setup: Setup) -> Answer:
+def _answer(text: str, finish: str, apart: bool, setup: Setup) -> Answer:
     ids = setup.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if finish == "length":
+    if finish == "length" and not apart:
         text = setup.chat.within_a_thought(text)
     return Answer(text.strip(), list(ids), finish, text)

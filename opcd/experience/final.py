@@ -61,7 +61,10 @@ def _off_policy(accepted: Sequence[Round], phases: Phases) -> str | None:
     for one in accepted:
         run = phases.folder / f"round-{one.number}" / "off_policy"
         teacher = one.began if one.began != model else None
-        changed = {"guided_share": 1.0, "teacher": teacher}
+        # Remedies have no place there: nothing is the student's own, and a replayed prompt's target
+        # would be a teacher of its own.
+        changed = {"guided_share": 1.0, "teacher": teacher, "return_anchor": 0.0}
+        changed |= {"replay_share": 0.0, "replay_data": None}
         try:
             phases.distilling.run(one.number, model, one.contexts, run, **changed)
         except Diverged as error:

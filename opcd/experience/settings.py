@@ -23,11 +23,15 @@ ITS_OWN = {
     "guided_completions": "the prompted model makes them, a share guided_share",
     "turns": "a problem is one request",
     "test_sets": "its test problems are one set",
-    "validate_every": "a round is measured when it ends",
-    **dict.fromkeys(
-        ("divergence_prompts", "elsewhere_tasks", "leak_tokens"), "it makes no scorecard"
-    ),
 }
+# Of a training run that chooses by validation data and makes a scorecard: a round does neither.
+UNUSED = {
+    "validate_every": "a round is measured when it ends",
+    "divergence_prompts": "a round makes no scorecard",
+    "elsewhere_tasks": "a round makes no scorecard",
+    "leak_tokens": "a round makes no scorecard",
+}
+REFUSED = ITS_OWN | UNUSED
 
 
 @dataclass(kw_only=True)
@@ -140,7 +144,7 @@ def read_settings(
         written = read_config_file(file, GROUP)[1]
     own |= _converted({k: v for k, v in given.items() if k in KINDS}, "command line", Path())
     others = {k: v for k, v in given.items() if k not in KINDS}
-    for name, why in ITS_OWN.items():
+    for name, why in REFUSED.items():
         if name in written or name in others:
             raise InputError(f"{name} must not be set in the experience loop: {why}; leave it out")
     training = gather(others | {"context": STAND_IN}, file, preset, leave_out=GROUP)
@@ -182,7 +186,7 @@ def _converted(group: Mapping[str, Any], source: str, folder: Path) -> dict[str,
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings by name, for a file, without those that may change as a loop goes on."""
     training = dataclasses.asdict(settings.training)
-    left_out = ("origins", "output_dir", "context", "today")
+    left_out = ("origins", "output_dir", "context", "today", *UNUSED)
     return {
         **{name: value for name, value in training.items() if name not in left_out},
         **{k: v for k, v in dataclasses.asdict(settings.experience).items() if k != "rounds"},

@@ -37,7 +37,7 @@ def sampling(
 ) -> Sampling:
     """Of the largest batch: its prompts' pass, and the last step of its completions."""
     lm = causal_lm(model)
-    total = max(map(len, prompts)) + config.max_completion_tokens
+    total = max(map(len, prompts)) + params.max_completion_tokens
     rows = min(len(prompts), batch_rows(config.rollout_batch_size, total))
     batch = sorted(prompts, key=len, reverse=True)
     pays = tokens_that_pay(lm.device.type, grad=False, in_row=False)

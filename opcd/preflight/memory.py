@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from opcd.episodes import Episode, Prompt
-from opcd.evaluation.decoding import answer_params, rollout_params
+from opcd.evaluation.decoding import answer_params, replay_params, rollout_params
 from opcd.models.cast_weights import CastWeights
 from opcd.models.files import ModelFiles
 from opcd.models.head import head_of
@@ -26,6 +26,7 @@ from opcd.passes.prefix import SharedPrefix, UnsupportedModelError
 from opcd.preflight.disk import Sizes
 from opcd.preflight.generation import Sampling, prefix_bytes, sampling
 from opcd.preflight.weightless import Tally, Weightless, nbytes
+from opcd.rollouts.protocol import SamplingParams
 from opcd.runtime.batches import batches_by_tokens
 from opcd.runtime.memory import resident_memory
 from opcd.tasks.order import step_rows
@@ -222,7 +223,14 @@ class Models:
             step = [*chain.from_iterable(longest[: config.prompts_per_step])]
             calls.append(step * config.completions_per_prompt)
         largest = max(calls, key=lambda x: sum(map(len, x)))
-        return self._sampling(self.student, largest) if largest else Sampling(0, 0)
+        found = (
+            [self._sampling(self.student, largest, rollout_params(self.setup))] if largest else []
+        )
+        if (replay := self.setup.replay) is not None:
+            longest_first = sorted((p.student_ids for p in replay.prompts), key=len, reverse=True)
+            again = longest_first[: config.replayed] * config.completions_per_prompt
+            found.append(self._sampling(self.student, again, replay_params(self.setup)))
+        return max(found, key=lambda sampling: sampling.peak, default=Sampling(0, 0))
 
     def _scorecard(self) -> int:
         """One model, and what it takes to answer test requests behind their contexts."""
@@ -233,14 +241,17 @@ class Models:
         largest = max(by_context.values(), key=lambda x: sum(map(len, x)), default=None)
         if largest is None:
             return 0
-        return _weights(self.base) + self._sampling(self.base, largest).peak
+        params = answer_params(self.setup)
+        return _weights(self.base) + self._sampling(self.base, largest, params).peak
 
-    def _sampling(self, model: Any, prompts: Sequence[list[int]]) -> Sampling:
+    def _sampling(
+        self, model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> Sampling:
         return sampling(
             model,
             prompts,
             self.config,
-            rollout_params(self.setup) if model is self.student else answer_params(self.setup),
+            params,
             self.plan.shares_prefix,
             lambda call: self._low(call, head=True) if model is self.student else call(),
         )

@@ -15,6 +15,9 @@ class Progress:
     def part(self, note: str, metrics: dict[str, Any] | None = None) -> None:
         """One part of the phase is done; a training step hands over its metrics."""
 
+    def validated(self, metrics: dict[str, Any]) -> None:
+        """A step whose part was done was measured after all: training ends with it."""
+
     def end(self) -> None:
         """The phase ends, whether or not all its parts were done."""
 

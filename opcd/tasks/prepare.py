@@ -244,10 +244,12 @@ def _check_rope(
     others = [len(request.token_ids) for request in elsewhere]
     bounds = [[(n + 1, n + ANSWER_TOKENS) for n in others]]
     again = [len(prompt.student_ids) for prompt in replay.prompts] if replay else []
-    bounds.append([(n + 1, n + limit_of(config)) for n in again])
+    # They share the student's passes with the task, and none of the teacher's.
+    replayed = [(n + 1, n + limit_of(config)) for n in again]
     for side in (0, 1):
         lengths = [(n[side] + 1, n[side] + config.max_completion_tokens) for n in asked]
-        bounds.append(lengths + [(n[side], n[side]) for n in recorded])
+        lengths += [(n[side], n[side]) for n in recorded]
+        bounds += [lengths + replayed] if side == 0 else [lengths, replayed]
     for model_config in configs:
         for found in filter(None, bounds):
             check_rope(model_config, min(low for low, _ in found), max(high for _, high in found))

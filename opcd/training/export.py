@@ -16,6 +16,7 @@ from opcd.runtime.strict_json import parse_json
 from opcd.tasks.prepare import Setup
 from opcd.training.checkpoint import ADAPTER_WEIGHTS, checkpoint_of
 from opcd.training.model_writer import ModelWriter
+from opcd.training.resume import model_identities
 
 SELECTION_FILE = "selection.json"
 
@@ -38,6 +39,7 @@ def export(
         "measured_by": measured_by(setup),
         "selection_fingerprint": setup.selection_fingerprint,
         "trained_by": environment(setup.device),
+        "models": model_identities(config),
         "data": config.validation_data,
         "validation": best,
     }
@@ -109,8 +111,11 @@ def _how(best: dict[str, Any], step: int, steps: int, metrics: Path) -> str:
     if best["step"] is None:
         return f"step {step}, the last (no validation data)"
     judged = "accuracy" in best
-    near = f"{best.get('missed_kl', best['gap']):.3f} nats from the prompted model on its answers"
-    reached = f"accuracy {best['accuracy']:.1%}" if judged else near
+    if judged:
+        reached = f"accuracy {best['accuracy']:.1%}"
+    else:
+        near = best["missed_kl"] if "missed_kl" in best else best["gap"]
+        reached = f"{near:.3f} nats from the prompted model on its answers"
     if sum("validation" in row for row in read_metrics(metrics) if row["step"]) == 1:
         return f"step {step} of {steps}, the only one validated ({reached}): none was chosen"
     by = f"by {reached}, then the distance to the prompted model" if judged else f"as {reached}"

@@ -97,7 +97,7 @@ class Distiller:
             "mean_completion_tokens": sum(lengths) / len(lengths),
             "longest_completion": max(lengths),
             "truncated_share": sum(e.finish == "length" for e in of_task) / max(1, len(of_task)),
-            "eos_share": sum(e.finish == "stop" for e in episodes) / len(episodes),
+            "eos_share": sum(e.finish == "stop" for e in of_task) / max(1, len(of_task)),
             **self.source.figures(),
             "rollout_time_s": rollout_s,
             "teacher_time_s": teacher_s,
@@ -245,17 +245,17 @@ def _of_tokens(values: Sequence[bool], episodes: Sequence[Episode]) -> Tensor:
 def token_weights(episodes: Sequence[Episode], config: TrainConfig) -> list[Tensor]:
     """Each token's share of the loss: one denominator for the whole step, whatever the passes.
 
-    Replayed episodes have their share of the step's together: else answers of many tokens would
-    leave a task of labels next to nothing.
+    Replayed episodes have `replay_share` of it together: else answers of many tokens would leave a
+    task of labels next to nothing, and a conversation of many turns them.
     """
-    lengths = scored_tokens(episodes)
-    replayed = [e.origin == "replay" for e in episodes]
-
-    def weight(n: int, again: bool) -> float:
-        count = replayed.count(again)
-        if config.average_over == "sequences":
-            return 1 / (n * len(episodes))
-        tokens = sum(m for m, r in zip(lengths, replayed, strict=True) if r == again)
-        return count / (len(episodes) * tokens) if count < len(episodes) else 1 / tokens
-
-    return [torch.full((n,), weight(n, again)) for n, again in zip(lengths, replayed, strict=True)]
+    lengths, of_replay = scored_tokens(episodes), [e.origin == "replay" for e in episodes]
+    again = config.replayed / config.prompts_per_step
+    shares = {True: again, False: 1 - again} if len({*of_replay}) == 2 else {of_replay[0]: 1.0}
+    by_tokens = config.average_over == "tokens"
+    sizes = dict.fromkeys(shares, 0)
+    for n, kind in zip(lengths, of_replay, strict=True):
+        sizes[kind] += n if by_tokens else 1
+    return [
+        torch.full((n,), shares[kind] / (sizes[kind] * (1 if by_tokens else n)))
+        for n, kind in zip(lengths, of_replay, strict=True)
+    ]

@@ -86,10 +86,8 @@ def model_identities(config: TrainConfig) -> dict[str, str]:
     """What tells the models of a run from others of the same names."""
     found = {}
     for name in {config.model, config.teacher or config.model}:
-        folder = local_folder(name)
-        if folder is not None:
-            in_cache = folder != Path(name).expanduser()
-            found[name] = folder.name if in_cache else model_digest(str(folder))
+        if (folder := local_folder(name)) is not None:
+            found[name] = model_digest(str(folder))
     return found
 
 

@@ -201,19 +201,23 @@ class _Training:
             if validation and validated:
                 metrics["validation"] = self._validated(validation)
             alarmed = _raise_alarms(alarms, metrics, config, progress)
-            print(json.dumps(metrics), file=log, flush=True)
-            log_all(self._trackers, metrics)
             try:
                 progress.part(step_note(metrics, self.best), metrics)
+                stopped = progress.stop() or alarmed
+                if progress.enough() and not last:
+                    last = True
+                    if validation and not (validated or stopped):  # that model is chosen from, too
+                        late = {"step": step, "validation": self._validated(validation)}
+                        stopped = _raise_alarms(alarms, late, config, progress)
+                        metrics |= late
+                        progress.validated(metrics)
+                        stopped = progress.stop() or stopped
             except Exception:  # of a callback
                 self._save()
                 raise
-            stopped = progress.stop() or alarmed
-            if progress.enough():
-                last = True
-                if validation and not (validated or stopped):  # the last model is chosen from, too
-                    found = self._validated(validation)
-                    print(json.dumps({"step": step, "validation": found}), file=log, flush=True)
+            finally:
+                print(json.dumps(metrics), file=log, flush=True)
+                log_all(self._trackers, metrics)
             if validated or last or stopped or step % config.save_every == 0:
                 self._save()
                 rotate(self._checkpoints, config.keep_checkpoints, self.best["step"])

@@ -79,10 +79,10 @@ class PartlyGuided(Source):
         config, n = self._config, self._config.completions_per_prompt
         own, guided = map(prompts_of, parted(self._conversations, step, config))
         self._completions.prepare(guided, lambda: self._ahead(step))
-        epoch = step * config.prompts_per_step // len(self._conversations)
         shown = [
             scored_as(self._completions.episode(prompt, sample, epoch), "guided", config)
-            for prompt in guided
+            for conversation, epoch in parted_by_epoch(self._conversations, step, config)[1]
+            for prompt in conversation
             for sample in range(n)
         ]
         said = own_episodes(own, step, sampler, config, self._params) if own else []
@@ -145,8 +145,17 @@ class Recorded(Source):
 
 def parted(rows: Sequence[T], step: int, config: TrainConfig) -> tuple[list[T], list[T]]:
     """The student's rows of a step, and the guided ones, spread over it and over steps."""
-    chosen = step_rows(rows, step, config)
-    share, first = config.guided_share, step * len(chosen)
+    own, guided = parted_by_epoch(rows, step, config)
+    return [row for row, _ in own], [row for row, _ in guided]
+
+
+def parted_by_epoch(
+    rows: Sequence[T], step: int, config: TrainConfig
+) -> tuple[list[tuple[T, int]], list[tuple[T, int]]]:
+    """As `parted`, each row with the number of its epoch."""
+    found = step_rows(rows, step, config)
+    share, first = config.guided_share, step * len(found)
+    chosen = [(row, (first + i) // len(rows)) for i, row in enumerate(found)]
     counts = [int(share * (first + i)) for i in range(len(chosen) + 1)]
     marks = [after - before for before, after in pairwise(counts)]
     own = [row for row, mark in zip(chosen, marks, strict=True) if not mark]

@@ -338,12 +338,16 @@ def test_a_run_may_move(tmp_path: Path) -> None:
 def test_a_callback_may_have_enough(tmp_path: Path) -> None:
     found = run(tmp_path / "run", on_step=lambda metrics: metrics["step"] == 2)
     assert [row["step"] for row in found.metrics] == [1, 2]
+    seen = []
     again = run(
         tmp_path / "again",
         on_step=lambda metrics: metrics["step"] == 2,
+        on_validation=lambda metrics: seen.append(metrics["step"]),
         validation_data=[{"prompt": word, "answer": word[0]} for word in ("bee", "fox")],
     )
+    assert [row["step"] for row in again.metrics] == [0, 1, 2]
     assert [row["step"] for row in again.metrics if "validation" in row] == [0, 2]
+    assert seen == [2]
     selection = json.loads((again.folder / "final" / "selection.json").read_text())
     assert "the only one validated" in selection["how"]
     assert found.scorecard["contenders"]["distilled"]["n"] == 4

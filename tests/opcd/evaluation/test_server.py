@@ -238,6 +238,11 @@ def test_a_cut_thought_is_no_answer(settings: dict, served: Served, tmp_path: Pa
             (answer,) = Server(served.url).answers([[user("cat")]], setup)
             scores[text, finish] = accuracy([answer], [case], setup.task.scorer, [""])
     assert [*scores.values()] == [1, 0, 1, 1, 0, 0]
+    parsed = choice("c, I think", "length")
+    parsed["choices"][0]["message"]["reasoning_content"] = "Is it c?"
+    served.reply = lambda _: (200, parsed)
+    (answer,) = Server(served.url).answers([[user("cat")]], setup)
+    assert accuracy([answer], [case], setup.task.scorer, [""]) == 1, "its thought has ended"
 
 
 def test_where_no_server_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from opcd.experience import distilling, phases
 from opcd.experience.final import COLUMNS
 from opcd.experience.folder import alone
 from opcd.experience.problems import read_problems
-from opcd.experience.settings import ITS_OWN, read_settings
+from opcd.experience.settings import REFUSED, read_settings
 from opcd.tasks.elsewhere import BUILT_IN
 from opcd.tasks.messages import assistant, user
 from tests.conftest import in_groups, write_jsonl
@@ -60,7 +60,7 @@ def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
         "candidates": 1,
         "off_policy": False,
     }
-    left_out = {"validation_data", "test_data", *ITS_OWN}
+    left_out = {"validation_data", "test_data", *REFUSED}
     return {k: v for k, v in settings.items() if k not in left_out} | own
 
 
@@ -320,7 +320,7 @@ def test_the_command(task: dict, tmp_path: Path, capsys: pytest.CaptureFixture) 
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"elsewhere_loss": 3}, "0.03 is three points"),
         ({"test_sets": "{more: more.jsonl}"}, "test_sets must not be set in the experience loop"),
-        ({"leak_tokens": 0}, "leak_tokens must not be set in the experience loop: it makes no"),
+        ({"leak_tokens": 0}, "leak_tokens must not be set in the experience loop: a round m"),
         ({"attemps_per_problem": 2}, "did you mean attempts_per_problem?"),
         ({"learn_from": "failures"}, "learn_from must be one of both, items, successes"),
         ({"items_prompt": "none.md"}, "none.md', which is not there"),

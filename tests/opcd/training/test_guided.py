@@ -273,6 +273,10 @@ def test_every_stored_completion_of_a_prompt_has_its_turn(settings: dict) -> Non
     path = write_jsonl(Path(settings["output_dir"]).parent / "several.jsonl", several)
     change = {"guided_share": 1.0, "guided_completions": str(path), "prompts_per_step": len(WORDS)}
     tokenizer = tiny_tokenizer()
+    wide = change | {"prompts_per_step": 2 * len(WORDS)}  # two epochs in a step
+    d = distiller(settings, **wide)
+    said = [tokenizer.decode(e.scored_ids[:1]) for e in d.rollout()]
+    assert said == ["a"] * len(WORDS) + ["b"] * len(WORDS)
     for each, expected in ((1, ["a", "b", "c", "a"]), (2, ["ab", "ca", "bc", "ab"])):
         d = distiller(settings, **change, completions_per_prompt=each)
         found = []

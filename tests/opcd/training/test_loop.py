@@ -246,11 +246,14 @@ def test_token_weights_sum_to_one_over_the_step(settings: dict) -> None:
     sequences = token_weights(of_task, each)
     assert sequences[0].tolist() == pytest.approx([1 / 4] * 2)
     assert sequences[1].tolist() == pytest.approx([1 / 12] * 6)
-    episodes = [*of_task, Completion(30, "replay"), Completion(2), Completion(5)]
+    turns = [*of_task, Completion(30, "replay"), *[Completion(2)] * 20]  # of few conversations
     for config in (TrainConfig(**settings), each):
-        of_each = [weights.sum().item() for weights in token_weights(episodes, config)]
-        assert of_each[2] == pytest.approx(1 / 5), "its share of the episodes, not of the tokens"
+        config.replay_share = 0.25
+        of_each = [weights.sum().item() for weights in token_weights(turns, config)]
+        assert of_each[2] == pytest.approx(1 / 4), "its share of the rows"
         assert sum(of_each) == pytest.approx(1)
+        assert sum(w.sum() for w in token_weights(of_task, config)) == pytest.approx(1)
+        assert token_weights(turns[2:3], config)[0].sum() == pytest.approx(1)
 
 
 class Completion(NamedTuple):

@@ -12,7 +12,7 @@ from opcd.experience.games.environments import Environments
 from opcd.experience.games.exercises import Games, drawn
 from opcd.experience.games.grid import symmetries
 from opcd.experience.games.playing import Game
-from opcd.experience.settings import ITS_OWN, Experience, read_settings
+from opcd.experience.settings import REFUSED, Experience, read_settings
 from opcd.runtime.files import read_metrics
 from opcd.runtime.workers import RAISED
 from tests.opcd.experience.games.players import last_board
@@ -62,7 +62,7 @@ def task(settings: dict, tmp_path: Path, brief_model: Path) -> dict:
         "eval_temperature": 1.0,
         "without_context": "Play.",
     }
-    left_out = {"prompts", "validation_data", "test_data", *ITS_OWN}
+    left_out = {"prompts", "validation_data", "test_data", *REFUSED}
     return {k: v for k, v in settings.items() if k not in left_out} | own
 
 
