@@ -4,6 +4,7 @@ protocol    what an engine is; episodes from completions
 stops       texts that end a completion
 histories   what prompts of a call share beyond what all begin with
 generate    the engine that calls transformers.generate
+padding     whether pads in front of a prompt leave its next token alone
 noise       what a completion draws, whatever the engine, the batch and the order
 capture     a step recorded in a CUDA graph, and what is left in order where that fails
 static      the engine with a static cache; when that is exact

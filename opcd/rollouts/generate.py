@@ -143,8 +143,11 @@ class TransformersEngine:
         starts = [shared] * len(prompts)  # tokens of each prompt that the cache holds
         columns = shared
         found = self._branches(prompts, shared)
-        gaps = allows_gaps(self._model, prompts[0], prefix) and pads_are_neutral(self._model)
-        if worth_a_pass(found, shared) and gaps:
+        if (
+            worth_a_pass(found, shared)
+            and allows_gaps(self._model, prompts[0], prefix)
+            and pads_are_neutral(self._model)
+        ):
             cache, columns = with_histories(self._model, prompts, found, prefix, self._eos[0])
             starts = [branch.length for branch in found]
         width = columns + max(len(p) - start for p, start in zip(prompts, starts, strict=True))
