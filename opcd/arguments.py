@@ -65,6 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> _Parser:
+    """What reads a command line, and says what it may hold."""
     parser = _Parser(prog="opcd", description=BEGIN)
     parser.add_argument("--version", action="version", version=f"opcd {__version__}")
     commands = parser.add_subparsers(

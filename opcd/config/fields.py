@@ -301,6 +301,22 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                 "guided_completions must come with a guided_share above 0, got 0: nothing would be "
                 "trained on them; set guided_share to 1 to train on them alone"
             )
+        self._check_remedies()
+        for name, file in self.test_sets.items():
+            if not isinstance(name, str) or not name.strip() or name in PARTS:
+                raise InputError(
+                    f"a name of test_sets must be a text other than {', '.join(PARTS)}, got "
+                    f"{name!r}; rename it"
+                )
+            if not isinstance(file, str) or not file.strip():
+                raise InputError(
+                    f"test_sets must name a file for {name!r}, got {file!r}; write {{{name}: "
+                    f"FILE.jsonl}}"
+                )
+        return self
+
+    def _check_remedies(self) -> None:
+        """Raise InputError for remedies that would do nothing, or something else."""
         if self.replay_data is not None and not self.replay_share:
             raise InputError(
                 "replay_data must come with a replay_share above 0, got 0: nothing would be "
@@ -324,18 +340,6 @@ class TrainConfig(Data, Models, Sampling, Evaluation, Objective, Optimizer, Lora
                 "return_anchor must go without gradient_checkpointing, whose backward runs the "
                 "layers again without the context's keys and values; leave one of both out"
             )
-        for name, file in self.test_sets.items():
-            if not isinstance(name, str) or not name.strip() or name in PARTS:
-                raise InputError(
-                    f"a name of test_sets must be a text other than {', '.join(PARTS)}, got "
-                    f"{name!r}; rename it"
-                )
-            if not isinstance(file, str) or not file.strip():
-                raise InputError(
-                    f"test_sets must name a file for {name!r}, got {file!r}; write {{{name}: "
-                    f"FILE.jsonl}}"
-                )
-        return self
 
     def _check_answers(self) -> None:
         """Raise InputError for answers that cannot be drawn so."""

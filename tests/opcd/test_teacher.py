@@ -258,17 +258,19 @@ def test_a_layer_that_goes_its_own_way_is_noticed(monkeypatch: pytest.MonkeyPatc
     assert "got 1 of 2" in plan.reason
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [9.0] * 4,
+    "original_max_position_embeddings": 41,
+}
+
+
 def test_rotary_frequencies_that_depend_on_length() -> None:
     """The prefix alone lies below the limit, every sequence above it."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [9.0] * 4,
-        "original_max_position_embeddings": 41,
-    }
-    model = tiny_llama(rope_parameters=rope)
+    model = tiny_llama(rope_parameters=LONGROPE)
     teacher = SharedPrefixTeacher(model, PREFIX[:38])
     prompts, completions = [[5, 6, 7, 8], [9, 8, 7, 6]], [[3, 4], [5, 3]]
     rows = [PREFIX[:38] + p + c for p, c in zip(prompts, completions, strict=True)]
@@ -281,15 +283,7 @@ def test_rotary_frequencies_that_depend_on_length() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_neighbours_leave_rotary_frequencies_alone(shared: bool) -> None:
     """Sequences and contexts on both sides of the limit, in one call."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [9.0] * 4,
-        "original_max_position_embeddings": 41,
-    }
-    model = tiny_llama(rope_parameters=rope)
+    model = tiny_llama(rope_parameters=LONGROPE)
     contexts = {"short": PREFIX[:20], "long": [*PREFIX, *PREFIX][:50]}
     prompts, completions = [[5, 6, 7], [9, 8], [4, *range(60, 85)]], [[3, 4], [5, 3], [7, 8]]
     names = ["short", "long", "short"]
