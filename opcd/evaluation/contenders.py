@@ -38,6 +38,7 @@ class Contender(NamedTuple):
     meaning: str  # for people
     answer: Callable[[Sequence[Case]], list[Answer]]
     without: str = ""  # of one that sees the context, the name of the same model without it
+    remote: bool = False  # on another machine: needs no memory here, and may fail by itself
 
 
 class LoadedModel(NamedTuple):

@@ -30,7 +30,8 @@ PROBES: tuple[list[Message], ...] = (
 
 
 def measured_by(setup: Setup) -> dict[str, str | None]:
-    """Digests of models, test rows with their accepted answers, requests elsewhere, and all else.
+    """Digests of models, test rows with their accepted answers and without, requests elsewhere, and
+    all else.
 
     The form of prompts is what stands around requests, without and with each context, and what
     ends answers.
@@ -46,6 +47,7 @@ def measured_by(setup: Setup) -> dict[str, str | None]:
         "model": model,
         "teacher": model_digest(config.teacher) if config.teacher else model,
         "test_data": test_digest(rows) if rows else None,
+        "requests": _digest([[messages, context] for messages, _, context in rows]),
         "test_sets": _digest({name: test_digest(of) for name, of in sets.items()})
         if sets
         else None,

@@ -1,12 +1,18 @@
 """Contenders that people name: models, adapters, prompts, soft prompts, servers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender, Models
 from opcd.evaluation.server import Server, server_contenders
-from opcd.evaluation.soft_prompt import is_soft_prompt, read_soft_prompt, soft_prompt_answers
+from opcd.evaluation.soft_prompt import (
+    check_positions,
+    is_soft_prompt,
+    read_soft_prompt,
+    soft_prompt_answers,
+)
 from opcd.models.adapter import check_adapter, is_adapter
 from opcd.models.by_name import (
     check_same_tokenizer,
@@ -17,6 +23,7 @@ from opcd.models.by_name import (
 from opcd.models.lm import max_positions
 from opcd.tasks.chat import Chat
 from opcd.tasks.contexts import TEXTS, read_contexts
+from opcd.tasks.data import check_disjoint
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case, rendered
 
@@ -56,10 +63,12 @@ def named_contenders(
 
 def _maker(name: str, what: str, setup: Setup, served_model: str | None) -> Named:
     _check_name(name)
-    base, folder = setup.config.model, Path(what).expanduser()
     if _is_address(what):
         both = server_contenders(Server(what, served_model), setup, name)
         return lambda _: both
+    base, folder = setup.config.model, Path(what).expanduser()
+    if folder.exists():
+        what = str(folder)
     if folder.suffix.lower() in (*TEXTS, ".json"):
         return _prompt(name, what, setup)
     if is_adapter(folder) and is_soft_prompt(folder):
@@ -70,6 +79,7 @@ def _maker(name: str, what: str, setup: Setup, served_model: str | None) -> Name
             )
         check_adapter(folder, base)
         vectors = read_soft_prompt(folder, base)
+        check_positions(vectors, setup.config, setup.task.scored)
         meaning = f"before, behind a soft prompt of {len(vectors)}"
         return lambda models: [
             Contender(name, meaning, lambda c: soft_prompt_answers(models.get(base), vectors, c))
@@ -122,9 +132,17 @@ def _prompt(name: str, what: str, setup: Setup) -> Named:
             f"{', '.join(sorted(lacking)) or 'one for requests that name none'}; add them"
         )
 
+    def context_of(case: Case) -> str:
+        return "" if alone is not None else case.prompt.context
+
     def ids(case: Case) -> list[int]:
-        chat = chats["" if alone is not None else case.prompt.context]
-        return rendered(chat.teacher_ids, case.example)
+        return rendered(chats[context_of(case)].teacher_ids, case.example)
+
+    asked = [replace(case.example, context=context_of(case)) for case in setup.task.scored]
+    try:
+        check_disjoint({"test": asked}, contexts)
+    except InputError as error:
+        raise InputError(f"contender {name}: {error}") from error
 
     prompts = {id(case): ids(case) for case in setup.task.scored}
     limit = max_positions(load_config(config.model))

@@ -26,6 +26,7 @@ from urllib.request import (
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, Contender
 from opcd.runtime.strict_json import parse_json
+from opcd.scoring.reasoning import PAIRS
 from opcd.tasks.messages import Message
 from opcd.tasks.prepare import Setup
 from opcd.tasks.task import Case
@@ -45,6 +46,10 @@ class _Stays(HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         """See above."""
+
+
+class NoAnswer(InputError):
+    """No response came, or it broke off."""
 
 
 class Server:
@@ -124,31 +129,35 @@ class Server:
             ) from error
         return names
 
-    def _completed(self, body: str) -> tuple[str, str, bool]:
-        """The text of an answer, why it ended, and whether a thought came apart from it."""
+    def _completed(self, body: str) -> tuple[str, str, str]:
+        """The text of an answer, why it ended, and the thought that came apart from it."""
         found = self.read("/chat/completions", body.encode(), ANSWER_S)
         try:
             (choice,) = found["choices"]
             message, finish = choice["message"], choice["finish_reason"]
             text = message["content"] or ""
-            apart = bool(message.get("reasoning_content") or message.get("reasoning"))
-            if not isinstance(text, str):
-                raise TypeError("an answer is a text")
+            thought = message.get("reasoning_content") or message.get("reasoning") or ""
+            if not (isinstance(text, str) and isinstance(thought, str)):
+                raise TypeError("an answer is a text, and so is a thought")
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"{self.base_url} must answer with one choice and its message, got "
                 f"{said(found)}; is it a server of chat completions?"
             ) from error
-        return text, "length" if finish == "length" else "stop", apart
+        return text, "length" if finish == "length" else "stop", thought
 
     def read(self, path: str, body: bytes | None, limit_s: float) -> Any:
-        """The JSON at a path; a server that is busy is asked again, twice."""
-        status, text = self._asked(path, body, limit_s)
-        for wait_s in WAITS_S:
-            if status not in BUSY:
-                break
+        """The JSON at a path; a server that is busy, or drops a request, is asked again, twice."""
+        for wait_s in (*WAITS_S, None):
+            try:
+                status, text = self._asked(path, body, limit_s)
+            except NoAnswer:
+                if body is None or wait_s is None:  # whether one is there at all is said at once
+                    raise
+            else:
+                if status not in BUSY or wait_s is None:
+                    break
             time.sleep(wait_s)
-            status, text = self._asked(path, body, limit_s)
         if status >= 400:
             raise InputError(
                 f"{self.base_url}{path} must answer, got status {status}: {said(text)}; look at "
@@ -216,9 +225,9 @@ class Server:
             raise self._no_answer(error, limit_s) from error
         return piece
 
-    def _no_answer(self, error: Exception, limit_s: float) -> InputError:
+    def _no_answer(self, error: Exception, limit_s: float) -> "NoAnswer":
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        return InputError(
+        return NoAnswer(
             f"a server must answer at {self.base_url} within {limit_s:.0f} s, got {reason}; "
             f"start it, or correct base_url"
         )
@@ -253,13 +262,18 @@ def server_contenders(server: Server, setup: Setup, name: str) -> list[Contender
 
     both = f"{name}_prompted"
     return [
-        Contender(name, f"{server.model}, served, without the context", alone),
-        Contender(both, f"{server.model}, served, with the context", prompted, without=name),
+        Contender(name, f"{server.model}, served, without the context", alone, "", True),
+        Contender(both, f"{server.model}, served, with the context", prompted, name, True),
     ]
 
 
-def _answer(text: str, finish: str, apart: bool, setup: Setup) -> Answer:
-    ids = setup.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if finish == "length" and not apart:
+def _answer(text: str, finish: str, thought: str, setup: Setup) -> Answer:
+    if thought:  # as models write it that nobody takes apart
+        begins, ends = PAIRS[0]
+        text = begins + thought + (ends + text if text or finish == "stop" else "")
+    ids = [*setup.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if finish == "stop":
+        ids.append(setup.stop_ids[0])  # which servers leave out
+    elif not thought:
         text = setup.chat.within_a_thought(text)
-    return Answer(text.strip(), list(ids), finish, text)
+    return Answer(text.strip(), ids, finish, text)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.contenders import Answer, LoadedModel, answer
 from opcd.models.adapter import WEIGHTS, adapter_settings
@@ -54,19 +55,21 @@ def read_soft_prompt(folder: Path, base: str) -> Tensor:  # (P, D) fp32
     return vectors
 
 
-def soft_prompt_answers(model: LoadedModel, vectors: Tensor, cases: Sequence[Case]) -> list[Answer]:
-    """Greedy answers of the base behind the vectors, without the context.
-
-    Raises InputError for a request that does not fit the model's positions.
-    """
-    setup, prompts = model.setup, [case.prompt.student_ids for case in cases]
-    limit, new = max_positions(causal_lm(model.model).config), setup.config.max_completion_tokens
-    longest = len(vectors) + max(map(len, prompts)) + new
+def check_positions(vectors: Tensor, config: TrainConfig, cases: Sequence[Case]) -> None:
+    """Raise InputError for a request that does not fit the model's positions behind the vectors."""
+    limit = max_positions(load_config(config.model))
+    longest = max(len(case.prompt.student_ids) for case in cases)
+    longest += len(vectors) + config.max_completion_tokens
     if limit is not None and longest > limit:
         raise InputError(
             f"soft prompt, request and answer must fit the model's {limit} positions, got "
             f"{longest}; leave the soft prompt out"
         )
+
+
+def soft_prompt_answers(model: LoadedModel, vectors: Tensor, cases: Sequence[Case]) -> list[Answer]:
+    """Greedy answers of the base behind the vectors, without the context."""
+    setup, prompts = model.setup, [case.prompt.student_ids for case in cases]
     by_length: dict[int, list[int]] = {}
     for i, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(i)

@@ -1,6 +1,7 @@
 """Adapters: put on a model, read onto one, and what one covers, in words."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from opcd.models.files import ModelFiles
 WEIGHTS = "adapter_model.safetensors"
 
 WORTH_NAMING = 0.01  # of a model's weights
+_LAYER = re.compile(r"\.\d+(?=\.)")  # of a weight's name
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
@@ -87,8 +89,14 @@ def check_adapter(folder: Path, base: str) -> None:
             f"base_model_name_or_path of its {ADAPTER_CONFIG}"
         )
     slots = ModelFiles(base).slots
+    kinds = {_LAYER.sub("", name) for name in slots}
     for name, (_, width) in _low_rank_inputs(folder).items():
         own = slots.get(name)
+        if own is None and _LAYER.sub("", name) in kinds:
+            raise InputError(
+                f"every weight of an adapter must have a place in the model {base!r}, got {name} "
+                f"in {str(folder)!r} where there is none; name the adapter's own base as model"
+            )
         if own is not None and own.shape[-1] != width:
             raise InputError(
                 f"an adapter must fit the weights of {base!r}, got {width} inputs of {name} in "

@@ -1,16 +1,17 @@
 """What is known of rivals before any is trained: which are meant, and whether a task suits them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from opcd.config import TrainConfig
 from opcd.config.settings import gather, write_config
 from opcd.errors import InputError, did_you_mean
-from opcd.runtime.files import file_digest
+from opcd.evaluation.measured import measured_by
+from opcd.runtime.files import file_digest, write_json
 from opcd.studies import compression
 from opcd.studies.catalogue import COMPRESSED, NAMES, REFERENCE, SOFT
-from opcd.studies.compression import check_installed
 from opcd.tasks.prepare import Setup, prepare
 
 
@@ -27,6 +28,11 @@ def checked_task(config: TrainConfig) -> Setup:
             f"rivals are scored by their likeliest answers, got eval_temperature "
             f"{config.eval_temperature}; set it to 0"
         )
+    if config.max_minutes is not None:
+        raise InputError(
+            f"rivals are compared after as many steps, got max_minutes {config.max_minutes:g}, "
+            f"which would end the slower ones earlier; leave it out"
+        )
     if config.teacher is not None:
         raise InputError(f"rivals have one model, got the teacher {config.teacher!r}; leave it out")
     if not setup.task.test:
@@ -38,28 +44,41 @@ def checked_task(config: TrainConfig) -> Setup:
     return setup
 
 
-def chosen_rivals(
-    wanted: Sequence[str], other_context: str | None, context_tokens: int
-) -> list[str]:
-    """The names in their order, the reference first. Raises InputError for others."""
+def hindrances(setup: Setup, other_context: str | None) -> dict[str, str]:
+    """What each rival that cannot be run would need, and what to do about it."""
+    found = {}
+    if not any(len(case.example.messages) == 1 for case in setup.task.training):
+        found["demonstrations"] = "training prompts of one message, got none; leave it out"
+    if (lacking := compression.lacking(setup.chat.context)) is not None:
+        found |= dict.fromkeys(COMPRESSED, lacking)
+    context_tokens = len(setup.task.a_prefix)
+    for name, tokens in SOFT.items():
+        if tokens >= context_tokens:
+            found[name] = (
+                f"a context longer than its {tokens} vectors, got {context_tokens} tokens; leave "
+                f"it out"
+            )
+    if other_context is None:
+        found["other_context"] = (
+            "another task's context, got none; name a file with --other_context"
+        )
+    return found
+
+
+def chosen_rivals(wanted: Sequence[str], hindered: Mapping[str, str]) -> list[str]:
+    """The names in their order, the reference first; by default all that nothing hinders.
+
+    Raises InputError for others, and for one that is wanted by name but hindered.
+    """
     for name in wanted:
         if name not in NAMES:
             raise InputError(
                 f"a rival must be one of {', '.join(NAMES)}, got {name!r}"
                 f"{did_you_mean(name, NAMES)}"
             )
-    if "other_context" in wanted and other_context is None:
-        raise InputError(
-            "the rival other_context needs another task's context, got none; name a file with "
-            "--other_context"
-        )
-    left_out = {name for name, tokens in SOFT.items() if tokens >= context_tokens}
-    left_out |= set() if other_context is not None else {"other_context"}
-    left_out |= set() if compression.is_installed() else set(COMPRESSED)
-    for name in wanted:
-        if name in COMPRESSED:
-            check_installed(name)
-    chosen = set(wanted) or set(NAMES) - left_out
+        if name in hindered:
+            raise InputError(f"the rival {name} needs {hindered[name]}")
+    chosen = set(wanted) or set(NAMES) - set(hindered)
     return [name for name in NAMES if name in chosen | {REFERENCE}]
 
 
@@ -79,6 +98,24 @@ def check_other(setup: Setup, context: str | None) -> str:
             f"nothing would be controlled; name another file"
         )
     return file_digest(Path(context))
+
+
+def check_inputs(setup: Setup, folder: Path) -> None:
+    """Raise InputError if the files or models behind a study's rows have changed.
+
+    Their digests are kept beside the rows.
+    """
+    file = folder / "inputs.json"
+    now = {"prompts": setup.fingerprint, "validation_data": setup.selection_fingerprint}
+    now |= measured_by(setup)
+    before = json.loads(file.read_text("utf-8")) if file.is_file() else now
+    if differing := [what for what in now if before.get(what) != now[what]]:
+        called = ("context or chat template" if what == "form" else what for what in differing)
+        raise InputError(
+            f"{folder} must hold rivals of these files, got others of {', '.join(called)}; name "
+            f"another output_dir"
+        )
+    write_json(file, now)
 
 
 def same_settings(config: TrainConfig, folder: Path) -> TrainConfig:

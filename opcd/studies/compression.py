@@ -47,13 +47,20 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def check_installed(rival: str) -> None:
-    """Raise InputError where the package is not there."""
+def lacking(context: Sequence[Message]) -> str | None:
+    """What a context would need to be compressed; None where nothing is lacking."""
     if not is_installed():
-        raise InputError(
-            f"the rival {rival} needs the package {PACKAGE}, which is not installed; pip install "
-            f"'opcd-kernels[rivals]', or leave it out"
+        return (
+            f"the package {PACKAGE}, which is not installed; pip install 'opcd-kernels[rivals]', "
+            f"or leave it out"
         )
+    roles = [turn["role"] for turn in split_system(context)[1]]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return (
+            f"a context whose turns are pairs of a user's and an assistant's, got "
+            f"{', '.join(roles)}; leave it out"
+        )
+    return None
 
 
 def compress_to(
@@ -86,9 +93,9 @@ def compress_to(
 
 
 def llmlingua(setup: Setup, messages: Sequence[Message]) -> Compress:
-    """LLMLingua on a context, ranking by the model that is prompted with it.
+    """LLMLingua on a context that lacks nothing, ranking by the model that is prompted with it.
 
-    Raises InputError where a context does not let it.
+    Raises InputError where it fails.
     """
     from opcd.studies.ranker import Ranker
 
@@ -131,16 +138,7 @@ def llmlingua(setup: Setup, messages: Sequence[Message]) -> Compress:
 
 
 def demonstrations_in(turns: Sequence[Message]) -> list[Shown]:
-    """A context's turns as demonstrations, with requests of one line.
-
-    Raises InputError for turns that are no pairs of a user's and an assistant's.
-    """
-    roles = [turn["role"] for turn in turns]
-    if roles != ["user", "assistant"] * (len(turns) // 2):
-        raise InputError(
-            f"a context must show pairs of a user's and an assistant's turn to be compressed, got "
-            f"{', '.join(roles)}; leave the rivals of {PACKAGE} out"
-        )
+    """A context's turns, pairs of a user's and an assistant's, with requests of one line."""
     return [
         Shown(" ".join(asked["content"].split()), said["content"])
         for asked, said in zip(turns[::2], turns[1::2], strict=True)

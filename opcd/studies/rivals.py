@@ -29,7 +29,6 @@ from opcd.runtime.files import (
 )
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
-from opcd.studies import compression
 from opcd.studies.catalogue import (
     BARE,
     COMPRESSED,
@@ -41,17 +40,14 @@ from opcd.studies.catalogue import (
     Trained,
 )
 from opcd.studies.checks import (
+    check_inputs,
     check_other,
     checked_task,
     chosen_rivals,
+    hindrances,
     same_settings,
 )
-from opcd.studies.compression import (
-    PACKAGE,
-    check_installed,
-    compress_to,
-    llmlingua,
-)
+from opcd.studies.compression import compress_to, llmlingua
 from opcd.studies.soft_prompts import train_soft_prompt
 from opcd.studies.stored import Stored, store_completions
 from opcd.studies.table import rivals_table
@@ -74,20 +70,26 @@ def rivals(
 ) -> list[dict[str, Any]]:
     """A row for each rival, kept in rivals/rivals.jsonl of the configuration's output_dir.
 
-    Unless they are wanted by name, a soft prompt that would be as long as the context is left out,
-    and so are compressed ones where the package for it is not installed.
+    Unless they are wanted by name, those that the task or this machine lacks something for are left
+    out: a soft prompt as long as the context, a compressed one without the package for it.
 
     Raises InputError for a name that there is not, for a task that they cannot share, and for rows
-    of other settings.
+    of other settings, files or models.
     """
     progress = progress or Progress()
     setup = checked_task(config)
-    chosen = chosen_rivals(wanted, other_context, len(setup.task.a_prefix))
-    if not (wanted or compression.is_installed()):
-        progress.say(f"rivals    without {', '.join(COMPRESSED)}: {PACKAGE} is not installed")
+    hindered = hindrances(setup, other_context)
+    chosen = chosen_rivals(wanted, hindered)
+    for needs in [] if wanted else dict.fromkeys(hindered.values()):
+        names = ", ".join(name for name in hindered if hindered[name] == needs)
+        progress.say(f"rivals    without {names}: needs {needs.partition(';')[0]}")
     digest = check_other(setup, other_context) if "other_context" in chosen else None
     folder = make_folder(Path(config.output_dir) / FOLDER)
-    study = _Study(same_settings(setup.config, folder), folder, other_context, progress)
+    config = same_settings(setup.config, folder)
+    if config.today != setup.config.today:
+        setup = checked_task(config)
+    check_inputs(setup, folder)
+    study = _Study(config, folder, other_context, progress)
     if digest and study.rows.get("other_context", {}).get("context", digest) != digest:
         raise InputError(
             f"{folder} has the rival other_context with another context than {other_context!r}; "
@@ -232,7 +234,6 @@ class _Study:
 
     def _compressed(self, name: str) -> list[dict[str, Any]]:
         """The context with its least telling tokens left out, by measured tokens."""
-        check_installed(name)
         setup = prepare(self._config)
         compress = llmlingua(setup, setup.chat.context)
         whole = setup.task.prompt_tokens_saved

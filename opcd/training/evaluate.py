@@ -37,6 +37,8 @@ def evaluate_run(
     progress = progress or Progress()
     run = Path(config.output_dir)
     path = str(run / "final") if distilled is None else distilled
+    if (there := Path(path).expanduser()).is_dir():
+        path = str(there)
     if distilled is None and not Path(path).is_dir():
         raise InputError(
             f"there must be a distilled model, got no folder {path!r}; run `opcd train` first, "
@@ -104,7 +106,8 @@ def _without_lost_prompts(
 def _changed(selection: dict[str, Any], setup: Setup, saved: TrainConfig, run: Path) -> str:
     """What is not as in training, for people; "" where everything is.
 
-    Raises InputError if a run's model would be given prompts of another form.
+    Raises InputError if a run's model would be given prompts of another form, or be tested on
+    prompts that may have been trained on.
     """
     before, now = selection.get("measured_by"), measured_by(setup)
     if before is None:
@@ -118,6 +121,13 @@ def _changed(selection: dict[str, Any], setup: Setup, saved: TrainConfig, run: P
             f"template put other tokens around a request than in training, with {others} than in "
             f"{run / 'config.yaml'}; restore them, or try the model on others with --distilled "
             f"{run / 'final'}"
+        )
+    requests = before.get("requests", now["requests"])
+    if setup.config.test_data is None and requests != now["requests"]:
+        raise InputError(
+            f"without test_data a run is tested on the prompts that it kept out of training, but "
+            f"prompts or held_out_share give others than in {run / 'config.yaml'}, which it may "
+            f"have been trained on; restore them, or name a file as test_data"
         )
     changed = other_fields(before, now, saved, setup.config)
     return f"not as in training: {', '.join(changed)}" if changed else ""

@@ -17,7 +17,7 @@ from opcd.evaluation.evaluate import Evaluation
 from opcd.evaluation.named import named_contenders
 from opcd.models.by_name import load_model
 from opcd.models.lm import eos_token_ids
-from opcd.tasks.messages import system, user
+from opcd.tasks.messages import assistant, system, user
 from opcd.tasks.prepare import Setup, prepare
 from opcd.training.evaluate import evaluate_run
 from tests.conftest import in_groups, tiny_llama, tiny_tokenizer, write_jsonl
@@ -167,10 +167,20 @@ def test_a_base_that_was_moved_is_still_the_base(settings: dict, tmp_path: Path)
     assert contender.name == "it"
 
 
+@pytest.mark.usefixtures("untouched")
 def test_an_adapter_of_more_layers_is_not_read_in_part(settings: dict, tmp_path: Path) -> None:
     deep = lora(settings["model"], tmp_path / "deep", num_hidden_layers=3)
-    with pytest.raises(InputError, match="every weight of an adapter must have a place in the mo"):
-        scored(settings, {"deep": str(deep)})
+    setup = prepare(TrainConfig(**settings))
+    refused(setup, deep, r"every weight of an adapter must have a place in the mo.*model\.layers\.2")
+
+
+def test_a_home_folder_is_found(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lora(settings["model"], tmp_path / "adapter")
+    found = scored(settings, {"mine": "~/adapter"})
+    assert found.card["contenders"]["mine"]["meaning"] == "adapter adapter, without the context"
 
 
 @pytest.mark.usefixtures("untouched")
@@ -180,6 +190,12 @@ def test_what_is_not_there_or_does_not_fit_is_refused(settings: dict, tmp_path: 
     refused(setup, tmp_path / "nowhere.md", "context must be a file, got .* not there")
     (tmp_path / "long.md").write_text("so " * 200, encoding="utf-8")
     refused(setup, tmp_path / "long.md", r"must fit the model's 512 positions, got \d+ with")
+    asked = setup.task.test[0].example
+    few = [user(asked.text), assistant(asked.answers[0])]
+    (tmp_path / "few.json").write_text(json.dumps(few), encoding="utf-8")
+    refused(setup, tmp_path / "few.json", "contender it: .* must be disjoint .* demonstrations")
+    vectors = soft(settings["model"], tmp_path / "vectors", tokens=500)
+    refused(setup, vectors, r"soft prompt, request and answer must fit the model's 512 positions")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     refused(setup, tmp_path / "half", r"an adapter must hold adapter_model.safetensors, got none")

@@ -16,6 +16,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.scorecard import accuracy
 from opcd.evaluation.server import Server, server_contenders
+from opcd.scoring.reasoning import split_thought
 from opcd.tasks.messages import system, user
 from opcd.tasks.prepare import prepare
 from opcd.training.evaluate import evaluate_run
@@ -107,7 +108,8 @@ def test_it_answers_without_and_with_the_context(settings: dict, served: Served)
     answers = alone.answer(cases)
     assert [a.text for a in answers] == ["c", "d", "o", "a", "c"], "in their order"
     assert [a.finish for a in answers] == ["stop"] * 5
-    assert answers[0].token_ids == setup.tokenizer("c")["input_ids"]
+    ids = [*setup.tokenizer("c")["input_ids"], setup.stop_ids[0]]
+    assert answers[0].token_ids == ids, "as long as a local one"
     assert len(served.bodies) == 4, "equal requests are sent once"
     body = next(b for b in served.bodies if b["messages"][-1]["content"] == "cat")
     assert body == {
@@ -221,7 +223,7 @@ def test_one_that_does_not_end_is_left(
 def test_an_answer_without_text_is_empty(settings: dict, served: Served) -> None:
     served.reply = lambda _: (200, choice(None))
     (answer,) = Server(served.url).answers([[user("x")]], prepare(TrainConfig(**settings)))
-    assert (answer.text, answer.tokens) == ("", 0)
+    assert (answer.text, answer.tokens) == ("", 1), "its end"
 
 
 def test_a_cut_thought_is_no_answer(settings: dict, served: Served, tmp_path: Path) -> None:
@@ -243,6 +245,36 @@ def test_a_cut_thought_is_no_answer(settings: dict, served: Served, tmp_path: Pa
     served.reply = lambda _: (200, parsed)
     (answer,) = Server(served.url).answers([[user("cat")]], setup)
     assert accuracy([answer], [case], setup.task.scorer, [""]) == 1, "its thought has ended"
+    assert split_thought(answer.text) == ("Is it c?", "c, I think"), "and is part of the answer"
+    cut = choice(None, "length")
+    cut["choices"][0]["message"]["reasoning"] = "Is it c?"
+    served.reply = lambda _: (200, cut)
+    (answer,) = Server(served.url).answers([[user("cat")]], setup)
+    assert split_thought(answer.text).answer is None, "a thought without an answer"
+    assert len(answer.token_ids) == len(setup.tokenizer("<think>Is it c?")["input_ids"])
+
+
+def test_a_dropped_request_is_sent_again(settings: dict, served: Served) -> None:
+    setup, tries = prepare(TrainConfig(**settings)), []
+
+    def drops(left: int) -> Any:
+        def reply(_: dict) -> tuple[int, Any]:
+            tries.append(None)
+            if len(tries) <= left:
+                raise ConnectionResetError
+            return 200, choice("c")
+
+        return reply
+
+    served.reply = drops(2)
+    (answer,) = Server(served.url).answers([[user("cat")]], setup)
+    assert answer.text == "c"
+    assert len(tries) == 3
+    tries.clear()
+    served.reply = drops(3)
+    with pytest.raises(InputError, match="a server must answer at"):
+        Server(served.url).answers([[user("cat")]], setup)
+    assert len(tries) == 3
 
 
 def test_where_no_server_is(monkeypatch: pytest.MonkeyPatch) -> None:

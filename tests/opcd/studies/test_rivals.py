@@ -147,6 +147,15 @@ def test_what_is_there_is_not_run_again(
         InputError, match="must hold rivals of these settings, got others of learni"
     ):
         rivals(TrainConfig(**settings | {"learning_rate": 1e-4}))
+    for field, named in (("context", "context or chat template"), ("test_data", "test_data")):
+        file = Path(settings[field])
+        kept = file.read_text(encoding="utf-8")
+        changed = kept.replace("c", "k", 1)
+        file.write_text(changed if field == "test_data" else kept + " Now.", encoding="utf-8")
+        with pytest.raises(InputError, match=f"of these files, got others of .*{named}"):
+            rivals(TrainConfig(**settings), ["plain"])
+        file.write_text(kept, encoding="utf-8")
+    assert rivals(TrainConfig(**settings), ["plain"]) == again[:-1]
 
 
 def test_a_compressed_prompt_is_a_row_by_its_tokens(
@@ -239,8 +248,6 @@ def test_a_soft_prompt_learns_the_teachers_completions(
     assert tokens == 30 * count
     named = json.loads((tmp_path / "soft" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == settings["model"]
-    with pytest.raises(InputError, match="a soft prompt must be shorter than the context, got 900"):
-        train_soft_prompt(setup, file, 900, tmp_path / "long", heard)
 
 
 def test_harm_is_of_the_model_of_the_row(settings: dict) -> None:
@@ -298,6 +305,7 @@ def test_what_rivals_cannot_share_is_refused(
     for arguments, message in (
         ((["of_policy"],), "a rival must be one of opcd, .*, got 'of_policy'; did you mean off_p"),
         ((["other_context"],), "the rival other_context needs another task's context, got none"),
+        ((["soft_100"],), r"soft_100 needs a context longer than its 100 vectors, got \d+ tok"),
         (
             (["llmlingua_4"],),
             "llmlingua_4 needs the package llmlingua, which is not insta",
@@ -313,6 +321,7 @@ def test_what_rivals_cannot_share_is_refused(
             rivals(config, ["other_context"], other)
     for change, message in (
         ({"test_data": None}, "rivals need test data, got none"),
+        ({"max_minutes": 10.0}, "compared after as many steps, got max_minutes 10"),
         ({"guided_completions": "x", "guided_share": 0.5}, "completions|guided"),
         ({"prompts": None}, "prompts must be given to train on"),
     ):

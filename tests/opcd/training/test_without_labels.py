@@ -76,8 +76,14 @@ def test_prompts_are_kept_out_and_measured_on(
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     assert {"base", "prompted", "distilled"} <= set(answers[0])
     assert "accepted" not in answers[0]
-    assert main(["eval", "--config", str(run / "config.yaml")]) == 0
+    again = ["eval", "--config", str(run / "config.yaml")]
+    assert main(again) == 0
     assert json.loads((run / "scorecard.json").read_text()) == card
+    assert main([*again, "--held_out_share", "0.9"]) == 2, "most of those were trained on"
+    assert "prompts or held_out_share give others" in capsys.readouterr().err
+    labelled = [{"prompt": f"say {i} in words", "answer": i} for i in range(60)]
+    write_jsonl(Path(unlabelled["prompts"]), labelled)
+    assert main(again) == 0, "answers may come later"
 
 
 def test_answers_beside_the_prompts_judge_what_is_kept_out(unlabelled: dict) -> None:
