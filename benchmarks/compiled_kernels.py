@@ -46,6 +46,7 @@ class Build(NamedTuple):
     stages: int = 3
     architectures: tuple[str, ...] = ARCHITECTURES
     aligned: tuple[str, ...] = ("V", "width", "D_s", "D_t")  # beside pointers and strides
+    fused: bool = True  # products and sums may be rounded once
 
 
 def divergence_builds() -> Iterator[Build]:
@@ -82,6 +83,7 @@ def divergence_builds() -> Iterator[Build]:
                 "BLOCK_V": rows_triton.BLOCK_V,
             },
             rows_triton.THREADS,
+            fused=rows_triton.FUSED,
             architectures=(*ARCHITECTURES, *(SMALL if largest else ())),
         )
 
@@ -205,7 +207,11 @@ def compiled(build: Build, architecture: str) -> dict:
         if nvidia
         else GPUTarget("hip", architecture, 64)
     )
-    options = {"num_warps": build.threads // target.warp_size, "num_stages": build.stages}
+    options = {
+        "num_warps": build.threads // target.warp_size,
+        "num_stages": build.stages,
+        "enable_fp_fusion": build.fused,
+    }
     binary = triton.compile(source, target=target, options=options)
     report = {
         "kernel": build.kernel.__name__,
@@ -215,7 +221,10 @@ def compiled(build: Build, architecture: str) -> dict:
         "shared_bytes": binary.metadata.shared,
         "asked_barriers": len(re.findall(r"\bbarrier\b", binary.asm["ttgir"])),
     }
-    return report | (_nvidia(binary.asm["cubin"]) if nvidia else _amd(binary.asm["amdgcn"]))
+    if not nvidia:
+        return report | _amd(binary.asm["amdgcn"])
+    fused = len(re.findall(r"\bfma\.rn\.f32\b", binary.asm["ptx"]))
+    return report | {"fused": fused} | _nvidia(binary.asm["cubin"])
 
 
 def _nvidia(cubin: bytes) -> dict:

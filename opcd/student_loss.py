@@ -14,6 +14,7 @@ from opcd.objective import Divergence, Losses, Targets, head_divergence
 from opcd.passes.hidden import Row
 from opcd.passes.plan import WHOLE, Plan, planned_hidden
 from opcd.passes.sequences import Mask, TokenIds, marked_runs, whole_numbers
+from opcd.runtime.upload import uploaded
 
 
 class StudentLoss(torch.nn.Module):
@@ -144,7 +145,8 @@ def _scoring(episodes: Sequence[Episode], token_weights: Tensor) -> tuple[Tensor
     lengths = torch.tensor(scored_tokens(episodes))
 
     def of_tokens(values: list[float]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(lengths)
+        # Wrappers move a module's tensors to its device, the weights among them.
+        return uploaded(torch.tensor(values).repeat_interleave(lengths), token_weights.device)
 
     shares = [episode.forward_share for episode in episodes]
     same = len(set(shares)) == 1

@@ -143,7 +143,8 @@ def checked_token_weights(token_weights: Tensor | None, student_hidden: Tensor) 
 def checked_of_tokens(name: str, x: Tensor, student_hidden: Tensor) -> Tensor:
     """(N,) numbers, one a token, in fp32, or fp64 for fp64."""
     _check_of_tokens(name, x, student_hidden)
-    return x.detach().reshape(-1).to(_wide(student_hidden))
+    # Kernels read entry after entry: an expanded number has one alone.
+    return x.detach().reshape(-1).to(_wide(student_hidden)).contiguous()
 
 
 def checked_target_ids(target_ids: Tensor, student_hidden: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def checked_target_ids(target_ids: Tensor, student_hidden: Tensor) -> Tensor:
         raise ValueError(
             f"target_ids must be int64, got {target_ids.dtype}; pass target_ids.long()"
         )
-    return target_ids.reshape(-1)
+    return target_ids.reshape(-1).contiguous()
 
 
 def checked_forward_shares(

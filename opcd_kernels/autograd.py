@@ -154,6 +154,8 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad · factor in the factor's precision, rounded to `dtype` once, a part at a time."""
     if grad.dtype == dtype == factor.dtype:
         return grad * factor
+    if type(grad) is not Tensor:  # traced: a compiler keeps no intermediate, and parts are unrolled
+        return (grad.to(factor.dtype) * factor).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
     rows = max(1, _SCALED_BYTES // (factor.dtype.itemsize * max(1, grad[:1].numel())))
     for part, source in zip(out.split(rows), grad.split(rows), strict=True):

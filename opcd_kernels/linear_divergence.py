@@ -123,9 +123,10 @@ def linear_divergence(
     check_untransformed(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, token_weights
     )
-    parameter = student_weight
+    parameter, one_head = student_weight, teacher_weight is student_weight
     student_weight, student_bias = _gathered(student_weight), _gathered(student_bias)
-    teacher_weight, teacher_bias = _gathered(teacher_weight), _gathered(teacher_bias)
+    teacher_weight = student_weight if one_head else _gathered(teacher_weight)
+    teacher_bias = _gathered(teacher_bias)
     check_number("temperature", temperature)
     for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
         if value is not None:

@@ -65,26 +65,26 @@ def counting_tokens(
             return x
         return x[counts] if x.device.type == "cpu" else x[kept]
 
-    def placed(x: Tensor | None) -> Tensor | None:
-        return None if x is None else _moved(counting(x), device)
-
-    if forward_shares is not None:
-        _check_inside("forward_share", counting(forward_shares), 0, 1)
-    if target_ids is not None and known:
-        _check_inside("target_ids", counting(target_ids), 0, vocab_size - 1)
     no_divergence = token_weights.device.type == "cpu" and not token_weights.any()
     token_weights = _moved(counting(token_weights), device)
-    target_ids, logprob_weights = placed(target_ids), placed(logprob_weights)
-    if target_ids is not None and not known:  # the dropped ones are still there
-        dropped = token_weights == 0
-        if logprob_weights is not None:
-            dropped &= logprob_weights == 0
-        target_ids = target_ids.masked_fill(dropped, 0)
-        _check_inside("target_ids", target_ids, 0, vocab_size - 1)
-    return Tokens(
-        *(kept, token_weights, placed(forward_shares)),
-        *(target_ids, logprob_weights, no_divergence),
-    )
+    if logprob_weights is not None:
+        logprob_weights = _moved(counting(logprob_weights), device)
+
+    def checked(name: str, x: Tensor | None, most: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = counting(x)
+        if not known:  # the dropped ones are still there
+            dropped = token_weights == 0
+            if logprob_weights is not None:
+                dropped = dropped & (logprob_weights == 0)
+            x = _moved(x, device).masked_fill(dropped, 0)
+        _check_inside(name, x, 0, most)
+        return _moved(x, device)
+
+    shares = checked("forward_share", forward_shares, 1)
+    targets = checked("target_ids", target_ids, vocab_size - 1)
+    return Tokens(kept, token_weights, shares, targets, logprob_weights, no_divergence)
 
 
 def _check_inside(name: str, x: Tensor, low: int, high: int) -> None:
@@ -103,4 +103,4 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`, without waiting for the queue of a GPU."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x
-    return x.pin_memory().to(device, non_blocking=True)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)

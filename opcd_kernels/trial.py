@@ -4,7 +4,7 @@ No kernel has run on every GPU, and a run must not end, or learn nonsense, for t
 way. So what "auto" would take computes 64 tokens first: loss, divergences and gradients are held
 against the torch backend's. A launch that fails, a kernel that asks for more than the device has, a
 difference: the next backend is tried, and a warning says so once, with the numbers. It is done once
-for a device, dtypes and options, on heads of a few thousand rows, and never on a CPU.
+for a device, dtypes and options, on heads of some ten thousand rows, and never on a CPU.
 """
 
 import contextlib
@@ -20,8 +20,10 @@ from opcd_kernels.options import Options
 
 log = logging.getLogger(__name__)
 
-TOKENS = 64
-ENTRIES = 4096  # of the vocabulary at most; the remainder by 16 is that of the call
+TOKENS = 64  # in two chunks: the second one's gradient is added to the first's
+# Of the vocabulary at most: programs that take tiles in turn take more than two each. The remainder
+# by 16 is that of the call.
+ENTRIES = 40_960
 WIDTH = 256  # hidden units at most; likewise
 NOISE = 0.1  # how far the teacher's hidden states are from the student's
 # Relative, in the 2-norm. A 16-bit gradient has 0.2 % of its own, the dual product's values 0.5 %.
@@ -52,7 +54,7 @@ def why_not(backend: str, inputs: Inputs, options: Options, work: Work) -> str |
     options = options._replace(vocab_size=_fewer(options.vocab_size, ENTRIES))
     device = inputs.student_hidden.device
     with waiting_is_allowed(device):
-        few, work = _few(inputs, options), work._replace(chunk_tokens=None)
+        few, work = _few(inputs, options), work._replace(chunk_tokens=TOKENS // 2)
         # Not tried but needed: whoever fails here would fail in its place.
         expected = loss_and_gradients(few, options, work._replace(backend="torch"))
         try:

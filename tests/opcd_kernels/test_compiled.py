@@ -73,6 +73,11 @@ def test_nothing_is_spilled(everything: list[dict]) -> None:
     assert len(spilled) <= 2
 
 
+def test_logits_are_rounded_before_their_maximum_is_taken_off(reports: list[dict]) -> None:
+    """Or the largest one, of two roundings, would not come to 0 with a temperature."""
+    assert {r["fused"] for r in reports if r["architecture"].startswith("sm_")} == {0}
+
+
 def test_every_kernel_fits_the_shared_memory(everything: list[dict]) -> None:
     assert {r["architecture"] for r in everything} == set(SHARED_BYTES)
     for r in everything:

@@ -277,6 +277,31 @@ def test_tokens_without_a_divergence_but_with_a_target(divergence: str, where: W
 
 
 @everywhere
+def test_numbers_of_tokens_lie_in_memory_as_they_like(where: Where) -> None:
+    """Expanded ones, columns, and what a dropped token has in place of a share."""
+    t = rounded(mixture(), torch.float32)
+    t |= {"forward_share": torch.full((7,), 0.3), "token_weights": torch.full((7,), 1 / 7)}
+    expected = ours(t, torch.float32, where)
+    columns = torch.stack([t["target_ids"], t["target_ids"].flip(0)], 1)
+    dropped = t["token_weights"].clone(), t["logprob_weights"].clone(), t["forward_share"].clone()
+    for x, value in zip(dropped, (0, 0, torch.nan), strict=True):
+        x[2] = value
+    blind = dict(zip(("token_weights", "logprob_weights", "forward_share"), dropped, strict=True))
+    fewer = ours(t | blind | {"forward_share": t["forward_share"]}, torch.float32, where)
+    for device in {"cpu", where.device}:
+        laid = {
+            "forward_share": torch.tensor(0.3, device=device).expand(7),
+            "token_weights": torch.tensor(1 / 7, device=device).expand(7),
+            "target_ids": columns.to(device)[:, 0],
+        }
+        for a, e in zip(ours(t | laid, torch.float32, where), expected, strict=True):
+            assert torch.equal(a, e)
+        moved = {k: v.to(device) if k in OF_TOKENS else v for k, v in (t | blind).items()}
+        for a, e in zip(ours(moved, torch.float32, where), fewer, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@everywhere
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_cross_entropy_alone_does_without_the_teacher(share: float, where: Where) -> None:
     t = rounded(only(mixture(), "target_ids", "logprob_weights"), torch.float32)

@@ -185,8 +185,12 @@ def test_the_largest_token_weights_keep_gradients_finite() -> None:
     assert torch.isfinite(w.grad).all()
 
 
-def test_torch_compile_does_not_recompile_for_every_number_of_tokens() -> None:
-    t = problem(n=12)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torch_compile_does_not_recompile_for_every_number_of_tokens(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opcd_kernels.autograd._SCALED_BYTES", 2 * 4 * 8)  # of two tokens
+    t = {name: x.to(dtype) for name, x in problem(n=12).items()}
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
@@ -194,9 +198,9 @@ def test_torch_compile_does_not_recompile_for_every_number_of_tokens() -> None:
     def step(h: Tensor, w: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
         return linear_divergence(h, w, h_t, w_t).loss
 
-    w = t["student_weight"].requires_grad_()
+    h, w = t["student_hidden"].requires_grad_(), t["student_weight"].requires_grad_()
     for n in range(3, 12):
-        loss = step(t["student_hidden"][:n], w, t["teacher_hidden"][:n], t["teacher_weight"])
+        loss = step(h[:n], w, t["teacher_hidden"][:n], t["teacher_weight"])
         loss.backward()
     assert counter.frame_count <= 2
 
