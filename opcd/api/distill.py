@@ -250,7 +250,9 @@ class _Told(Progress):
     def _call(self, callback: Callback | None, metrics: dict[str, Any]) -> None:
         said = callback(metrics) if callback is not None else None
         self._why = said if isinstance(said, str) else self._why
-        self._enough |= said is True
+        # numpy's and torch's truth, too; what else a callback happens to return says nothing.
+        truth = said is True or str(getattr(said, "dtype", "")).endswith("bool")
+        self._enough |= truth and bool(said)
 
     def end(self) -> None:
         """See Progress.end."""
@@ -306,7 +308,8 @@ def _folder(
     try:
         yield Path(kept.name), kept
     except BaseException:
-        if list_checkpoints(Path(kept.name) / "checkpoints"):
+        folder = Path(kept.name)
+        if list_checkpoints(folder / "checkpoints") or (folder / "final").is_dir():
             kept._finalizer.detach()  # type: ignore[attr-defined]
             log.warning("the run is kept in %s: output_dir=..., resume=True go on", kept.name)
         else:

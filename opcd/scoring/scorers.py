@@ -51,6 +51,7 @@ class Scorer:
     judges_raw: bool = False
     needs_answers: bool = True  # else requests without accepted answers are judged as well
     source: str = ""  # of the file with the user's function
+    hears_teacher: bool = False  # what is right depends on what the prompted model says
     _rates: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -345,7 +346,8 @@ def _python_scorer(spec: str, target: str) -> Scorer:
         return _as_score(returned, f"{spec} for {about}")
 
     needs_answers = not by_name or "answers" in named
-    return Scorer(spec, judge, None, "raw" in named, needs_answers, _source(target))
+    hears = "teacher_answer" in wanted
+    return Scorer(spec, judge, None, "raw" in named, needs_answers, _source(target), hears)
 
 
 def _source(target: str) -> str:

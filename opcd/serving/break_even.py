@@ -164,6 +164,13 @@ def verdict(
             f"behind the server's cache it costs no more than rounds differ by: {amount} {unit}",
             "keep it in the request, with the prefix cache on",
         )
+    if found.unit == "s" and saved.n < 2:
+        return Verdict(
+            "not known",
+            f"{amount} {unit} were saved in one round alone, and by how much rounds differ is not "
+            f"known",
+            "measure again with a larger --max-minutes",
+        )
     if learned != "learned":
         return Verdict(
             "not known",
@@ -171,6 +178,13 @@ def verdict(
             "score it on test data of 20 requests or more",
         )
     pays = found.most_requests
+    if expected_requests is not None and pays is None:
+        return Verdict(
+            "not known",
+            f"{amount} {unit} are saved, but whether {expected_requests:,.0f} requests pay for "
+            f"training is not known: what it cost has no figure in the same unit",
+            "pass --price-fresh, --price-cached and --price-hour",
+        )
     if expected_requests is not None and pays is not None and expected_requests < pays:
         return Verdict(
             "keep the prompt",

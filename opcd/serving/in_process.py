@@ -38,6 +38,7 @@ def measured_here(
     count = min(asking.alone, len(prompts))
     firsts: list[float] = []
     each: list[float] = []
+    totals: list[float] = []
     began = time.monotonic()
     for i, ids in enumerate([*prompts[:WARM], *prompts[:count]]):
         if firsts and time.monotonic() - began > asking.seconds:
@@ -50,7 +51,7 @@ def measured_here(
         if i >= WARM:
             firsts.append(first)
             each += more
-    totals = [x + (asking.answer_tokens - 1) * median(each) if each else x for x in firsts]
+            totals.append(first + sum(more))
     spread = quartiles(totals)
     rate = Spread(1 / spread.median, 1 / spread.high, 1 / spread.low, spread.n)
     return Figures(

@@ -41,24 +41,31 @@ class Served(NamedTuple):
     verdict: Verdict
     contenders: dict[str, Measured]
     break_even: list[BreakEven]  # in seconds of the device; in money, where prices were given
-    same: dict[str, Same]  # of what was exported, by contender
+    same: dict[str, Same]  # of what was exported, by contender and dtype
+    failed: dict[str, str]  # what could not be compared, and why
     how: list[str]  # by what it was measured, a line each
     made_by: dict[str, Any]
 
     @property
     def agrees(self) -> bool:
-        """Whether what is served is what was measured, as far as that was looked at."""
-        return all(same.agrees for same in self.same.values())
+        """Whether what is served is what was measured, as far as that was looked at. What was meant
+        to be compared and was in no dtype is not."""
+        known = {_contender(name) for name in self.same}
+        unknown = {_contender(name) for name in self.failed} - known
+        return not unknown and all(same.agrees for same in self.same.values())
 
     @property
     def summary(self) -> list[str]:
         """For people, a line each; the verdict first."""
         same = [
-            f"the served model is the measured model ({name.partition(',')[0]}): {found.line}"
+            f"the served model is the measured model ({_contender(name)}): {found.line}"
             if found.agrees
-            else f"THE SERVED MODEL IS NOT THE MEASURED MODEL ({name.partition(',')[0]}): "
-            f"{found.line}"
+            else f"THE SERVED MODEL IS NOT THE MEASURED MODEL ({_contender(name)}): {found.line}"
             for name, found in self.same.items()
+        ]
+        same += [
+            f"the served model was not compared ({name}): {reason}"
+            for name, reason in self.failed.items()
         ]
         paid = [line for found in self.break_even for line in found.lines]
         return [str(self.verdict), *self.how, *paid, *same]
@@ -88,7 +95,13 @@ class Served(NamedTuple):
                 {**found._asdict(), "saved": found.saved._asdict()} for found in self.break_even
             ],
             "same_answers": {name: found.as_dict() for name, found in self.same.items()},
+            "not_compared": self.failed,
         }
+
+
+def _contender(name: str) -> str:
+    """Of a comparison's name, "distilled, float32"."""
+    return name.partition(",")[0]
 
 
 def table_of(contenders: Mapping[str, Measured]) -> list[list[str]]:

@@ -150,6 +150,8 @@ def served_answers(server: Server, cases: Sequence[Case], setup: Setup) -> list[
                 "top_logprobs": LIKELIEST,
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
+                # Behind an adapter a server knows of the base's ends alone.
+                "stop_token_ids": setup.stop_ids,
                 **({"stop": list(config.stop)} if config.stop else {}),
                 **(
                     {"chat_template_kwargs": config.chat_template_args}
@@ -225,7 +227,8 @@ def compared(model: str, cases: Sequence[Case], served: Sequence[Served], setup:
             loaded.engine.close()
     found = apart(theirs, ours, exact)
     other = sum(p.student_ids != s.prompt_ids for p, s in zip(prompts, served, strict=True))
-    if not setup.task.judges(cases):
+    # What a prompted teacher has said is not asked again.
+    if not setup.task.judges(cases) or setup.task.scorer.hears_teacher:
         return Same(dtype, len(cases), other, differing, found, 0, 0, None)
     said = [read_answer(s.token_ids, s.finish, params, setup.chat) for s in served]
     right, theirs_right = (_values(cases, given, setup) for given in (answers, said))

@@ -1,6 +1,7 @@
 """A run on a server: its contenders measured one after the other, compared, and written down."""
 
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 from opcd.config import TrainConfig
@@ -38,7 +39,10 @@ def serve_report(
             f"there must be a distilled model, got no folder {str(final)!r}; name the folder of a "
             f"run that has ended"
         )
-    setup = prepare(replace(config, output_dir=str(run)))
+    setup, today = prepare(replace(config, output_dir=str(run))), date.today().isoformat()
+    dated = setup.config.today not in (None, today)
+    if dated:  # a server's template takes the day's own
+        setup = prepare(replace(setup.config, today=today))
     trained = read_trained(run, config.max_completion_tokens)
     cases = cases_of(setup)
     asking = Asking(trained.answer_tokens, config.chat_template_args, wanted.requests)
@@ -52,11 +56,22 @@ def serve_report(
     elif vllm is not None:
         found = started(here, vllm, wanted.max_minutes)
     else:
-        found = in_process(here)
+        found = in_process(here, wanted.max_minutes)
+    if dated:
+        found.how.append(
+            f"the chat template writes today's date: all were given that of {today}, the run has "
+            f"{config.today}"
+        )
     paid = _paid(found, wanted, trained)
     decided = verdict(trained.word, paid[-1] if paid else None, wanted.expected_requests)
     served = Served(
-        decided, found.contenders, paid, found.same, found.how, environment(setup.device)
+        decided,
+        found.contenders,
+        paid,
+        found.same,
+        found.failed,
+        found.how,
+        environment(setup.device),
     )
     write_served(run, config, served)
     return served

@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from opcd.errors import InputError
 from opcd.evaluation.server import Server
 from opcd.models.adapter import load_adapter
 from opcd.models.by_name import load_config
@@ -36,6 +39,7 @@ from opcd.tasks.task import Case, spread
 BYTES = {"bfloat16": 2, "float32": 4}
 BLOCK = 128  # tokens: lengths that servers are started for are whole ones
 COMPARED = 500  # requests, on which served and measured model are compared
+LONGEST_REASON = 300  # characters
 
 
 class Run(NamedTuple):
@@ -55,6 +59,7 @@ class Found(NamedTuple):
     how: list[str]
     device: str | None  # what was measured on; None: not known here
     same: dict[str, Same]
+    failed: dict[str, str]
 
 
 def started(run: Run, vllm: Vllm, max_minutes: float) -> Found:
@@ -68,32 +73,37 @@ def started(run: Run, vllm: Vllm, max_minutes: float) -> Found:
     compared_cases = spread(cases, COMPARED)
     contenders: dict[str, Measured] = {}
     said: dict[str, list[Served]] = {}
+    failed: dict[str, str] = {}
     with _phase(progress, "serve", len(everyone) * (4 + len(asking.at_once))):
         for one in everyone:
-            requests = messages_of(setup, cases, one.prompted)
-            with serving(vllm, _model(one, setup, asking, max_tokens)) as server:
-                progress.part(f"{one.name}, started")
-                figures = measured(server, requests, asking, partial(_tell, progress, one.name))
-                # It counts cached tokens, and leaves the count out where it is 0.
-                figures = figures._replace(cached_tokens=figures.cached_tokens or 0.0)
-                blocks = blocks_of(server)
-                if one in exported:
-                    said[one.name] = served_answers(server, compared_cases, setup)
-            contenders[one.name] = _measured(one.meaning, figures, blocks, each_bytes)
+            # Not every server takes an adapter: the others' figures are there all the same.
+            with _spared(one.name, failed) if one.name == ADAPTER else contextlib.nullcontext():
+                requests = messages_of(setup, cases, one.prompted)
+                with serving(vllm, _model(one, setup, asking, max_tokens)) as server:
+                    progress.part(f"{one.name}, started")
+                    figures = measured(server, requests, asking, partial(_tell, progress, one.name))
+                    # It counts cached tokens, and leaves the count out where it is 0.
+                    figures = figures._replace(cached_tokens=figures.cached_tokens or 0.0)
+                    blocks = blocks_of(server)
+                    if one in exported:
+                        said[one.name] = served_answers(server, compared_cases, setup)
+                contenders[one.name] = _measured(one.meaning, figures, blocks, each_bytes)
             progress.part(f"{one.name}, ended")
     same = {}
     exact = in_float32(setup)
     with _phase(progress, "compare", len(exported)):
         for one in exported:
-            same[f"{one.name}, {setup.config.dtype}"] = _compared(
-                one, compared_cases, said[one.name], setup
-            )
+            if one.name not in said:
+                continue
+            name = f"{one.name}, {setup.config.dtype}"
+            with _spared(name, failed):
+                same[name] = _compared(one, compared_cases, said[one.name], setup)
             if exact.config.dtype != setup.config.dtype:
-                with serving(vllm, _model(one, exact, asking, max_tokens)) as server:
-                    again = served_answers(server, compared_cases, exact)
-                same[f"{one.name}, {exact.config.dtype}"] = _compared(
-                    one, compared_cases, again, exact
-                )
+                name = f"{one.name}, {exact.config.dtype}"
+                with _spared(name, failed):
+                    with serving(vllm, _model(one, exact, asking, max_tokens)) as server:
+                        again = served_answers(server, compared_cases, exact)
+                    same[name] = _compared(one, compared_cases, again, exact)
             progress.part(one.name)
     device = str(environment(setup.device)["device"])
     how = [
@@ -102,7 +112,18 @@ def started(run: Run, vllm: Vllm, max_minutes: float) -> Found:
         f"warm-up left out; medians with quartiles (rounds: least and most)",
         *([CPU] if vllm.device == "cpu" else []),
     ]
-    return Found(contenders, how, device if vllm.device == setup.device.type else None, same)
+    own = device if vllm.device == setup.device.type else None
+    return Found(contenders, how, own, same, failed)
+
+
+@contextlib.contextmanager
+def _spared(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """What fails here costs none of the figures: why is kept."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError) as error:
+        failed[name] = " ".join(str(error).split())[:LONGEST_REASON]
+        release_memory()
 
 
 def _compared(
@@ -155,10 +176,10 @@ def at_address(
         how.append(
             "the distilled model was not asked: the original without the prompt takes as long"
         )
-    return Found(contenders, how, None, {})
+    return Found(contenders, how, None, {}, {})
 
 
-def in_process(run: Run) -> Found:
+def in_process(run: Run, max_minutes: float) -> Found:
     """With transformers, one request at a time."""
     setup, progress = run.setup, run.progress
     context = run.cases[0].prompt.context
@@ -177,6 +198,7 @@ def in_process(run: Run) -> Found:
     if adapter.is_dir():
         meaning = "before with the adapter, without the prompt"
         everyone.append((ADAPTER, meaning, alone, ()))
+    asking = run.asking._replace(seconds=60 * max_minutes / len(everyone))
     each_bytes = bytes_per_token(load_config(setup.config.model), BYTES[setup.config.dtype])
     contenders: dict[str, Measured] = {}
     model: Any = None
@@ -188,7 +210,7 @@ def in_process(run: Run) -> Found:
                 model = setup.load(str(final))
             elif name == ADAPTER:
                 model = load_adapter(setup.load(setup.config.model), adapter)
-            figures = measured_here(model, prompts, run.asking, shared)
+            figures = measured_here(model, prompts, asking, shared)
             if figures is not None:
                 contenders[name] = _measured(meaning, figures, None, each_bytes)
             progress.part(name)
@@ -198,7 +220,7 @@ def in_process(run: Run) -> Found:
         f"at a time, {setup.config.dtype}, {device}; a server batches, and its figures are others",
         *([CPU] if setup.device.type == "cpu" else []),
     ]
-    return Found(contenders, how, device, {})
+    return Found(contenders, how, device, {}, {})
 
 
 def _measured(

@@ -55,11 +55,11 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
     for name in sorted(changed):
         progress.say(f"continuing with {name} {getattr(config, name)}, was {getattr(before, name)}")
     if changed:
-        _record(folder, {name: [getattr(before, name), getattr(config, name)] for name in changed})
+        record_change(folder, {name: [getattr(before, name), getattr(config, name)] for name in changed})
     return folder
 
 
-def _record(folder: Path, changed: dict[str, Any]) -> None:
+def record_change(folder: Path, changed: dict[str, Any]) -> None:
     """Keep which settings are others behind which step: config.yaml holds the newest alone."""
     kept = list_checkpoints(folder / "checkpoints")
     after = kept[-1].name.removeprefix("step-").lstrip("0") if kept else ""
@@ -91,8 +91,11 @@ def model_identities(config: TrainConfig) -> dict[str, str]:
     return found
 
 
-def check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> None:
-    """Raise InputError if a run would go on with other data or models than it was started with."""
+def check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> bool:
+    """Whether checkpoints are judged as before: a user's scorer may have been mended since.
+
+    Raises InputError if a run would go on with other data or models than it was started with.
+    """
     known = before.get("models", {})
     for name, now in model_identities(setup.config).items():
         if known.get(name, now) != now:
@@ -108,9 +111,13 @@ def check_fingerprints(before: dict[str, Any], setup: Setup, where: Path) -> Non
         )
     # Runs of before it was kept go on.
     judged = before.get("selection_fingerprint", setup.selection_fingerprint)
-    if judged != setup.selection_fingerprint:
+    if judged == setup.selection_fingerprint:
+        return True
+    mended = setup.task.scorer.source and before.get("validation_digest")
+    if mended != setup.task.validation_digest:
         raise InputError(
             f"a resumed run must choose its checkpoint by the validation data it was started with, "
             f"but prompts, accepted answers or scorer are others than in {where}; restore "
             f"{setup.config.validation_data!r}, or start another output_dir"
         )
+    return False

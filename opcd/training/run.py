@@ -40,7 +40,12 @@ from opcd.training.checkpoint import (
 )
 from opcd.training.export import export, read_selection
 from opcd.training.model_writer import ModelWriter
-from opcd.training.resume import check_fingerprints, check_folder, model_identities
+from opcd.training.resume import (
+    check_fingerprints,
+    check_folder,
+    model_identities,
+    record_change,
+)
 from opcd.training.sources import MakeSource
 from opcd.training.validation import Validation, rank
 
@@ -151,8 +156,15 @@ class _Training:
         done = list_checkpoints(self._checkpoints)
         if done:
             state = load_checkpoint(done[-1], self.distiller)
-            self.best = state["best"]
-            check_fingerprints(state, self._setup, done[-1])
+            same = check_fingerprints(state, self._setup, done[-1])
+            self.best = state["best"] if same else self.best
+            if not same:
+                now = self._setup.task.scorer.identity
+                record_change(self._folder, {"scorer": [state["scorer"], now]})
+                self._progress.say(
+                    "continuing with another text of the scorer: the checkpoint is chosen from "
+                    "those to come"
+                )
             self._saved.add(self.distiller.steps_done)
             self._kept = read_metrics(self._metrics, self.distiller.steps_done)
         elif (self._folder / "final").exists():
@@ -198,10 +210,10 @@ class _Training:
             step = distiller.steps_done
             last = step == config.steps or time.monotonic() > deadline
             validated = validation and (step % config.validate_every == 0 or last)
-            if validation and validated:
-                metrics["validation"] = self._validated(validation)
-            alarmed = _raise_alarms(alarms, metrics, config, progress)
             try:
+                if validation and validated:
+                    metrics["validation"] = self._validated(validation)
+                alarmed = _raise_alarms(alarms, metrics, config, progress)
                 progress.part(step_note(metrics, self.best), metrics)
                 stopped = progress.stop() or alarmed
                 if progress.enough() and not last:
@@ -212,7 +224,7 @@ class _Training:
                         metrics |= late
                         progress.validated(metrics)
                         stopped = progress.stop() or stopped
-            except Exception:  # of a callback
+            except Exception:  # of a callback, or of a user's scorer
                 self._save()
                 raise
             finally:
@@ -243,6 +255,8 @@ class _Training:
         extra = {
             "fingerprint": self._setup.fingerprint,
             "selection_fingerprint": self._setup.selection_fingerprint,
+            "validation_digest": self._setup.task.validation_digest,
+            "scorer": self._setup.task.scorer.identity,
             "best": self.best,
             "models": self._models,
         }

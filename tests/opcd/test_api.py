@@ -8,6 +8,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
@@ -362,6 +363,30 @@ def test_what_can_be_continued_is_kept(caplog: pytest.LogCaptureFixture) -> None
     kept = Path(caplog.messages[-1].removeprefix("the run is kept in ").split(":")[0])
     assert [f.name for f in (kept / "checkpoints").iterdir()] == ["step-000001"]
     assert [row["step"] for row in run(kept, resume=True).metrics] == [1, 2, 3]
+
+
+def test_a_trained_model_outlives_its_scoring(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opcd.training.run.evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(None)
+    kept = Path(caplog.messages[-1].removeprefix("the run is kept in ").split(":")[0])
+    assert (kept / "final" / "config.json").is_file()
+    assert run(kept, resume=True).scorecard is not None
+
+
+def test_what_a_callback_returns(tmp_path: Path) -> None:
+    for number, truth in enumerate((np.True_, torch.tensor(True))):
+        found = run(tmp_path / str(number), on_step=lambda _, truth=truth: truth)
+        assert [row["step"] for row in found.metrics if "loss" in row] == [1]
+    for number, other in enumerate((1, [True], np.False_), start=2):
+        found = run(tmp_path / str(number), on_step=lambda _, other=other: other)
+        assert [row["step"] for row in found.metrics if "loss" in row] == [1, 2, 3]
 
 
 def test_plan_and_notes_are_shown(capsys: pytest.CaptureFixture) -> None:

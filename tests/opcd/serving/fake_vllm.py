@@ -2,7 +2,8 @@
 """An interpreter that says it has vLLM, and a vLLM that serves nothing real, with its children.
 
 With ``FAKE_CHILDREN`` it has three: one that ignores SIGTERM, one in a session of its own, and one
-without its parent's environment. ``FAKE_TROUBLE`` says what goes wrong: "dies", "deaf".
+without its parent's environment. ``FAKE_TROUBLE`` says what goes wrong: "dies", "deaf";
+"float32" or "lora": it dies where it is asked for that.
 ``FAKE_ANSWERS`` names a file with responses to what is not streamed, by the text of the last
 message; ``FAKE_SEEN`` one to which a line is added for each start, with arguments and environment.
 """
@@ -33,7 +34,8 @@ def main() -> None:
             line = {"argv": sys.argv, "environ": dict(os.environ), "cwd": os.getcwd()}
             file.write(json.dumps(line | {"files": os.listdir()}) + "\n")
     trouble = os.environ.get("FAKE_TROUBLE", "")
-    if trouble == "dies":
+    refused = {"float32": given.get("--dtype") == "float32", "lora": "--lora-modules" in given}
+    if trouble == "dies" or refused.get(trouble):
         sys.exit("RuntimeError: no room for the weights")
     if os.environ.get("FAKE_CHILDREN"):
         subprocess.Popen([sys.executable, "-S", "-c", DEAF])

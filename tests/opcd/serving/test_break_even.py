@@ -49,9 +49,20 @@ def test_where_nothing_is_saved_training_never_pays() -> None:
 def test_training_on_another_device_has_no_figure() -> None:
     found = break_even(counted(None), 500)
     assert (found.requests, found.most_requests) == (None, None)
-    decided = verdict("learned", found, expected_requests=10)
+    decided = verdict("learned", found)
     assert decided.word == "drop the prompt"
     assert "what training cost is not known" in decided.reason
+    decided = verdict("learned", found, expected_requests=10)
+    assert decided.word == "not known"
+    assert "--price-hour" in decided.advice
+
+
+def test_one_round_says_nothing_of_how_rounds_differ() -> None:
+    once = break_even(counted(more=Spread(0.1, 0.1, 0.1, 1)))
+    decided = verdict("learned", once)
+    assert decided.word == "not known"
+    assert "in one round alone" in decided.reason
+    assert verdict("not learned", once).word == "keep the prompt"
 
 
 def test_prices_of_an_api() -> None:

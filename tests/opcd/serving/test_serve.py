@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from opcd.serving.process import Started, servers_folder
 from opcd.serving.report import Served
 from opcd.serving.wanted import Wanted
 from opcd.tasks.prepare import prepare
+from tests.conftest import CHATML
 from tests.opcd.serving.fake_server import Behaviour
 
 FAKE = str(Path(__file__).parent / "fake_vllm.py")
@@ -154,6 +157,69 @@ def test_in_16_bits_a_server_is_started_once_more(
     starts = [json.loads(line)["argv"] for line in seen.read_text().splitlines()]
     dtypes = [argv[argv.index("--dtype") + 1] for argv in starts]
     assert dtypes == ["bfloat16"] * 3 + ["float32"]
+
+
+@linux
+def test_what_cannot_be_compared_costs_no_figures(
+    copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_of(copied_run, tmp_path / "answers.json")
+    monkeypatch.setenv("FAKE_ANSWERS", str(tmp_path / "answers.json"))
+    monkeypatch.setenv("FAKE_TROUBLE", "float32")  # no room for it
+    config = gather({"dtype": "bfloat16"}, copied_run / "config.yaml")
+    wanted = Wanted(server_python=FAKE, requests=1, max_minutes=0.1)
+    found = serve.serve_report(copied_run, config, wanted)
+    assert list(found.contenders) == ["prompted", "prompted_cached", "distilled"]
+    assert list(found.same) == ["distilled, bfloat16"]
+    assert "no room for the weights" in found.failed["distilled, float32"]
+    assert found.agrees == found.same["distilled, bfloat16"].agrees
+    assert any("was not compared (distilled, float32)" in line for line in found.summary)
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("opcd.serving.ways.compared", no_room)
+    found = serve.serve_report(copied_run, config, wanted)
+    assert not found.agrees, "in no dtype"
+    written = json.loads((copied_run / "serving.json").read_text())
+    assert "out of memory" in written["not_compared"]["distilled, bfloat16"]
+
+
+@linux
+def test_a_server_without_adapters_is_measured_all_the_same(
+    copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = gather({}, copied_run / "config.yaml")
+    adapted = add_lora(load_model(config.model, torch.float32), 4, 8)
+    adapted.save_pretrained(copied_run / "final" / "adapter")
+    answers_of(copied_run, tmp_path / "answers.json")
+    monkeypatch.setenv("FAKE_ANSWERS", str(tmp_path / "answers.json"))
+    monkeypatch.setenv("FAKE_TROUBLE", "lora")
+    found = report(copied_run, server_python=FAKE, requests=1)
+    assert list(found.contenders) == ["prompted", "prompted_cached", "distilled"]
+    assert list(found.failed) == ["adapter"]
+    assert not found.agrees
+
+
+@linux
+def test_a_template_with_a_date_is_that_of_the_day(
+    copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run keeps the day that it began on; a server's template does not."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + CHATML)
+    config = gather({}, copied_run / "config.yaml")
+    config = replace(config, chat_template=str(template), today="2026-01-02")
+    asked, real = [], serve.in_process
+
+    def way(run: Any, *rest: Any) -> Any:
+        asked.append(run.setup.config.today)
+        return real(run, *rest)
+
+    monkeypatch.setattr(serve, "in_process", way)
+    found = serve.serve_report(copied_run, config, Wanted(requests=1))
+    assert asked == [date.today().isoformat()]
+    assert any("the run has 2026-01-02" in line for line in found.how)
 
 
 @linux

@@ -457,6 +457,35 @@ def test_a_resumed_run_must_choose_by_the_same_validation_data(
     assert main(["train", "--config", finished, "--resume"]) == 0
 
 
+def test_a_scorer_that_raises_may_be_mended(settings: dict, tmp_path: Path) -> None:
+    """Nothing is lost by it, and the run goes on with its new text."""
+    scorer, run = tmp_path / "scorer.py", Path(settings["output_dir"])
+    scorer.write_text(
+        "from pathlib import Path\n"
+        f"rows = Path({str(run / 'metrics.jsonl')!r})\n"
+        "def f(completion, answers):\n"
+        "    if rows.exists() and rows.read_text().count('loss') > 1:\n"
+        "        raise RuntimeError('of a user')\n"
+        "    return completion in answers\n"
+    )
+    settings |= {"scorer": f"python:{scorer}:f", "steps": 4, "validate_every": 1, "save_every": 9}
+    with pytest.raises(Exception, match="of a user"):
+        train(TrainConfig(**settings))
+    kept = [folder.name for folder in list_checkpoints(run / "checkpoints")]
+    step = int(kept[-1].removeprefix("step-"))
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[-1]["step"] == step
+    assert "validation" not in rows[-1]
+    assert "validation" in rows[-2]
+    scorer.write_text("def f(completion, answers): return completion in answers")
+    train(TrainConfig(**settings), resume=True)
+    (change,) = (json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines())
+    before, after = change["changed"]["scorer"]
+    assert before != after
+    selection = json.loads((run / "final" / "selection.json").read_text())
+    assert step < selection["step"] <= 4
+
+
 def test_a_damaged_checkpoint_is_named(
     finished: str, settings: dict, capsys: pytest.CaptureFixture
 ) -> None:
