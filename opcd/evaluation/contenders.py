@@ -58,9 +58,11 @@ class LoadedModel(NamedTuple):
         """Answers behind the context; requests with the same one share its prefix."""
         return prompted_answers(self.engine, cases, self.params, self.setup)
 
-    def answers(self, prompt_ids: Sequence[Sequence[int]]) -> list[Answer]:
-        """Answers to whole prompts."""
-        asked = [Prompt([*ids], [*ids]) for ids in prompt_ids]
+    def answers(
+        self, prompt_ids: Sequence[Sequence[int]], of: Sequence[Prompt] | None = None
+    ) -> list[Answer]:
+        """Answers to whole prompts; drawn as those to `of` are, the requests of the task."""
+        asked = of if of is not None else [Prompt([*ids], [*ids]) for ids in prompt_ids]
         numbers = streams(self.setup.config.seed, HELD_OUT, asked)
         return answers_of(self.engine, prompt_ids, numbers, self.params, self.setup)
 

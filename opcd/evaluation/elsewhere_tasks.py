@@ -5,9 +5,12 @@ template unless a task asks for one, so that figures are those that others publi
 """
 
 import importlib.util
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from opcd.config import TrainConfig
@@ -55,25 +58,30 @@ def tasks_of(config: TrainConfig) -> Tasks:
             "elsewhere_tasks needs the package lm-eval, which is not installed; pip install "
             "'opcd-kernels[elsewhere]', or leave the tasks out"
         )
+    if names and (unknown := set(names) - set(_manager(tuple(names), tuple(folders)).all_tasks)):
+        raise InputError(
+            f"elsewhere_tasks must be tasks of lm-eval, got {', '.join(sorted(unknown))}; "
+            f"`lm-eval ls tasks` lists them"
+        )
     return Tasks(names, folders)
+
+
+@lru_cache(maxsize=1)
+def _manager(names: tuple[str, ...], folders: tuple[str, ...]) -> Any:
+    """lm-eval's, which knows its own tasks unless all that is asked for are files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[*folders] or None, include_defaults=len(folders) < len(names))
 
 
 def results_of(model: LoadedModel) -> Results:
     """What a model reaches without the context. Raises InputError for tasks that there are not."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     setup = model.setup
     tasks = tasks_of(setup.config)
-    manager = TaskManager(
-        include_path=tasks.folders or None, include_defaults=len(tasks.folders) < len(tasks.names)
-    )
-    if unknown := set(tasks.names) - set(manager.all_tasks):
-        raise InputError(
-            f"elsewhere_tasks must be tasks of lm-eval, got {', '.join(sorted(unknown))}; "
-            f"`lm-eval ls tasks` lists them"
-        )
+    manager = _manager(tuple(tasks.names), tuple(tasks.folders))
     wrapped = HFLM(
         pretrained=causal_lm(model.model),
         tokenizer=setup.tokenizer,
@@ -102,7 +110,14 @@ def _values(samples: list[dict[str, Any]], metric: str) -> list[float]:
     name, _, kind = metric.partition(",")
     own = [s for s in samples if s.get("filter", "none") == (kind or "none")]
     values = [s.get(name) for s in sorted(own, key=lambda s: s["doc_id"])]
-    return [float(v) for v in values if isinstance(v, (int, float))] if own else []
+    found = [float(v) for v in values if isinstance(v, (int, float))]
+    # Without one of its halves a pair would shift all that follow.
+    return found if len(found) == len(values) else []
+
+
+def _are_of(values: Sequence[float], mean: float) -> bool:
+    """Whether a metric is the mean of its items, which a perplexity, say, is not."""
+    return bool(values) and math.isclose(fmean(values), mean, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def compared(found: Mapping[str, Results]) -> dict[str, Any]:
@@ -114,7 +129,8 @@ def compared(found: Mapping[str, Results]) -> dict[str, Any]:
         for metric, mean in metrics.items():
             both = before.values[task][metric], after.values[task][metric]
             row: dict[str, Any] = {"original": mean, "distilled": after.means[task][metric]}
-            if both[0] and len(both[0]) == len(both[1]):
+            means = mean, after.means[task][metric]
+            if all(map(_are_of, both, means)) and len(both[0]) == len(both[1]):
                 theirs, ours = (PerRequest(values, [1] * len(values)) for values in both)
                 row["difference"] = paired_difference(ours, theirs).summary()
             card[task][metric] = row

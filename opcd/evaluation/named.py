@@ -154,7 +154,8 @@ def _prompt(name: str, what: str, setup: Setup) -> Named:
         )
 
     def answer(models: Models, cases: Sequence[Case]) -> list[Answer]:
-        return models.get(config.model).answers([prompts[id(case)] for case in cases])
+        asked = [prompts[id(case)] for case in cases]
+        return models.get(config.model).answers(asked, [case.prompt for case in cases])
 
     meaning = f"before, with {Path(what).name}"
     return lambda models: [Contender(name, meaning, lambda cases: answer(models, cases))]

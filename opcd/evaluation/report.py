@@ -73,18 +73,27 @@ def aligned(rows: Sequence[tuple[str, ...]], texts: int) -> str:
     return "\n".join(lines)
 
 
+def _internalised(card: Mapping[str, Any]) -> str:
+    share = card["internalised"]
+    if share is None:
+        return "internalised: the prompt gained nothing here, so there is nothing to take over"
+    around = ""
+    if "internalised_interval_95" in card:  # not of versions before
+        if (interval := card["internalised_interval_95"]) is None:
+            return (
+                "internalised: what the prompt gained may be chance, so a share of it says nothing"
+            )
+        around = f" ({interval[0]:.0%} to {interval[1]:.0%})"
+    return f"internalised: {share:.1%}{around} of what the prompt gained is now in the weights"
+
+
 def scorecard_facts(card: dict[str, Any], texts: bool = True) -> list[str]:
     """What the table does not say, a sentence each; with answers quoted, or without texts."""
     columns = card["contenders"]
     judged = "accuracy" in columns["base"]
     facts = [_gain(card)] if judged else []
     if judged and "distilled" in columns:
-        share = card["internalised"]
-        facts.append(
-            "internalised: the prompt gained nothing here, so there is nothing to take over"
-            if share is None
-            else f"internalised: {share:.1%} of what the prompt gained is now in the weights"
-        )
+        facts.append(_internalised(card))
     if cut := _shares(columns, "truncated_share", above=0.5):
         alone = [name for name, c in columns.items() if c["truncated_share"] > 0.5] == ["base"]
         facts.append(

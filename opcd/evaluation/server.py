@@ -110,7 +110,8 @@ class Server:
             "messages": list(messages),
             "max_tokens": config.max_completion_tokens,
             "temperature": config.eval_temperature,
-            **({"top_p": config.top_p} if config.top_p < 1 else {}),
+            # Said also where it is 1: a server may have another default.
+            **({"top_p": config.top_p} if config.eval_temperature else {}),
             **({"top_k": config.top_k} if config.top_k else {}),  # beyond OpenAI's, as vLLM has it
             **({"stop": list(config.stop)} if config.stop else {}),
             **(more if config.chat_template_args else {}),

@@ -212,6 +212,11 @@ def _check_answers(problems: Sequence[Example], spec: str) -> None:
     A user's function is not asked here, where nobody would end it.
     """
     scorer = load_scorer(spec)
+    if scorer.hears_teacher:
+        raise InputError(
+            f"checker {spec} must judge an attempt by itself, got one that names teacher_answer, "
+            f"and there is no prompted teacher; leave that parameter out"
+        )
     for problem in problems:
         if scorer.needs_answers and not problem.answers:
             raise InputError(

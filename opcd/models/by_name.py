@@ -23,6 +23,11 @@ from opcd.models.lm import eos_token_ids_in, keep_softcap
 from opcd.runtime.untrusted import check_no_kernel
 
 ADAPTER_CONFIG = "adapter_config.json"
+# What of a generation_config.json changes which token follows.
+SAMPLING = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "no_repeat_ngram_size"),
+)
 _UNLOADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
     *(SafetensorError, pickle.UnpicklingError),
@@ -104,6 +109,15 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     return _from_pretrained(AutoTokenizer, name)
+
+
+def sampling_defaults(name: str) -> dict[str, Any]:
+    """What a model's generation_config.json draws by where nobody says otherwise."""
+    try:
+        found = GenerationConfig.from_pretrained(resolve_model(name)).to_diff_dict()
+    except (OSError, ValueError):  # there is none, or it is said elsewhere
+        return {}
+    return {setting: found[setting] for setting in SAMPLING if setting in found}
 
 
 def load_eos_token_ids(name: str) -> list[int]:

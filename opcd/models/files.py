@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # What holds weights in any format, or names their shards; the other files are small.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"),
+    *(".pkl", ".pickle", ".npy", ".joblib"),
     *(".safetensors.index.json", ".bin.index.json", ".h5.index.json"),
 )
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer

@@ -116,6 +116,13 @@ def _check_link(path: Path, root: Path) -> None:
     )
 
 
+def check_model_files(folder: Path) -> None:
+    """Raise InputError for a model's files that a run folder must not hold."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _check_file(path, Path("final") / path.relative_to(folder))
+
+
 def _check_file(path: Path, place: Path) -> None:
     """One file by its name, which says who will read it, and how."""
     size, name = path.stat().st_size, path.name

@@ -106,8 +106,11 @@ def check_inputs(setup: Setup, folder: Path) -> None:
     Their digests are kept beside the rows.
     """
     file = folder / "inputs.json"
-    now = {"prompts": setup.fingerprint, "validation_data": setup.selection_fingerprint}
-    now |= measured_by(setup)
+    now = {
+        "prompts": setup.fingerprint,
+        "validation_data": setup.selection_fingerprint,
+        **measured_by(setup),
+    }
     before = json.loads(file.read_text("utf-8")) if file.is_file() else now
     if differing := [what for what in now if before.get(what) != now[what]]:
         called = ("context or chat template" if what == "form" else what for what in differing)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -255,6 +255,27 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
             f"training, validation and test prompts must be disjoint from each other and from the "
             f"context's demonstrations, got {_listed(found, 'overlap')}; remove one of each"
         )
+
+
+def alike_remarks(parts: Mapping[str, Sequence[Example]]) -> list[str]:
+    """A line for each part with requests that are trained on behind another system message."""
+
+    def asked(example: Example) -> str:
+        without = replace(example, messages=tuple(split_system(example.messages)[1]))
+        return request_of(without)[1]
+
+    trained = {asked(example) for example in parts.get("train", ())}
+    found = {
+        part: sum(asked(example) in trained for example in examples)
+        for part, examples in parts.items()
+        if part != "train"
+    }
+    return [
+        f"{count} of {len(parts[part])} {part} requests are trained on behind another system "
+        f"message: they count as others, and may flatter"
+        for part, count in found.items()
+        if count
+    ]
 
 
 def also_in(examples: Sequence[Example], parts: Mapping[str, Sequence[Example]]) -> list[Example]:

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from opcd.errors import InputError
+from opcd.runtime.files import shown
 from opcd.tasks.data import Example, request_of
 from opcd.tasks.formats import ANSWERS, accepted_answers
+from opcd.tasks.messages import split_system
 from opcd.tasks.records import read_records
 
 FEWEST = 40  # prompts: of fewer none are kept out
@@ -49,25 +52,33 @@ def hold_out(prompts: Sequence[Example], share: float, inside: Iterable[Example]
 
 
 def _digest(example: Example) -> str:
-    """Of a request behind whatever context: the student sees none."""
-    return hashlib.sha256(repr(("", request_of(example)[1])).encode()).hexdigest()
+    """Of a request behind whatever context, which the student does not see, and behind whatever
+    system message of its own: what is asked on another day is no other request."""
+    asked = replace(example, messages=tuple(split_system(example.messages)[1]))
+    return hashlib.sha256(repr(("", request_of(asked)[1])).encode()).hexdigest()
 
 
-def with_their_answers(parts: Parts, path: str) -> Parts:
-    """What is kept out, with the answers that every row of the file has beside its request.
+def with_their_answers(parts: Parts, path: str) -> tuple[Parts, list[str]]:
+    """What is kept out, with the answers that every row of the file has beside its request; and
+    what people should know of it.
 
-    As it is where a row has none. A completion is no answer here: what a log's model once said is
-    not what counts as right.
+    As it is where a row has none, or one that cannot be read: prompts to train on need no answers.
+    A completion is no answer here: what a log's model once said is not what counts as right.
     """
     records = {
         source: {key: value for key, value in record.items() if value is not None}
         for source, record in read_records(path, "prompts")
     }
     if not all(set(ANSWERS) & set(record) for record in records.values()):
-        return parts
+        return parts, []
 
     def labelled(examples: Sequence[Example]) -> list[Example]:
         found = [accepted_answers(records[e.source], e.source)[0] for e in examples]
         return [replace(e, answers=a) for e, a in zip(examples, found, strict=True)]
 
-    return Parts(parts.train, labelled(parts.validation), labelled(parts.test))
+    try:
+        found = Parts(parts.train, labelled(parts.validation), labelled(parts.test))
+    except InputError as error:
+        remark = f"what stands beside the requests of {shown(path)} is not taken for answers"
+        return parts, [f"{remark}: {error}"]
+    return found, []

@@ -25,6 +25,7 @@ from opcd.models.by_name import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
+    sampling_defaults,
 )
 from opcd.models.head import head_of
 from opcd.models.lm import check_ends, check_rope, max_positions, stop_at
@@ -270,6 +271,12 @@ def _day(config: TrainConfig) -> date:
 def _remarks(config: TrainConfig, chats: Mapping[str, Chat], task: Task) -> list[str]:
     """What was decided about the chat template, and where it puts the context."""
     remarks = []
+    if defaults := sampling_defaults(config.model):
+        listed = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        remarks.append(
+            f"generation_config.json of the model sets {listed}: nothing here is drawn so, but "
+            f"generate() and servers do it where a request does not say otherwise"
+        )
     if config.today:
         remarks.append(f"the chat template writes today's date: this run keeps {config.today}")
     if config.context_placement == "auto" and any(

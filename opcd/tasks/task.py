@@ -19,6 +19,7 @@ from opcd.tasks.chat import Chat
 from opcd.tasks.contexts import Context, read_contexts
 from opcd.tasks.data import (
     Example,
+    alike_remarks,
     check_contexts,
     check_disjoint,
     check_same_answers,
@@ -194,7 +195,8 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         inside = [prompt for row in rows for prompt in prompts_in(row)[:-1]]
         found = hold_out(parts["train"], config.held_out_share, inside)
         if config.prompts:
-            found = with_their_answers(found, config.prompts)
+            found, said = with_their_answers(found, config.prompts)
+            remarks += said
         parts |= found._asdict()
         remarks += _held_out_remarks(found, config)
     rows = parts["train"]
@@ -203,6 +205,7 @@ def read_task_files(config: TrainConfig) -> TaskFiles:
         remarks.append(turns_remark(config.prompts, rows, len(parts["train"]), recorded))
     check_contexts(parts, contexts)
     check_disjoint(parts, contexts)
+    remarks += alike_remarks(parts)
     if recorded:  # a conversation is trained on as a whole
         parts["train"] = rows
     if config.test_sets and not parts["test"]:

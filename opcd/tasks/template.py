@@ -228,6 +228,27 @@ def read_template(path: str) -> str:
     return text
 
 
+def with_defaults(template: str, arguments: Mapping[str, Any]) -> str:
+    """A chat template that takes these arguments where it is given none, and writes what it wrote.
+
+    The line's end belongs to the block, and is not written (transformers trims blocks).
+    """
+    lines = [
+        f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}\n"
+        for name, value in arguments.items()
+    ]
+    return "".join(lines) + template
+
+
+def _literal(value: Any) -> str:
+    """Jinja's, of a value from YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
+
+
 def _with_clock(template: str) -> str:
     return CLOCK + template if "strftime_now" in template else template
 

@@ -18,7 +18,7 @@ from opcd.runtime.files import free_name, make_folder, shown
 from opcd.runtime.progress import Progress
 from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
-from opcd.training.export import read_selection
+from opcd.training.export import SELECTION_FILE, read_selection
 
 
 def evaluate_run(
@@ -66,6 +66,7 @@ def evaluate_run(
         target = run / f"eval-{'-'.join([*contenders, data])}" if changed or contenders else run
     elif distilled != "none":
         selection = {"how": f"{path}, as named"}
+        changed = _other_form(path, setup)
     wanted = Path(save_to) if save_to else target
     own = target == run and wanted.resolve() == run.resolve()
     if not own and (wanted / "metrics.jsonl").is_file():
@@ -101,6 +102,20 @@ def _without_lost_prompts(
         )
         prompts = None
     return replace(config, prompts=prompts)
+
+
+def _other_form(path: str, setup: Setup) -> str:
+    """For people: that a run's model, named by its folder, is not asked as it was trained."""
+    if not (Path(path) / SELECTION_FILE).is_file():
+        return ""
+    kept = read_selection(Path(path).parent) if Path(path).name == "final" else {}
+    before = kept.get("measured_by", {}).get("form")
+    if before in (None, measured_by(setup)["form"]):
+        return ""
+    return (
+        f"{path} was trained on prompts of another form: context or chat template put other "
+        f"tokens around a request than in its run"
+    )
 
 
 def _changed(selection: dict[str, Any], setup: Setup, saved: TrainConfig, run: Path) -> str:

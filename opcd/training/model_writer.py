@@ -14,6 +14,7 @@ from opcd.errors import InputError
 from opcd.models.files import GENERATION_CONFIG, ModelFiles
 from opcd.models.lm import eos_token_ids
 from opcd.runtime.files import write_json, write_text
+from opcd.runtime.untrusted import check_model_files
 
 
 class ModelWriter:
@@ -22,7 +23,7 @@ class ModelWriter:
     Every file of the base is copied byte for byte, and its weights are written under its names
     and in its shards (as safetensors where the base has .bin files). generation_config.json alone
     is another, or new, where training ends completions with other tokens than it does, and
-    chat_template.jinja where another template was given.
+    chat_template.jinja where another template was given, or arguments for it.
     Raises InputError if the student's weights have no place in the base's files.
     """
 
@@ -76,11 +77,20 @@ class ModelWriter:
             folder.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
                 self.write_small(Path(aside))
+                self._check_files(Path(aside))
         except OSError as error:
             raise InputError(
                 f"the files of {self.base.name!r} must be copied to {str(folder)!r}, got {error}; "
                 f"make them readable, or choose another output_dir"
             ) from error
+
+    def _check_files(self, written: Path) -> None:
+        """Raise InputError for what a run's folder must not hold: nobody could open it again."""
+        try:
+            check_model_files(written)
+        except InputError as error:
+            found = str(error).replace(str(written), str(self.base.folder))
+            raise InputError(f"what is copied from the base stands in its run: {found}") from error
 
     def _write_index(self, folder: Path, size: int | None) -> None:
         name = "model.safetensors.index.json"

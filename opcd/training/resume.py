@@ -55,7 +55,9 @@ def check_folder(config: TrainConfig, resume: bool, progress: Progress) -> Path:
     for name in sorted(changed):
         progress.say(f"continuing with {name} {getattr(config, name)}, was {getattr(before, name)}")
     if changed:
-        record_change(folder, {name: [getattr(before, name), getattr(config, name)] for name in changed})
+        record_change(
+            folder, {name: [getattr(before, name), getattr(config, name)] for name in changed}
+        )
     return folder
 
 

@@ -21,6 +21,7 @@ from opcd.runtime.progress import Progress
 from opcd.runtime.trackers import log_all, open_trackers
 from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
+from opcd.tasks.template import with_defaults
 from opcd.training.alarms import Alarms
 from opcd.training.announce import (
     announce_budget,
@@ -142,7 +143,9 @@ class _Training:
         self._checkpoints = folder / "checkpoints"
         self._trackers = open_trackers(self._config.trackers, folder)
         self.distiller = build_distiller(setup, divergence, source)
-        template = setup.tokenizer.get_chat_template() if self._config.chat_template else None
+        template, arguments = None, self._config.chat_template_args
+        if self._config.chat_template or arguments:
+            template = with_defaults(setup.tokenizer.get_chat_template(), arguments)
         files = ModelFiles(self._config.model)
         self.writer = ModelWriter(files, self.distiller.student, template)
         self.best: dict[str, Any] = {"step": None}

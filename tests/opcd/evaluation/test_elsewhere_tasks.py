@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,17 +65,24 @@ def test_without_the_package_a_run_does_not_begin(
 
 def test_names_and_files(settings: dict, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    known = SimpleNamespace(all_tasks=["arc_easy", "opcd_letters"])
+    monkeypatch.setattr("opcd.evaluation.elsewhere_tasks._manager", lambda *_: known)
     config = TrainConfig(**settings | {"elsewhere_tasks": f"arc_easy, {task}"})
     assert tasks_of(config) == (["arc_easy", "opcd_letters"], [str(task.parent)])
     assert tasks_of(TrainConfig(**settings)) == ([], [])
+    monkeypatch.setattr("opcd.training.run.build_distiller", None)
+    with pytest.raises(InputError, match="must be tasks of lm-eval, got arc_esay; `lm-eval ls"):
+        train(TrainConfig(**settings | {"elsewhere_tasks": "arc_esay"}))
 
 
 def test_items_are_compared_one_by_one() -> None:
+    """Where a metric is the mean of its items, which a perplexity of log-likelihoods is not."""
+    logs = [-2.0, -3.0, -1.0, -2.0]
     before = Results(
-        {"t": {"acc,none": 0.75, "ppl": 9.0}}, {"t": {"acc,none": [1, 1, 1, 0], "ppl": []}}
+        {"t": {"acc,none": 0.75, "ppl": 9.0}}, {"t": {"acc,none": [1, 1, 1, 0], "ppl": logs}}
     )
     after = Results(
-        {"t": {"acc,none": 0.5, "ppl": 12.0}}, {"t": {"acc,none": [1, 1, 0, 0], "ppl": []}}
+        {"t": {"acc,none": 0.5, "ppl": 12.0}}, {"t": {"acc,none": [1, 1, 0, 0], "ppl": logs}}
     )
     card = compared({"before": before, "after": after})
     assert card["t"]["ppl"] == {"original": 9.0, "distilled": 12.0}

@@ -125,6 +125,13 @@ def test_a_prompt_and_a_model_answer(settings: dict, tmp_path: Path) -> None:
         assert row["other"] == setup.chat.decode(greedy(other, alone))
 
 
+def test_another_prompt_is_drawn_for_as_all_are(settings: dict, tmp_path: Path) -> None:
+    """The same words in another file draw the same answers."""
+    (tmp_path / "same.md").write_text(Path(settings["context"]).read_text(), encoding="utf-8")
+    found = scored(settings | {"eval_temperature": 1.0}, {"same": str(tmp_path / "same.md")})
+    assert [row["same"] for row in found.answers] == [row["prompted"] for row in found.answers]
+
+
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights may be read."""

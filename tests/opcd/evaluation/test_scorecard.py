@@ -521,6 +521,14 @@ def a_card(**accuracies: float) -> dict:
     }
 
 
+def test_a_share_of_what_may_be_chance_says_nothing() -> None:
+    card = a_card(base=0.1, prompted=0.5, distilled=0.47, distilled_prompted=0.4)
+    about = "internalised: 92.5% (81% to 104%) of what the prompt gained is now in the weights"
+    assert about in scorecard_facts(card | {"internalised_interval_95": [0.812, 1.04]})
+    nothing = "internalised: what the prompt gained may be chance, so a share of it says nothing"
+    assert nothing in scorecard_facts(card | {"internalised_interval_95": None})
+
+
 def test_every_fact_has_its_number() -> None:
     card = a_card(base=0.1, prompted=0.5, distilled=0.47, distilled_prompted=0.4)
     columns = card["contenders"]

@@ -6,8 +6,9 @@ import pytest
 
 from opcd.config import TrainConfig
 from opcd.errors import InputError
-from opcd.tasks.data import Example
+from opcd.tasks.data import Example, alike_remarks
 from opcd.tasks.held_out import hold_out
+from opcd.tasks.messages import system
 
 
 def prompts(*texts: str) -> list[Example]:
@@ -47,6 +48,22 @@ def test_a_request_behind_two_contexts_is_in_one_part() -> None:
     assert [len(part) for part in parts] == [210, 30, 60]
     assert not asked[0] & (asked[1] | asked[2])
     assert not asked[1] & asked[2]
+
+
+def test_a_request_behind_two_system_messages_is_in_one_part() -> None:
+    days = [
+        replace(e, messages=(system(f"It is {day}."), *e.messages))
+        for day in ("Monday", "Tuesday")
+        for e in MANY
+    ]
+    parts = hold_out(days, 0.3)
+    assert [len(part) for part in parts] == [210, 30, 60]
+    lines = alike_remarks({"train": days[:150], "test": days[150:200]})
+    assert lines == [
+        "50 of 50 test requests are trained on behind another system message: they count as "
+        "others, and may flatter"
+    ]
+    assert alike_remarks(parts._asdict()) == []
 
 
 def test_what_is_added_moves_few() -> None:

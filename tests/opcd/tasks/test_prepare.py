@@ -1,6 +1,7 @@
 """What is decided before weights are loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_a_template_without_a_date_has_none(settings: dict) -> None:
     setup = prepare(TrainConfig(**settings, today="2026-05-01"))
     assert setup.remarks == []
     assert prepare(TrainConfig(**settings)).config.today is None
+
+
+def test_what_servers_would_draw_by_is_said(settings: dict, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(settings["model"], tmp_path / "base"))
+    (base / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 0, "do_sample": True, "top_k": 20, "repetition_penalty": 1.1})
+    )
+    (remark,) = prepare(TrainConfig(**settings | {"model": str(base)})).remarks
+    assert "sets do_sample True, top_k 20, repetition_penalty 1.1: nothing here is drawn" in remark
 
 
 def test_a_template_that_takes_no_system_message(settings: dict, tmp_path: Path) -> None:

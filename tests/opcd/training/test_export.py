@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from opcd.training.build import build_distiller
 from opcd.training.checkpoint import save_checkpoint
 from opcd.training.export import export_model
 from opcd.training.model_writer import ModelWriter
+from opcd.training.run import train
 from tests.conftest import CHATML, in_groups, tiny_llama, tiny_tokenizer
 from tests.opcd.published import CONFIGS, publish, write_json
 
@@ -361,6 +363,46 @@ def test_shards_say_what_they_hold(settings: dict, tmp_path: Path) -> None:
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as opened:
                 assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("begins", ["", "\n", "  {% if true %}  {% endif %}"])
+def test_arguments_of_the_template_go_with_the_model(
+    settings: dict, tmp_path: Path, begins: str
+) -> None:
+    """Who calls the template without them writes what was trained on."""
+    template = tmp_path / "own.jinja"
+    text = begins + CHATML.replace(
+        "assistant\n' }}", "assistant\n' }}{% if not thinks %}{{ names['it'] ~ level }}{% endif %}"
+    )
+    template.write_text(text, encoding="utf-8")
+    arguments = {"thinks": False, "level": None, "names": {"it": 'a "b"', "on": True}}
+    final = run_of(settings, chat_template=str(template), chat_template_args=arguments)
+    asked = [{"role": "user", "content": "cat"}]
+    own = AutoTokenizer.from_pretrained(final)
+    given = own.apply_chat_template(
+        asked, chat_template=text, tokenize=False, add_generation_prompt=True, **arguments
+    )
+    found = own.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert found == given
+    assert 'a "b"None' in found
+    other = own.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, thinks=True)
+    assert 'a "b"' not in other, "an argument that is given counts"
+
+
+def test_what_no_run_may_hold_is_not_copied(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or said before the first step: nobody could open the run's folder again."""
+    base = Path(shutil.copytree(settings["model"], tmp_path / "base"))
+    for name in ("x.npy", "scores.pkl"):
+        (base / name).write_bytes(b"of the user's own")
+    final = run_of(settings, model=str(base))
+    assert not [*final.glob("*.npy"), *final.glob("*.pkl")]
+    (base / "log.json").write_text('{"a": 1}\n{"b": 2}\n')
+    monkeypatch.setattr("opcd.training.loop.Distiller.step", None)
+    more = {"model": str(base), "output_dir": str(tmp_path / "second")}
+    with pytest.raises(InputError, match=r"copied from the base stands in its run: .*base/log\.jso"):
+        train(TrainConfig(**settings | more))
 
 
 def test_a_template_that_was_given_goes_with_the_model(settings: dict, tmp_path: Path) -> None:

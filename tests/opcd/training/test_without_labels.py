@@ -97,6 +97,12 @@ def test_answers_beside_the_prompts_judge_what_is_kept_out(unlabelled: dict) -> 
             assert example.text == f"say {example.answers[0]} in words"
     assert not any(e.answers for e in files.parts["train"])
     assert any("12 to test the model with, by the answers" in line for line in files.remarks)
+    given = Path(unlabelled["prompts"]).read_text()
+    write_jsonl(file, [{"prompt": row["prompt"], "label": 2} for row in rows])
+    files = read_task_files(TrainConfig(**unlabelled))
+    assert not any(e.answers for part in files.parts.values() for e in part)
+    assert any("is not taken for answers: " in line for line in files.remarks), files.remarks
+    file.write_text(given)
     del rows[7]["answer"]
     write_jsonl(file, rows)
     files = read_task_files(TrainConfig(**unlabelled))
