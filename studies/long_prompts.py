@@ -215,9 +215,10 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             cost.plot(
                 x, [row["teacher"][name] for row in timed_rows], "o-", color=colour, label=label
             )
+        sequences = timed_rows[0]["teacher"]["sequences"]
         whole = [fmean(row["step_time_s"] for row in of[size]) for size in sizes]
         cost.plot(x, whole, "s--", color=QUIET, label="a whole step of training")
-        cost.set(yscale="log", title=f"seconds a step of {timed_rows[0]['teacher']['sequences']}")
+        cost.set(yscale="log", title=f"seconds a step of {sequences} sequences")
         for axes in (reached, cost):
             axes.set(xscale="log", xlabel="tokens of the prompt")
             axes.set_xticks(x, [f"{n:.0f}" for n in x], minor=False)
@@ -225,7 +226,8 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.4, linewidth=0.5)
             axes.legend(frameon=False)
-        figure.suptitle(rows[0]["device"], x=0.01, ha="left", fontsize=8)
+        device = rows[0]["device"].replace(", 1 cores", ", 1 core")
+        figure.suptitle(device, x=0.01, ha="left", fontsize=8)
         figure.savefig(file, metadata={"Date": None}, facecolor="white")
         plt.close(figure)
 
