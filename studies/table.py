@@ -3,6 +3,7 @@
 python -m studies.table studies/results/guided.jsonl
 """
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,8 +17,13 @@ Rows = Sequence[dict[str, Any]]
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="a study's rows, such as results/guided.jsonl")
+    results = parser.parse_args().results
+    if not results.is_file():
+        parser.error(f"there must be rows, got no file {str(results)!r}")
     by_stage: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read(Path(sys.argv[1])):
+    for row in read(results):
         by_stage[row["stage"]].append(row)
     for stage, rows in by_stage.items():
         print(f"\n## {stage}\n\n{table(rows)}")
