@@ -16,7 +16,7 @@ from opcd.runtime.files import write_json, write_jsonl
 from opcd.runtime.progress import Progress
 from opcd.tasks.contexts import read_contexts
 from opcd.tasks.data import Example, request_of
-from opcd.tasks.messages import user
+from opcd.tasks.messages import user, words_of
 from opcd.training.run import train
 
 Shown = Callable[[], AbstractContextManager[Progress]]
@@ -72,15 +72,15 @@ class Distilling:
             raise Stopped(outcome.stopped)
 
     def _files(self, number: int, contexts: Sequence[Path]) -> tuple[Path, Path, list[Example]]:
-        """Contexts as one file, and the training prompts without those that a context shows, as a
-        file and as they are.
+        """Contexts as one file, and the training prompts without those that a context shows, also
+        in an earlier turn, as a file and as they are.
 
         Of several contexts each prompt names one, drawn by its words.
         """
         folder = self._folder / f"round-{number}"
         shown = {_asked(text) for path in contexts for text in _users(path)}
         rows, train = [], self._exercises.parts.train
-        problems = [problem for problem in train if _asked(problem.text) not in shown]
+        problems = [problem for problem in train if not shown & _turns(problem)]
         for problem in problems:
             row: dict[str, Any] = {"messages": list(problem.messages)}
             if len(contexts) > 1:
@@ -114,6 +114,11 @@ def _messages(path: Path) -> list[Any]:
 def _users(path: Path) -> list[str]:
     """The problems that a context shows."""
     return [m["content"] for m in _messages(path) if m["role"] == "user"]
+
+
+def _turns(problem: Example) -> set[tuple[str, str]]:
+    """What a problem asks, turn by turn."""
+    return {_asked(words_of(m)) for m in problem.messages if m["role"] == "user"}
 
 
 def _asked(text: str) -> tuple[str, str]:

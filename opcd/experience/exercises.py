@@ -74,6 +74,16 @@ class Exercises(Protocol):
         ...
 
 
+def check_judged(tried: Sequence[Tried]) -> None:
+    """Raise InputError where nobody could judge any of them."""
+    lost = [it.value for it in tried if isinstance(it.value, Lost)]
+    if len(lost) == len(tried):
+        raise InputError(
+            f"attempts must be judged, but of {len(lost)} none was; the first: {lost[0]}; correct "
+            f"what judges them, or raise check_seconds"
+        )
+
+
 def sampled_attempts(
     exercises: Exercises,
     model: LoadedModel,  # its setup is of the problems
@@ -88,12 +98,8 @@ def sampled_attempts(
     """
     ask = Ask(rollout_params(model.setup), ATTEMPTS - round_number, times)
     tried = exercises.tried(model, model.setup.task.training, problems, ask)
+    check_judged(tried)
     lost = [it.value for it in tried if isinstance(it.value, Lost)]
-    if len(lost) == len(tried):
-        raise InputError(
-            f"attempts must be judged, but of {len(lost)} none was; the first: {lost[0]}; correct "
-            f"what judges them, or raise check_seconds"
-        )
     each = [problem for problem in problems for _ in range(times)]
     found = [
         Attempt(

@@ -65,6 +65,7 @@ def _off_policy(accepted: Sequence[Round], phases: Phases) -> str | None:
         # would be a teacher of its own.
         changed = {"guided_share": 1.0, "teacher": teacher, "return_anchor": 0.0}
         changed |= {"replay_share": 0.0, "replay_data": None}
+        changed["prompts_per_step"] = phases.config.of_task().prompts_per_step or 1
         try:
             phases.distilling.run(one.number, model, one.contexts, run, **changed)
         except Diverged as error:

@@ -22,12 +22,10 @@ UNFIT = "that do not fit the model"
 def keep_fitting(given: Given, bench: Bench) -> None:
     """Leave out what does not fit of a log, and count it. Of problems nothing is left out.
 
-    Raises InputError for a problem that does not fit, and where nothing is left of a log. A game
-    is as long as it is played.
+    Raises InputError for a problem that does not fit, and where nothing is left of a log. Of a
+    game that is its opening, with room for a first answer: how long it grows its play decides.
     """
     exercises = given.exercises
-    if given.settings.experience.game is not None:
-        return
     parts, logged = exercises.parts, exercises.logged
     setup = bench.setup(bench.requests("validation", parts.validation))
     model = load_config(setup.config.model)

@@ -44,7 +44,8 @@ def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
 
     Raises InputError for a loop that would go on with other exercises, settings or models.
     """
-    folder = Path(settings.training.output_dir)
+    # Its runs name files of rounds, which lie beside them: from anywhere, and when they go on.
+    folder = Path(settings.training.output_dir).expanduser().absolute()
     file = folder / FILE
     now: dict[str, Any] = {
         "settings": as_dict(settings),
@@ -131,6 +132,12 @@ def _checked(file: Path, now: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"a resumed loop must have the files that it was begun with, got another text of "
             f"{', '.join(changed)}; restore it, or start another output_dir"
+        )
+    made = [int(f.name.removeprefix(ROUND)) for f in file.parent.glob(f"{ROUND}[0-9]*")]
+    if now["rounds"] < max(made, default=0):
+        raise InputError(
+            f"a resumed loop may have more rounds, and none less than were begun, got rounds "
+            f"{now['rounds']} where {file.parent} has {max(made)}; set rounds to that at least"
         )
     if now["rounds"] != before["rounds"] and (file.parent / LAST).exists():
         raise InputError(

@@ -12,18 +12,20 @@ from pathlib import Path
 from opcd.episodes import Prompt
 from opcd.errors import InputError
 from opcd.evaluation.contenders import LoadedModel
-from opcd.experience.attempts import Attempt
+from opcd.experience.attempts import RIGHT, Attempt
 from opcd.models.lm import max_positions
 from opcd.rollouts.noise import ATTEMPTS, streams
 from opcd.rollouts.protocol import SamplingParams
+from opcd.scoring.reasoning import split_thought
 from opcd.scoring.texts import folded
 from opcd.tasks.messages import user, words_of
 from opcd.tasks.records import read_text
 
 PROMPT = Path(__file__).parent / "prompts" / "items.md"
-ITEM_TOKENS = 256  # of what is written down about one attempt
+ITEM_TOKENS = 256  # of what is written down about one attempt, or as many as an answer may have
 MARK = "- EXPERIENCE ITEM:"
-OUTCOMES = {True: " It was found right.", False: " It was found wrong."}
+RIGHT_SAID, WRONG_SAID = " It was found right.", " It was found wrong."
+PARTLY_SAID = " It was found right in part."
 PLACES = frozenset({"{problem}", "{attempt}"})
 
 
@@ -45,24 +47,26 @@ def written_items(model: LoadedModel, requests: Sequence[str], round_number: int
     """
     config, chat = model.setup.config, model.setup.chat
     limit = max_positions(model.model.config)
+    most = max(ITEM_TOKENS, config.max_completion_tokens)  # a thought comes first
     asked = [chat.template.ids([user(request)]) for request in requests]
     fitting = [
         (request, ids)
         for request, ids in zip(requests, asked, strict=True)
-        if limit is None or len(ids) + ITEM_TOKENS <= limit
+        if limit is None or len(ids) + most <= limit
     ]
     if not fitting:
         return []
     prompt_ids = [ids for _, ids in fitting]
     numbers = streams(config.seed, ATTEMPTS - round_number, [Prompt(i, i) for i in prompt_ids])
-    params = SamplingParams(ITEM_TOKENS, config.temperature)
+    params = SamplingParams(most, config.temperature)
     rollouts = model.engine.generate(prompt_ids, params, numbers)
     return distinct(
         [
             item
             for (request, _), rollout in zip(fitting, rollouts, strict=True)
             for item in items_in(
-                chat.decode(rollout.completion_token_ids), rollout.finish_reason == "length"
+                split_thought(chat.decode(rollout.completion_token_ids)).answer or "",
+                rollout.finish_reason == "length",
             )
             if not repeats(item, request)
         ]
@@ -71,15 +75,21 @@ def written_items(model: LoadedModel, requests: Sequence[str], round_number: int
 
 def request_for_items(prompt: str, attempt: Attempt, reward: bool) -> str:
     """The request, with the attempt in place."""
-    known = reward and attempt.value is not None
     return filled(
         prompt,
         {
             "{problem}": "\n\n".join(words_of(message) for message in attempt.problem),
             "{attempt}": attempt.text,
-            "{outcome}": OUTCOMES[attempt.right] if known else "",
+            "{outcome}": _outcome(attempt.value) if reward else "",
         },
     )
+
+
+def _outcome(value: float | None) -> str:
+    """By the value alone: whether an answer was cut is another question."""
+    if value is None:
+        return ""
+    return RIGHT_SAID if value >= RIGHT else PARTLY_SAID if value > 0 else WRONG_SAID
 
 
 def filled(prompt: str, texts: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from opcd.evaluation.elsewhere import answers_elsewhere
 from opcd.evaluation.intervals import Difference, PerRequest, paired_difference, wilson_interval
 from opcd.experience.attempts import means
 from opcd.experience.contexts import ITEMS, kind_of
-from opcd.experience.exercises import Ask, Exercises
+from opcd.experience.exercises import Ask, Exercises, check_judged
 from opcd.rollouts.noise import HELD_OUT
 from opcd.runtime.files import write_jsonl, write_text
 from opcd.runtime.memory import release_memory
@@ -108,6 +108,7 @@ class Bench:
         requests: Path,
         problems: Sequence[Example],
         context: Path | None = None,
+        judged: bool = False,  # some of it must be
     ) -> Measured:
         """What it says, as `evaluation` of the configuration draws it, judged; behind a context
         where there is one."""
@@ -115,6 +116,8 @@ class Bench:
         model = self.model(name, setup)
         ask = Ask(model.params, HELD_OUT, prompted=context is not None)
         tried = self.exercises.tried(model, setup.task.training, problems, ask)
+        if judged:
+            check_judged(tried)
         return Measured(
             [None if isinstance(it.value, Lost) else it.value for it in tried],
             dropped([it.value for it in tried if isinstance(it.value, Lost)]),
@@ -141,11 +144,15 @@ def placement(config: TrainConfig, kind: str) -> Placement:
 
 
 def more_right(one: Measured, other: Measured) -> Difference | None:
-    """How much more often one is right, over what could be judged of both; None where nothing."""
+    """How much more often one is right, over what could be judged of the other; None where nothing.
+
+    What could be judged of the other and not of the one is not right: what it says may be why.
+    """
+    known = any(a is not None for a in one.values)
     pairs = [
-        (a, b)
+        (a or 0.0, b)
         for a, b in zip(one.values, other.values, strict=True)
-        if a is not None and b is not None
+        if b is not None and known
     ]
     if not pairs:
         return None

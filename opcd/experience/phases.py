@@ -66,10 +66,12 @@ class Phases:
     def original(self) -> Weights:
         """The model before, measured once."""
         name = self.config.model
+
+        problems = self.parts.validation
         found = Measured(
             **kept(
                 self.folder / "before.json",
-                lambda: self.bench.measure(name, self.validation, self.parts.validation)._asdict(),
+                lambda: self.bench.measure(name, self.validation, problems, judged=True)._asdict(),
             )
         )
         same = self.original_elsewhere
@@ -245,10 +247,13 @@ def _lost(counts: dict[str, Any]) -> str:
 
 def _why_none(counts: dict[str, Any], items: Sequence[str], found: dict[str, Any]) -> str:
     if candidates := found["candidates"]:
-        best, without = candidates[0]["accuracy"], found["without"]["accuracy"]
+        best, without = (
+            "not judged" if x["accuracy"] is None else f"{x['accuracy']:.1%}"
+            for x in (candidates[0], found["without"])
+        )
         return (
             f"none of {len(candidates)} contexts is better on validation than no experience (the "
-            f"best {best:.1%}, without {without:.1%})"
+            f"best {best}, without {without})"
         )
     written = f"{len(items)} items were" if items else "no item was"
     right = f"{counts['right']} of {counts['judged']} attempts are right"

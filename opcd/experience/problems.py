@@ -107,11 +107,12 @@ def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) 
 
     Rows have the forms of evaluation data. Without validation_data and test_data named, both are
     taken from prompts. logged: problems of a log, which take the place of those to learn from; what
-    is a validation or test problem as well, or holds one among its turns, is left out of them.
+    is a validation or test problem as well, holds one among its turns, or stands among one's, is
+    left out of them.
 
     Raises InputError for rows without answers, training problems that hold others among their
-    turns, equal problems with different answers, answers that the checker can never find right,
-    system messages, and a part without a problem.
+    turns or stand among theirs, equal problems with different answers, answers that the checker can
+    never find right, system messages, and a part without a problem.
     """
     named = [path for path in (config.validation_data, config.test_data) if path]
     if len(named) == 1 or (logged is not None and not named):
@@ -132,11 +133,17 @@ def read_problems(config: TrainConfig, logged: Sequence[Example] | None = None) 
                 f"among its turns, which a demonstration would show, got {len(shows)} that do; "
                 f"remove them, or the problems that they hold"
             )
+        if held := _held_by(parts.train, parts):
+            raise InputError(
+                f"{held[0].source}: a training problem must not stand among the turns of a "
+                f"validation or test problem, behind which it may be shown, got {len(held)} that "
+                f"do; remove them, or the problems that hold them"
+            )
     else:
         held_out = [_read(path) for path in named]
         check_disjoint({"validation": held_out[0], "test": held_out[1]}, {"": NO_CONTEXT})
         parts = Parts([], *held_out)
-        left_out = {id(problem) for problem in _showing(logged, parts)}
+        left_out = {id(p) for p in [*_showing(logged, parts), *_held_by(logged, parts)]}
         parts = parts._replace(train=[p for p in logged if id(p) not in left_out])
     for name, part in parts._asdict().items():
         if not part:
@@ -174,6 +181,19 @@ def _showing(problems: Sequence[Example], parts: Parts) -> list[Example]:
         )
 
     return [problem for problem in problems if shows(problem)]
+
+
+def _held_by(problems: Sequence[Example], parts: Parts) -> list[Example]:
+    """Those that stand in front of the last turn of a validation or test problem."""
+    sizes = {len(problem.messages) for problem in problems}
+    known = {
+        request_of(replace(held, messages=held.messages[end - size : end]))[1]
+        for held in (*parts.validation, *parts.test)
+        for end in range(1, len(held.messages))
+        for size in sizes
+        if size <= end
+    }
+    return [problem for problem in problems if request_of(problem)[1] in known]
 
 
 def split(problems: Sequence[Example], held_out_share: float) -> Parts:

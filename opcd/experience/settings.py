@@ -23,6 +23,7 @@ ITS_OWN = {
     "guided_completions": "the prompted model makes them, a share guided_share",
     "turns": "a problem is one request",
     "test_sets": "its test problems are one set",
+    "max_minutes": "its runs are compared after as many steps, and go on where they were ended",
 }
 # Of a training run that chooses by validation data and makes a scorecard: a round does neither.
 UNUSED = {

@@ -10,7 +10,7 @@ from opcd.experience.attempts import Attempt
 from opcd.experience.exercises import Ask, Tried
 from opcd.experience.games.comparing import PLACE, REQUEST, compared, request_to_compare
 from opcd.experience.games.environments import Environments
-from opcd.experience.games.playing import Game, Played, Table
+from opcd.experience.games.playing import TOO_LONG, Game, Played, Table
 from opcd.experience.games.source import PlayedGames, seats_of
 from opcd.experience.problems import place_of
 from opcd.experience.settings import Experience, Settings
@@ -136,4 +136,7 @@ def _games(exercises: Sequence[Example]) -> list[Game]:
 
 
 def _value(played: Played) -> float | Lost:
-    return played.lost if played.lost is not None else float(played.won)
+    """A game that outgrew the model was not won: it was the player's to end it."""
+    if played.lost is not None and played.lost.why != TOO_LONG:
+        return played.lost
+    return float(played.won)

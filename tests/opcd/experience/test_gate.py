@@ -53,12 +53,18 @@ def test_elsewhere_may_fall_by_three_points_and_not_beyond_doubt_by_more() -> No
     assert decide(before, after, agreed(270), agreed(268), 0.03).accepted
 
 
-def test_what_could_not_be_judged_is_left_out_of_both() -> None:
+def test_what_could_not_be_judged_afterwards_does_not_count_for_it() -> None:
+    """Weights that make a checker raise are not better for it."""
     before = Measured([None, 0.0, 0.0, 1.0], {"crashed": 1}, [])
     after = Measured([1.0, 1.0, None, 1.0], {"crashed": 1}, [])
     apart = more_right(after, before)
     assert apart is not None
-    assert (apart.requests, apart.mean) == (2, 0.5)
-    unknown = Measured([None] * 4, {}, [])
+    assert (apart.requests, apart.mean) == (3, pytest.approx(1 / 3))
+    before = Measured([0.0] * 200, {}, [])
+    after = Measured([1.0] * 4 + [0.0] + [None] * 195, {"raised": 195}, [])
+    lost = Measured([1.0] * 100 + [0.0] * 100, {}, [])
+    assert not decide(lost, after, NOTHING, NOTHING, 0.03).accepted
+    assert decide(before, after, NOTHING, NOTHING, 0.03).figures["better"]["requests"] == 200
+    unknown = Measured([None] * 200, {}, [])
     assert not decide(before, unknown, NOTHING, NOTHING, 0.03).accepted
     assert unknown.summary()["accuracy"] is None

@@ -23,7 +23,13 @@ from opcd.experience.settings import REFUSED, read_settings
 from opcd.tasks.elsewhere import BUILT_IN
 from opcd.tasks.messages import assistant, user
 from tests.conftest import in_groups, write_jsonl
-from tests.opcd.experience.loops import assert_same, killed_again_and_again, run, weights
+from tests.opcd.experience.loops import (
+    assert_same,
+    keep_whatever,
+    killed_again_and_again,
+    run,
+    weights,
+)
 
 CHECKER = """
 def check(completion, answers):
@@ -119,6 +125,22 @@ def test_a_loop_killed_in_each_phase_resumes_to_the_same_result(
     assert_same(found, whole)
 
 
+def test_a_loop_in_a_relative_folder_goes_on(
+    task: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is finished, whose off-policy runs are looked at once more."""
+    keep_whatever(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    task = task | {"output_dir": "loops/mine", "steps": 2}
+    assert run(task, stop_after=1).stopped
+    found = run(task, resume=True)
+    assert not found.stopped
+    assert run(task, resume=True).rounds == found.rounds
+    (tmp_path / "loops" / "mine" / "round-2").mkdir()
+    with pytest.raises(InputError, match=r"none less than were begun, got rounds 1 where .* has 2"):
+        run(task, resume=True)
+
+
 ELSEWHERE = """
 import sys
 import pytest
@@ -204,8 +226,10 @@ def test_a_harmful_context_is_not_distilled(task: dict, monkeypatch: pytest.Monk
     monkeypatch.setattr(distilling, "train", lambda *_: pytest.fail("nothing was to be distilled"))
     real = phases.Bench.measure
 
-    def worse(self: object, name: str, requests: Path, problems: list, context=None) -> object:
-        found = real(self, name, requests, problems, context)
+    def worse(
+        self: object, name: str, requests: Path, problems: list, context=None, **more: bool
+    ) -> object:
+        found = real(self, name, requests, problems, context, **more)
         return found._replace(values=[0.0 if context else 1.0] * len(problems))
 
     monkeypatch.setattr(phases.Bench, "measure", worse)
@@ -236,7 +260,7 @@ def test_no_success_in_a_round_and_no_verdict_at_all(task: dict, tmp_path: Path)
         == "nothing to learn from: no item was written, and 0 of 32 attempts are right"
     )
     (tmp_path / "checker.py").write_text("def check(completion, answers):\n    return 1 / 0")
-    with pytest.raises(InputError, match=r"must be judged, but of 32 none was.*ZeroDivision"):
+    with pytest.raises(InputError, match=r"must be judged, but of 6 none was.*ZeroDivision"):
         run(task | {"output_dir": str(tmp_path / "other")})
 
 
