@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -28,6 +29,7 @@ OF_A_RUN = (
     *("rounds.jsonl", "round-1", "rivals/rivals.jsonl"),
 )
 CODE = ("scorer", "trackers")  # fields that may name a Python function
+_FIELD_LINE, _ORIGIN = re.compile(r"  (\w+):"), re.compile(r"  # (.+)$")
 REQUIRED = [
     f.name
     for f in dataclasses.fields(TrainConfig)
@@ -63,9 +65,15 @@ def gather(
     layers.append((caller, _located(converted(given, caller), Path.cwd())))
     values = {}
     origins: dict[str, str] = {}
+    of_run = file is not None and written_here(file)
     for origin, layer in layers:
+        # A run's file holds every field: what it says of their origins stays, unless they change.
+        named = [n for n in layer if not (of_run and n in values and values[n] == layer[n])]
         values |= layer
-        origins |= dict.fromkeys(layer, origin)
+        if of_run and file is not None and origin == file.name:
+            origins |= _origins_in(file)
+        else:
+            origins |= dict.fromkeys(named, origin)
     missing = [name for name in REQUIRED if name not in values]
     if missing:
         raise InputError(
@@ -180,6 +188,18 @@ def _inside(folder: Path, path: str) -> str:
         with contextlib.suppress(ValueError):
             return Path(path).relative_to(folder.absolute()).as_posix()
     return path
+
+
+def _origins_in(path: Path) -> dict[str, str]:
+    """Where `write_config` said that the values of a file came from."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if started := _FIELD_LINE.match(line):
+            name = started[1]
+        if told := _ORIGIN.search(line):
+            found[name] = told[1]
+    return {name: origin for name, origin in found.items() if name in FIELDS}
 
 
 def written_here(path: Path) -> bool:

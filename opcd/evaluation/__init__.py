@@ -24,6 +24,7 @@ facts       sentences beside its tables
 table       every answer in one table, answers.csv
 compare     many runs side by side
 savings     what a server was measured to save, for report and page
+figure      a figure of matplotlib's that nobody else has
 page        the scorecard for whoever decides: report.html
 plots       drawings of a page, as SVG in its own colours
 evidence    what figures and weights came from: evidence.json

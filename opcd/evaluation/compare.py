@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from opcd.errors import InputError
 from opcd.evaluation.evaluate import read_scorecard
+from opcd.evaluation.figure import blank_figure
 from opcd.evaluation.report import aligned
 from opcd.evaluation.verdict import reference_of
 
@@ -92,15 +93,13 @@ def comparison_table(runs: Sequence[Scored]) -> str:
 def draw_comparison(runs: Sequence[Scored], file: Path) -> None:
     """A line a run: base, prompted and distilled with their 95 % intervals; as an SVG."""
     import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
     marks = {"base": ("o", QUIET, -0.22), "prompted": ("s", THEIRS, 0.0)}
     marks["distilled"] = ("D", OURS, 0.22)
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.42 * len(runs)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = blank_figure((7.5, 1.2 + 0.42 * len(runs)), layout="constrained")
+        axes = figure.subplots()
         for who, (mark, colour, shift) in marks.items():
             named = False
             for line, run in enumerate(runs):
@@ -132,7 +131,6 @@ def draw_comparison(runs: Sequence[Scored], file: Path) -> None:
         axes.tick_params(left=False)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(file, metadata={"Date": None}, facecolor="white")
-        pyplot.close(figure)
 
 
 def _is_whole(card: dict[str, Any] | None) -> bool:

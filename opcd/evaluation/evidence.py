@@ -98,11 +98,13 @@ def input_files(config: TrainConfig) -> dict[str, str]:
 
 
 def tree_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder and below, by its path in there."""
+    """SHA-256 of every file in a folder and below, by its path in there; hidden ones, which nothing
+    reads and file managers leave, do not count."""
     return {
         path.relative_to(folder).as_posix(): file_digest(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
 
 

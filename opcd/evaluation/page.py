@@ -249,7 +249,7 @@ def _checked(folder: Path, card: Mapping[str, Any], texts: bool) -> list[tuple[s
 
 def _settings(config: TrainConfig) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Every field, in its group: name, value, and where it came from."""
-    hidden = {"without_context"} if config.without_texts else set()
+    hidden = {"without_context", "stop"} if config.without_texts else set()
     return [
         (
             group,
@@ -265,7 +265,7 @@ def _settings(config: TrainConfig) -> list[tuple[str, list[tuple[str, str, str]]
 
 def _value(name: str, config: TrainConfig, hidden: set[str]) -> str:
     value = getattr(config, name)
-    if name in hidden and value not in ("default", "none"):
+    if name in hidden and value and value not in ("default", "none"):
         return "a text"
     if value is None:
         return "–"

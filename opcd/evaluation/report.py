@@ -9,6 +9,7 @@ from typing import Any
 from opcd import __version__
 from opcd.config import TrainConfig
 from opcd.evaluation.facts import constant_facts, harm_facts, lost_facts, set_lines
+from opcd.evaluation.figure import blank_figure
 from opcd.evaluation.intervals import CHANCE
 from opcd.evaluation.savings import savings_section
 from opcd.evaluation.spikes import spikes
@@ -324,16 +325,13 @@ def draw_curve(
     metrics: Sequence[dict[str, Any]], path: Path, divergence: str = "reverse KL"
 ) -> None:
     """Divergence, completion length, and what validations found over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
     validated = [m for m in metrics if "validation" in m]
     metrics = [m for m in metrics if "loss" in m]
     steps = [m["step"] for m in metrics]
-    figure, axes = pyplot.subplots(1, 3 if validated else 2, figsize=(11, 3.2), dpi=110)
+    figure = blank_figure((11, 3.2))
+    axes = figure.subplots(1, 3 if validated else 2)
     axes[0].plot(
         steps,
         [math.nan if m["divergence"] is None else m["divergence"] for m in metrics],
@@ -367,7 +365,6 @@ def draw_curve(
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def excerpt(text: str, width: int) -> str:

@@ -8,7 +8,7 @@ from opcd.errors import InputError
 from opcd.evaluation.contenders import LoadedModel, load_for_answers
 from opcd.evaluation.decoding import answer_params
 from opcd.tasks.messages import user
-from opcd.tasks.prepare import prepare
+from opcd.tasks.prepare import on_this_machine, prepare
 
 
 class SideBySide:
@@ -20,7 +20,7 @@ class SideBySide:
                 f"there must be a distilled model, got no folder {str(distilled)!r}; name the "
                 f"folder of a run that has ended"
             )
-        self._setup = prepare(config)
+        self._setup = prepare(on_this_machine(config))
         params = answer_params(self._setup)
         self._models: dict[str, LoadedModel] = {
             "base": load_for_answers(self._setup, config.model, params),

@@ -1,10 +1,8 @@
 """The folder of a loop: what it was given, and what its phases have found."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,7 +12,7 @@ from opcd.errors import InputError
 from opcd.experience.exercises import Exercises
 from opcd.experience.settings import PYTHON, Settings, as_dict
 from opcd.models.digest import model_digest
-from opcd.runtime.files import make_folder, write_json
+from opcd.runtime.files import write_json
 from opcd.runtime.untrusted import check_run_folder
 from opcd.scoring.scorers import load_scorer
 from opcd.tasks.records import read_text
@@ -70,34 +68,6 @@ def begin(settings: Settings, exercises: Exercises, resume: bool) -> Given:
     write_json(file, now)
     training = replace(settings.training, today=now["today"])
     return Given(settings._replace(training=training), folder, exercises)
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Within it no other process works in this folder, where the system can tell.
-
-    Raises InputError for one in which another does, and for one that cannot be written.
-    """
-    make_folder(folder)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"output_dir must be one loop's at a time, got {str(folder)!r}, in which another "
-                f"process works; wait for its end, or choose another output_dir"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(opened)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

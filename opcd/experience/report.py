@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd import __version__
+from opcd.evaluation.figure import blank_figure
 from opcd.evaluation.intervals import PerRequest, paired_difference
 from opcd.experience.settings import Settings
 from opcd.runtime.files import write_text
@@ -134,10 +135,6 @@ def round_lines(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def draw_curve(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy on validation problems over the rounds, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
     first = rounds[0]["without"]
@@ -149,7 +146,8 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
         for row in rounds
         if row["candidates"] and row["candidates"][0]["accuracy"] is not None
     ]
-    figure, axis = pyplot.subplots(figsize=(6, 3.4), dpi=110)
+    figure = blank_figure((6, 3.4))
+    axis = figure.subplots()
     for taken, mark, label in ((True, "o", "the weights"), (False, "x", "rolled back")):
         own = [(n, found) for n, found, accepted in points if accepted == taken]
         if not own:
@@ -180,7 +178,6 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _count(counts: Mapping[str, float], what: str) -> str:

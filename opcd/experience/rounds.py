@@ -18,13 +18,14 @@ from opcd.experience.distilling import Distilling, Shown, Stopped
 from opcd.experience.exercises import Exercises
 from opcd.experience.final import final_columns
 from opcd.experience.fitting import keep_fitting
-from opcd.experience.folder import Given, alone, begin
+from opcd.experience.folder import Given, begin
 from opcd.experience.games.exercises import Games
 from opcd.experience.measuring import Bench
 from opcd.experience.phases import Phases, Round, Say
 from opcd.experience.problems import Problems
 from opcd.experience.report import write_report
 from opcd.experience.settings import Settings
+from opcd.runtime.alone import alone
 from opcd.runtime.files import write_jsonl
 from opcd.runtime.progress import Progress
 
@@ -50,7 +51,7 @@ def learn(
     Raises InputError for whatever a user gave that does not fit.
     """
     settings.training.check()
-    with alone(Path(settings.training.output_dir)), exercises_of(settings) as exercises:
+    with alone(Path(settings.training.output_dir), "loop"), exercises_of(settings) as exercises:
         given = begin(settings, exercises, resume)
         bench = Bench(given.settings.training, given.folder, exercises)
         keep_fitting(given, bench)

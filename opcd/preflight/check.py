@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opcd.errors import InputError
+from opcd.evaluation.evidence import renew_outputs
 from opcd.evaluation.intervals import Difference
 from opcd.evaluation.measured import measured_by
 from opcd.evaluation.report import excerpt
@@ -51,6 +52,7 @@ class Checked(NamedTuple):
     def write(self, folder: Path) -> None:
         """Into check.json, which the report of a run there repeats."""
         write_json(folder / FILE, self.as_dict())
+        renew_outputs(folder, [FILE])
 
 
 def check(

@@ -1,5 +1,6 @@
 """What a run needs of the machine.
 
+alone        one process at a time in a folder
 batches      sequences to batches that hold little padding
 cache        where opcd keeps what it can make again
 console      output that arrives on any terminal, and never ends a run

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -26,11 +27,14 @@ def any_console() -> Iterator[None]:
     is no error."""
     codecs.register_error("spelled", _spelled)
     streams = sys.stdout, sys.stderr
+    patient = [_Patient(stream) if stream else stream for stream in streams]
     try:
-        sys.stdout, sys.stderr = (_Patient(stream) if stream else stream for stream in streams)
+        sys.stdout, sys.stderr = patient
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        for stream in filter(None, patient):
+            stream.end()
 
 
 class _Patient:
@@ -58,6 +62,14 @@ class _Patient:
                 self._stream.flush()
             except OSError:
                 self._gone = True
+
+    def end(self) -> None:
+        """What is left goes out, or nowhere: the interpreter, which flushes as it ends, would
+        replace the exit status."""
+        self.flush()
+        if self._gone:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -98,7 +98,7 @@ def free_name(folder: Path) -> Path:
 def write_text(target: Path, text: str) -> None:
     """Write UTF-8 text aside, then put it in the place of `target`."""
     aside = target.with_name(f".writing-{target.name}")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
     aside.replace(target)
 
 

@@ -3,10 +3,13 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -50,21 +53,34 @@ def memory_room(device: torch.device) -> Room:
     if device.type == "cuda":
         available, total = torch.cuda.mem_get_info(device)
         return Room(total, available)
-    found = [_meminfo(), *(_group(*files) for files in _GROUPS)]
+    found = [_meminfo(), *(_group(*files) for files in _group_files())]
     totals = [room.total for room in found if room.total is not None]
     rooms = [room.available for room in found if room.available is not None]
     return Room(min(totals, default=None), min(rooms, default=None))
 
 
-# Limit and use of a control group, versions 2 and 1, as a container sees its own.
-_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
+# Limit and use of a control group, and the folder of the outermost one, of versions 2 and 1.
+_NAMES = {
+    CGROUPS: ("memory.max", "memory.current", "memory.stat"),
+    CGROUPS / "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+
+
+def _group_files() -> Iterator[tuple[Path, Path, Path]]:
+    """Of the group that this process is in (a job's, say) and of those around it. A container sees
+    its own as the outermost one."""
+    own = {root: Path() for root in _NAMES}
+    if OWN_GROUPS.exists():
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, _, rest = line.partition(":")
+            controllers, _, place = rest.partition(":")
+            if not controllers or "memory" in controllers.split(","):
+                root = CGROUPS if not controllers else CGROUPS / "memory"
+                own[root] = Path(place.lstrip("/"))
+    for root, path in own.items():
+        for inner in (path, *path.parents):
+            limit, used, stat = (root / inner / name for name in _NAMES[root])
+            yield limit, used, stat
 
 
 def _meminfo() -> Room:
@@ -76,12 +92,12 @@ def _meminfo() -> Room:
     return Room(*(1024 * kib[k] if k in kib else None for k in ("MemTotal", "MemAvailable")))
 
 
-def _group(limit: str, used: str, stat: str) -> Room:
+def _group(limit: Path, used: Path, stat: Path) -> Room:
     """Of a group without a limit nothing; cached files leave when there is need."""
     try:
-        total = int(Path(limit).read_text(encoding="ascii"))
-        taken = int(Path(used).read_text(encoding="ascii"))
-        lines = Path(stat).read_text(encoding="ascii").splitlines()
+        total = int(limit.read_text(encoding="ascii"))
+        taken = int(used.read_text(encoding="ascii"))
+        lines = stat.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):  # no such group, or "max"
         return Room(None, None)
     cached = {k: int(v) for k, v in (line.split() for line in lines)}.get("inactive_file", 0)

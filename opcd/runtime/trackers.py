@@ -1,12 +1,12 @@
 """Where a run's metrics go beside metrics.jsonl: TensorBoard, or a function of the user's."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from opcd.errors import InputError
-from opcd.runtime.user_code import load_function
+from opcd.runtime.user_code import load_function, raised
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,25 @@ def log_all(trackers: list[Tracker], metrics: Mapping[str, Any]) -> None:
     trackers[:] = [tracker for tracker in trackers if _logged(tracker, metrics["step"], values)]
 
 
+def close_all(trackers: Sequence[Tracker]) -> None:
+    """Close every tracker; one that raises is said, and ends no run."""
+    for tracker in trackers:
+        _close(tracker)
+
+
+def _close(tracker: Tracker) -> None:
+    try:
+        tracker.close()
+    except Exception as error:  # whatever the user's own raises
+        log.warning("a tracker was not closed: %s: %s", type(error).__name__, error)
+
+
 def _logged(tracker: Tracker, step: int, values: Mapping[str, float]) -> bool:
     try:
         tracker.log(step, values)
     except Exception as error:  # whatever the user's own raises
         log.warning("a tracker is left out from here on: %s: %s", type(error).__name__, error)
+        _close(tracker)
         return False
     return True
 
@@ -84,7 +98,14 @@ def _open(name: str, folder: Path) -> Tracker:
     if name == "tensorboard":
         return TensorBoard(folder)
     if name.startswith("python:"):
-        made = load_function(name.removeprefix("python:"), f"tracker {name}")(folder)
+        make = load_function(name.removeprefix("python:"), f"tracker {name}")
+        try:
+            made = make(folder)
+        except Exception as error:  # whatever the user's own raises
+            raise InputError(
+                f"tracker {name} must return an object with log(step, values) and close(), but it "
+                f"raised {raised(error)}; correct it, or leave it out"
+            ) from error
         if not (callable(getattr(made, "log", None)) and callable(getattr(made, "close", None))):
             raise InputError(
                 f"tracker {name} must return an object with log(step, values) and close(), got "

@@ -17,7 +17,7 @@ from opcd.serving.trained import Trained, read_trained
 from opcd.serving.vllm import find_vllm
 from opcd.serving.wanted import Wanted
 from opcd.serving.ways import Found, Run, at_address, in_process, started
-from opcd.tasks.prepare import prepare
+from opcd.tasks.prepare import on_this_machine, prepare
 
 
 def serve_report(
@@ -39,7 +39,8 @@ def serve_report(
             f"there must be a distilled model, got no folder {str(final)!r}; name the folder of a "
             f"run that has ended"
         )
-    setup, today = prepare(replace(config, output_dir=str(run))), date.today().isoformat()
+    here_now = replace(on_this_machine(config), output_dir=str(run))
+    setup, today = prepare(here_now), date.today().isoformat()
     dated = setup.config.today not in (None, today)
     if dated:  # a server's template takes the day's own
         setup = prepare(replace(setup.config, today=today))

@@ -114,6 +114,15 @@ class Setup(NamedTuple):
         return model
 
 
+def on_this_machine(config: TrainConfig) -> TrainConfig:
+    """A run's configuration with a device that is here, where its own is another machine's."""
+    try:
+        resolve_device(config.device)
+    except InputError:
+        return replace(config, device="auto")
+    return config
+
+
 def prepare(config: TrainConfig, for_training: bool = False) -> Setup:
     """Read and check everything that can be wrong before weights are loaded."""
     config.check()

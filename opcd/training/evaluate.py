@@ -1,6 +1,7 @@
 """A run's model, or another one, scored on test data."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def evaluate_run(
     data = Path(config.test_data).stem if config.test_data else "held-out"
     selection: dict[str, Any] | None = None
     changed = ""
-    of = "-".join([path.strip("/.").replace("/", "-"), *contenders, data])
+    of = "-".join([re.sub(r"[\\/:]", "-", path.strip("/.")), *contenders, data])
     target = run / f"eval-{of}"
     if distilled is None:
         selection = read_selection(run) or None

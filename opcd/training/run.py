@@ -15,10 +15,11 @@ from opcd.evaluation.evidence import write_evidence
 from opcd.evaluation.page import Record, write_page
 from opcd.models.files import ModelFiles
 from opcd.objective import Divergence, head_divergence
+from opcd.runtime.alone import alone
 from opcd.runtime.files import read_metrics, write_jsonl
 from opcd.runtime.memory import release_memory
 from opcd.runtime.progress import Progress
-from opcd.runtime.trackers import log_all, open_trackers
+from opcd.runtime.trackers import close_all, log_all, open_trackers
 from opcd.runtime.untrusted import check_run_folder
 from opcd.tasks.prepare import Setup, prepare
 from opcd.tasks.template import with_defaults
@@ -79,6 +80,19 @@ def train(
     setup = prepare(config, for_training=True)
     tasks_of(config)  # what the scorecard will ask for must be there before the first step
     folder = check_folder(setup.config, resume, progress)
+    with alone(folder, "run"):
+        return _train(setup, folder, resume, progress, divergence, source)
+
+
+def _train(
+    setup: Setup,
+    folder: Path,
+    resume: bool,
+    progress: Progress,
+    divergence: Divergence,
+    source: MakeSource | None,
+) -> Outcome:
+    """See `train`; in a folder that is its own."""
     config, before = setup.config, read_selection(folder)
     finished = before.get("steps_done") == config.steps
     if not finished:
@@ -86,6 +100,7 @@ def train(
         announce_budget(setup, progress)
     if finished:
         check_fingerprints(before, setup, folder / "final")
+        progress.end()  # there is no step that an interrupt could wait for
         outcome = Outcome(folder, config.steps, None, None)
     else:
         outcome, best, writer = _trained(setup, folder, resume, progress, divergence, source)
@@ -98,6 +113,7 @@ def train(
         more = "; more steps would prolong it" if config.schedule == "constant" else ""
         progress.say(f"this run was finished before: nothing is left to do{more}")
         return outcome
+    write_config(config, folder / "config.yaml")
     if not setup.task.test:
         evidence = write_evidence(folder, setup, None, str(folder / "final"))
         metrics = read_metrics(folder / "metrics.jsonl")
@@ -191,8 +207,7 @@ class _Training:
                 return self._steps(alarms, log)
         finally:
             progress.end()
-            for tracker in self._trackers:
-                tracker.close()
+            close_all(self._trackers)
             self.distiller.engine.close()
 
     def _steps(self, alarms: Alarms, log: TextIO) -> str | None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 from opcd.cli import main
@@ -14,7 +15,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.evaluation.compare import compare, comparison_table, draw_comparison
 from opcd.evaluation.intervals import wilson_interval
-from opcd.evaluation.report import scorecard_table
+from opcd.evaluation.report import draw_curve, scorecard_table
 from opcd.training.evaluate import evaluate_run
 from tests.conftest import tiny_llama, write_jsonl
 
@@ -176,3 +177,16 @@ def test_sets_are_found_from_their_file(settings: dict, tmp_path: Path) -> None:
         InputError, match=r"test_sets must be a mapping, like \{typos: typos.jsonl\}"
     ):
         gather({"test_sets": "far.jsonl"}, tmp_path / "config.yaml")
+
+
+def test_drawing_leaves_a_callers_backend_alone(tmp_path: Path) -> None:
+    """A notebook's own figures would stay blank."""
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    try:
+        rows = [{"step": 1, "loss": 1.0, "divergence": 0.5, "mean_completion_tokens": 3.0}]
+        draw_curve(rows, tmp_path / "curve.png")
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)

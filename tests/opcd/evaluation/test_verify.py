@@ -14,7 +14,10 @@ from opcd.cli import main
 from opcd.config.settings import gather
 from opcd.evaluation.evidence import FILE, text_digest, tree_digests
 from opcd.evaluation.verify import AGREES, DIFFERS, UNKNOWN, Verified, verify
+from opcd.preflight.check import check
 from opcd.runtime.files import file_digest, read_jsonl, write_json, write_jsonl
+from opcd.runtime.progress import Progress
+from opcd.tasks.prepare import prepare
 
 
 def held(run: Path) -> Verified:
@@ -199,3 +202,13 @@ def test_what_is_no_evidence(
 def test_answers_that_opcd_does_not_write(copied_run: Path, row: dict) -> None:
     write_jsonl(copied_run / "answers.jsonl", [row])
     assert "the scorecard: answers that opcd does not write" in differing(copied_run)
+
+
+def test_what_is_no_change_of_a_run_agrees(copied_run: Path, settings: dict) -> None:
+    """A file manager's own files, and a check made once more."""
+    (copied_run / "final" / ".DS_Store").write_bytes(b"of a file manager")
+    assert held(copied_run).agrees, held(copied_run).lines
+    config = gather({"output_dir": str(copied_run)}, copied_run / "config.yaml")
+    setup = prepare(config, for_training=True)
+    check(setup, lambda: 1.0, Progress(), None).write(copied_run)
+    assert held(copied_run).agrees, held(copied_run).lines

@@ -17,9 +17,9 @@ from opcd.config.fields import FIELDS
 from opcd.errors import InputError
 from opcd.experience import distilling, phases
 from opcd.experience.final import COLUMNS
-from opcd.experience.folder import alone
 from opcd.experience.problems import read_problems
 from opcd.experience.settings import REFUSED, read_settings
+from opcd.runtime.alone import alone
 from opcd.tasks.elsewhere import BUILT_IN
 from opcd.tasks.messages import assistant, user
 from tests.conftest import in_groups, write_jsonl
@@ -400,7 +400,7 @@ def test_a_folder_is_one_loops_at_a_time_and_holds_nothing_of_others(
     task: dict, tmp_path: Path
 ) -> None:
     folder = Path(task["output_dir"])
-    with alone(folder), pytest.raises(InputError, match="one loop's at a time"):
+    with alone(folder, "loop"), pytest.raises(InputError, match="one loop's at a time"):
         run(task)
     (folder / "validation.jsonl").write_text("mine")
     with pytest.raises(InputError, match=r"files of yours .* with validation.jsonl; choose"):

@@ -1,5 +1,6 @@
 """What a run needs beside what there is."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from opcd.config import TrainConfig
 from opcd.errors import InputError
 from opcd.preflight.budget import Budget, Needs, budget, budget_lines, check_memory
 from opcd.preflight.disk import REPORT_BYTES, scored_bytes
+from opcd.runtime import memory
 from opcd.runtime.files import folder_bytes, shown_size
 from opcd.runtime.memory import Room, memory_room, resident_memory
 from opcd.runtime.progress import Progress
@@ -154,3 +156,27 @@ def test_the_room_is_the_machines() -> None:
     assert found.available is not None
     assert 0 < found.available <= found.total
     assert 50e6 < resident_memory() < found.total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_jobs_memory_is_that_of_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """Also where the limit stands on a group around its own, as Slurm and systemd set them."""
+    root = tmp_path / "cgroup"
+    names = memory._NAMES[memory.CGROUPS / "memory" if version == 1 else memory.CGROUPS]
+    top = root / "memory" if version == 1 else root
+    job = top / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    for name, text in zip(
+        names, ("1000000", "400000", "inactive_file 100000\nanon 1"), strict=True
+    ):
+        (job / name).write_text(text)
+    kind = "4:memory" if version == 1 else "0:"
+    (tmp_path / "own").write_text(f"1:cpu:/other\n{kind}:/slurm/job_7/step_0\n")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    other = {root / k.relative_to(memory.CGROUPS): v for k, v in memory._NAMES.items()}
+    monkeypatch.setattr(memory, "_NAMES", other)
+    monkeypatch.setattr(memory, "CGROUPS", root)
+    assert memory_room(torch.device("cpu")) == (1_000_000, 700_000)

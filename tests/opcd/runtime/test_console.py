@@ -40,8 +40,29 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
         print("not heard", flush=True)
         print("nor this", flush=True)
     assert sys.stdout is stream
-    with pytest.raises(BrokenPipeError):
-        stream.close()
+    stream.close()  # what is left goes nowhere
+
+
+def test_a_reader_that_has_gone_is_no_exit_status() -> None:
+    """Of output that is never flushed: the interpreter would find out as it ends, and exit 120."""
+    script = (
+        "import sys, time\n"
+        "from opcd.runtime.console import any_console\n"
+        "with any_console():\n"
+        "    sys.stdin.readline()\n"
+        "    print('short')\n"
+        "sys.exit(3)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, said = child.communicate(b"go\n")
+    assert (child.returncode, said) == (3, b"")
 
 
 @pytest.mark.slow

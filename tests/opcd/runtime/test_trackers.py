@@ -48,6 +48,24 @@ def test_one_that_raises_ends_no_run(
     ]
 
 
+def test_one_that_cannot_be_closed_costs_no_model(
+    settings: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "class Mine:\n"
+        "    def __init__(self, folder): pass\n"
+        "    def log(self, step, values): pass\n"
+        "    def close(self): raise OSError('no network')\n"
+    )
+    train(TrainConfig(**settings | {"steps": 1, "trackers": f"python:{mine}:Mine"}))
+    assert (Path(settings["output_dir"]) / "final" / "config.json").is_file()
+    assert "a tracker was not closed: OSError: no network" in caplog.text
+    mine.write_text("def Mine(folder): raise OSError('no network')")
+    with pytest.raises(InputError, match=r"tracker python:.*Mine must return .* OSError: no netw"):
+        open_trackers(f"python:{mine}:Mine", tmp_path)
+
+
 def test_numbers_alone_are_logged() -> None:
     metrics = {
         "step": 3,

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 from opcd.config import TrainConfig
 from opcd.config.settings import write_config
 from opcd.errors import InputError
 from opcd.models.lm import eos_token_ids
-from opcd.tasks.prepare import prepare
+from opcd.tasks.prepare import on_this_machine, prepare
 from tests.conftest import CHATML, tiny_llama, tiny_tokenizer, write_jsonl
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
@@ -103,6 +104,15 @@ def test_a_model_that_changes_its_weights_is_refused(settings: dict, tmp_path: P
     setup = prepare(TrainConfig(**settings))
     with pytest.raises(InputError, match="must leave its weights as they are when it is called"):
         setup.load(settings["model"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its device is here")
+def test_a_run_of_another_machines_device_is_looked_at_on_this_one(settings: dict) -> None:
+    config = TrainConfig(**settings | {"device": "cuda"})
+    with pytest.raises(InputError, match="device must be one of this machine's"):
+        prepare(config)
+    assert prepare(on_this_machine(config)).device.type == "cpu"
+    assert on_this_machine(TrainConfig(**settings)) == TrainConfig(**settings)
 
 
 def test_a_template_without_a_date_has_none(settings: dict) -> None:

@@ -401,9 +401,7 @@ def test_what_no_run_may_hold_is_not_copied(
     (base / "log.json").write_text('{"a": 1}\n{"b": 2}\n')
     monkeypatch.setattr("opcd.training.loop.Distiller.step", None)
     more = {"model": str(base), "output_dir": str(tmp_path / "second")}
-    with pytest.raises(
-        InputError, match=r"copied from the base stands in its run: .*base/log"
-    ):
+    with pytest.raises(InputError, match=r"copied from the base stands in its run: .*base/log"):
         train(TrainConfig(**settings | more))
 
 

@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import opcd
 from opcd.cli import main
 from opcd.config import TrainConfig
+from opcd.config.settings import gather
+from opcd.errors import InputError
 from opcd.objective import Targets
+from opcd.runtime.alone import alone
 from opcd.runtime.files import read_jsonl, read_metrics
 from opcd.runtime.progress import Progress
 from opcd.training.checkpoint import STATE_FILE, list_checkpoints
@@ -455,6 +458,39 @@ def test_a_resumed_run_must_choose_by_the_same_validation_data(
     file.write_text(json.dumps(selection))
     data.write_text(kept.replace("pear", "peach"))
     assert main(["train", "--config", finished, "--resume"]) == 0
+
+
+def test_a_run_is_one_process_at_a_time(settings: dict) -> None:
+    folder = Path(settings["output_dir"])
+    with alone(folder, "run"), pytest.raises(InputError, match="one run's at a time"):
+        train(TrainConfig(**settings))
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_what_is_known_of_settings_outlives_a_resumed_run(finished: str, settings: dict) -> None:
+    """Where each value came from, and settings that are others when it is scored at last."""
+    run = Path(settings["output_dir"])
+    own = gather({}, run / "config.yaml").origins
+    assert main(["train", "--config", str(run / "config.yaml"), "--resume", "--steps=8"]) == 0
+    after = gather({}, run / "config.yaml").origins
+    assert after == own | {"steps": "command line"}
+    (run / "scorecard.json").unlink()
+    more = ["--resume", "--keep_checkpoints=7"]
+    assert main(["train", "--config", str(run / "config.yaml"), *more]) == 0
+    assert gather({}, run / "config.yaml").keep_checkpoints == 7
+    assert main(["verify", str(run)]) == 0
+
+
+def test_an_interrupt_ends_the_scoring_of_a_trained_run(
+    finished: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (Path(settings["output_dir"]) / "scorecard.json").unlink()
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("opcd.training.run.evaluate", interrupted)
+    assert main(["train", "--config", finished, "--resume"]) == 130
 
 
 def test_a_scorer_that_raises_may_be_mended(settings: dict, tmp_path: Path) -> None:
