@@ -92,6 +92,11 @@ class StudentLoss(torch.nn.Module):
             rows = [Row(episode.student_ids, episode.student_spans) for episode in episodes]
         else:
             rows = _marked_rows(sequences, completion_mask, attention_mask)
+        if not rows:
+            raise InputError(
+                "there must be sequences to score, got none; give a process without any one of "
+                "another's, with token weights of 0"
+            )
         count = sum(length for row in rows for _, length in row.spans)
         if count != len(targets.hidden):
             raise InputError(

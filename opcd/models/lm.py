@@ -206,7 +206,15 @@ def stop_at(model: torch.nn.Module, token_ids: Sequence[int]) -> None:
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to 0: the divergence is that of the policy that was sampled."""
+    """Set every dropout probability to 0: the divergence is that of the policy that was sampled.
+
+    Also in the configuration, which some layers ask anew (Falcon's); files are not written from it.
+    """
+    own = causal_lm(model).config
+    for config in {id(c): c for c in (own, own.get_text_config())}.values():
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

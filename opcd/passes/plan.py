@@ -142,6 +142,7 @@ def planned_hidden(
     if plan.packs(device, grad):
         shared = worthwhile_prefix(prompts, tokens_that_pay(device, grad, in_row=True))
         return scored_hidden(model, rows, packed=True, shared=shared)
-    prefix = common_prefix(model, prompts) if plan.shares_prefix else None
+    longest = max((len(row.token_ids) for row in rows), default=0)
+    prefix = common_prefix(model, prompts, longest) if plan.shares_prefix else None
     behind = [row.behind(prefix) for row in rows]
     return scored_hidden(model, behind, takes_cache=plan.shares_prefix)

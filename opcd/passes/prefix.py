@@ -124,13 +124,17 @@ class SharedPrefix:
         return cache
 
 
-def common_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
+def common_prefix(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    longest: int = 0,  # tokens that a pass behind it will have, where they are known
+) -> SharedPrefix | None:
     """What all prompts start with, where computing it once is worth a pass of its own."""
     device, grad = causal_lm(model).device.type, torch.is_grad_enabled()
     length = worthwhile_prefix(prompts, tokens_that_pay(device, grad, in_row=False))
     if length == 0:
         return None
-    if rope_differs(causal_lm(model).config, length, max(map(len, prompts)) + 1):
+    if rope_differs(causal_lm(model).config, length, max(longest, max(map(len, prompts)) + 1)):
         return None
     prefix = SharedPrefix(model, prompts[0][:length])
     return prefix if prefix.only_attention or not torch.is_grad_enabled() else None

@@ -20,6 +20,7 @@ from opcd.objective import Losses, head_divergence
 from opcd.passes.hidden import Row, scored_hidden
 from opcd.passes.plan import Plan, planned_hidden
 from opcd.passes.prefix import SharedPrefix
+from opcd.rollouts.decode import uncached_autocast
 
 
 class ReturnAnchor:
@@ -59,7 +60,9 @@ class ReturnAnchor:
         """Of the student's own completions, each token with its share of the step's loss."""
         head = head_of(self._student)
         rows = [Row(e.student_ids, e.student_spans) for e in episodes]
-        with torch.no_grad():
+        # Casts made without gradients must not be taken by the pass that has some, as torch does in
+        # versions with its issue 112583.
+        with torch.no_grad(), uncached_autocast(causal_lm(self._student).device):
             without = planned_hidden(self._student, rows, self._plan)
         fixed = head._replace(
             weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach()

@@ -58,9 +58,9 @@ def build_distiller(
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = teacher_of(teacher_model, setup.task.prefixes, config, frozen)
-    plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
     student.eval()
-    with autocast(setup.device, setup.dtype):
+    with autocast(setup.device, setup.dtype):  # the arithmetic of its passes, which a plan is of
+        plan = find_plan(student, setup.task.a_prefix) if config.teacher else teacher.plan
         engine = build_engine(
             config.rollout_engine,
             student,

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import FalconConfig, FalconForCausalLM
 
 from opcd.episodes import Episode, Span
 from opcd.errors import InputError
+from opcd.models.lm import switch_off_dropout
 from opcd.objective import Targets
-from opcd.passes.plan import find_plan
+from opcd.passes.hidden import Row
+from opcd.passes.plan import find_plan, planned_hidden
 from opcd.student_loss import StudentLoss
 from opcd.teacher import SharedPrefixTeacher
 from tests.conftest import tiny_llama
@@ -94,6 +97,43 @@ def test_the_loss_is_that_of_each_sequence_alone(form: str, planned: bool) -> No
     assert out.loss.item() == pytest.approx(plain.item(), rel=1e-4)
     for name, grad in gradients(student).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_sequence_there_is_no_loss() -> None:
+    student, teacher = models()
+    with pytest.raises(InputError, match="there must be sequences to score, got none"):
+        StudentLoss(student)([], teacher.score([]))
+
+
+def test_dropout_is_off_also_where_a_layer_asks_the_configuration() -> None:
+    config = FalconConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout=0.5,
+    )
+    student = FalconForCausalLM(config).eval()
+    switch_off_dropout(student)
+    student.train()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, student(ids).logits)
+
+
+def test_a_shared_start_is_read_with_the_frequencies_of_whole_sequences() -> None:
+    """It and all prompts lie below the limit, every sequence above it."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    student = tiny_llama(rope_parameters=rope | {"original_max_position_embeddings": 80})
+    start = [5 + i % 90 for i in range(70)]
+    ids = [[*start, 100 + i, *range(120, 140)] for i in range(4)]
+    rows = [Row(row, ((71, 20),)) for row in ids]
+    plan = find_plan(student, start)._replace(mode="padded")
+    found = planned_hidden(student, rows, plan)
+    with torch.no_grad():
+        whole = student.model(torch.tensor(ids), use_cache=False).last_hidden_state[:, 70:90]
+    torch.testing.assert_close(found, whole.flatten(0, 1), rtol=1e-3, atol=1e-4)
 
 
 def test_sequences_on_both_sides_of_a_rotary_limit_are_refused() -> None:

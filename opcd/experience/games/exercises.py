@@ -57,6 +57,11 @@ class Games:
         self, model: LoadedModel, cases: Sequence[Case], exercises: Sequence[Example], ask: Ask
     ) -> list[Tried]:
         """See Exercises.tried. As many games at once as `rollout_batch_size`."""
+        if not model.plan.shares_prefix and self._table.max_turns > 1:
+            raise InputError(
+                f"games must have a model that goes on behind what it has read, got "
+                f"{type(model.model).__name__}: {model.plan.reason}; choose another"
+            )
         config, prompts = model.setup.config, [case.prompt for case in cases]
         numbers = streams(config.seed, ask.step, prompts, ask.times)
         games = _games(exercises)

@@ -490,7 +490,11 @@ def test_an_interrupt_ends_the_scoring_of_a_trained_run(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("opcd.training.run.evaluate", interrupted)
-    assert main(["train", "--config", finished, "--resume"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells have it ignored
+    try:
+        assert main(["train", "--config", finished, "--resume"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_scorer_that_raises_may_be_mended(settings: dict, tmp_path: Path) -> None:
