@@ -260,13 +260,9 @@ def check_disjoint(parts: Mapping[str, Sequence[Example]], contexts: Contexts) -
 def alike_remarks(parts: Mapping[str, Sequence[Example]]) -> list[str]:
     """A line for each part with requests that are trained on behind another system message."""
 
-    def asked(example: Example) -> str:
-        without = replace(example, messages=tuple(split_system(example.messages)[1]))
-        return request_of(without)[1]
-
-    trained = {asked(example) for example in parts.get("train", ())}
+    trained = {asked_of(example) for example in parts.get("train", ())}
     found = {
-        part: sum(asked(example) in trained for example in examples)
+        part: sum(asked_of(example) in trained for example in examples)
         for part, examples in parts.items()
         if part != "train"
     }
@@ -331,6 +327,11 @@ def repeat_remarks(examples: Sequence[Example]) -> list[str]:
 def request_of(example: Example) -> tuple[str, str]:
     """What makes two requests the same in what they ask."""
     return _request_of(example, _normalised)
+
+
+def asked_of(example: Example) -> str:
+    """The same behind whatever context, and whatever system message of a request's own."""
+    return request_of(replace(example, messages=tuple(split_system(example.messages)[1])))[1]
 
 
 def _request_of(example: Example, normalise: Callable[[str], str]) -> tuple[str, str]:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from opcd.errors import InputError
 from opcd.runtime.files import shown
-from opcd.tasks.data import Example, request_of
+from opcd.tasks.data import Example, asked_of
 from opcd.tasks.formats import ANSWERS, accepted_answers
-from opcd.tasks.messages import split_system
 from opcd.tasks.records import read_records
 
 FEWEST = 40  # prompts: of fewer none are kept out
@@ -54,8 +53,7 @@ def hold_out(prompts: Sequence[Example], share: float, inside: Iterable[Example]
 def _digest(example: Example) -> str:
     """Of a request behind whatever context, which the student does not see, and behind whatever
     system message of its own: what is asked on another day is no other request."""
-    asked = replace(example, messages=tuple(split_system(example.messages)[1]))
-    return hashlib.sha256(repr(("", request_of(asked)[1])).encode()).hexdigest()
+    return hashlib.sha256(repr(("", asked_of(example))).encode()).hexdigest()
 
 
 def with_their_answers(parts: Parts, path: str) -> tuple[Parts, list[str]]:

@@ -60,8 +60,8 @@ class ReturnAnchor:
         """Of the student's own completions, each token with its share of the step's loss."""
         head = head_of(self._student)
         rows = [Row(e.student_ids, e.student_spans) for e in episodes]
-        # Casts made without gradients must not be taken by the pass that has some, as torch does in
-        # versions with its issue 112583.
+        # Casts made without gradients must not be taken by the pass that has some, as some
+        # versions of torch let it (pytorch issue 112583).
         with torch.no_grad(), uncached_autocast(causal_lm(self._student).device):
             without = planned_hidden(self._student, rows, self._plan)
         fixed = head._replace(
